@@ -1,0 +1,1 @@
+"""fxcompress: a compiler that makes generative and vision models small and fast."""

@@ -1,0 +1,70 @@
+"""The typed errors of the project and the one builder that renders them.
+
+Every message answers five questions in a fixed order: what went wrong (the first line), where, why with the figure and the limit,
+in which state things were left, and what to do, as text to paste. A line whose answer is empty is left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FxcError(Exception):
+    """Base of all errors a user can cause or must act on. `what`, `where`, `why`, `state`, `do` stay readable as attributes."""
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", state: str = "", do: str = "") -> None:
+        self.what, self.where, self.why, self.state, self.do = what, where, why, state, do
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        answers = (("where", self.where), ("why", self.why), ("state", self.state), ("do", self.do))
+        lines = [f"  {name:<6}{_indented(text)}" for name, text in answers if text]
+        return "\n".join([self.what, *lines])
+
+    def placed(self, *, where: str = "", state: str = "") -> FxcError:
+        """The same error with place and state filled in where they were empty: each is added once, by whoever knows it first."""
+        self.where = self.where or where
+        self.state = self.state or state
+        return self
+
+
+class RecipeError(FxcError):
+    """A recipe, pass option, glob or order that can't be run; raised before any work is done."""
+
+
+class CaptureError(FxcError):
+    """A model that can't be captured, or whose captured graph doesn't give the model's own numbers."""
+
+
+class CalibrationError(FxcError):
+    """A feed or statistic that can't be used."""
+
+
+class ContractViolation(FxcError):  # noqa: N818 - the name the field and DESIGN use
+    """A pass changed the function more than its contract allows."""
+
+
+class VerifierError(FxcError):
+    """A program that is not legal at its stage: a bug in a pass or in capture, never in the user's model."""
+
+
+class BackendRefusal(FxcError):  # noqa: N818
+    """Something the chosen backend can't run; never lowered to something else in silence."""
+
+
+class ArtifactError(FxcError):
+    """A saved artifact or checkpoint that is missing, altered, truncated, unsafe or from another version."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence for an unknown name: the nearest known one if any is near, else all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(names)}" if names else "none is known"
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n        ")
