@@ -13,6 +13,8 @@ from collections.abc import Iterable
 class FxcError(Exception):
     """Base of all errors a user can cause or must act on. `what`, `where`, `why`, `state`, `do` stay readable as attributes."""
 
+    final = False  # an attempt that failed with this may not be retried in a weaker form
+
     def __init__(self, what: str, *, where: str = "", why: str = "", state: str = "", do: str = "") -> None:
         self.what, self.where, self.why, self.state, self.do = what, where, why, state, do
         super().__init__(what)
@@ -31,6 +33,10 @@ class FxcError(Exception):
 
 class RecipeError(FxcError):
     """A recipe, pass option, glob or order that can't be run; raised before any work is done."""
+
+
+class InputError(FxcError):
+    """Inputs that don't fit the model's forward or the captured signature, at compile or at call."""
 
 
 class CaptureError(FxcError):

@@ -1,0 +1,382 @@
+"""Model -> Program: export, flatten, verify against the model's own numbers at several sizes.
+
+`torch.export` sees the model through an adapter that takes the tensors of the call and returns the tensors of the result, so trees of
+arguments and output classes never reach the graph; `Signature` keeps them. Which axes are dynamic is tried from wide to narrow: what
+export can't follow, or follows with other numbers than the model gives, is fixed and reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from fxcompress import dynamic as axes_of
+from fxcompress.errors import CaptureError, InputError
+from fxcompress.functional import NotFunctional, flat_graph
+from fxcompress.interpret import run
+from fxcompress.measure import relative_error
+from fxcompress.program import Program, Value
+from fxcompress.signature import INPUT, Inputs, Signature, bind, describe, forward_signature, leaf_names
+from fxcompress.verify import verify
+
+LIMIT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # max |d| / rms, same kernels: mostly 0
+DYNAMIC_GREATEST = 2**31 - 1
+Dynamic = bool | Mapping[str, Sequence[int]] | None
+
+
+@torch.no_grad()
+def capture(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic: Dynamic = None) -> Program:
+    """Capture the model as a Program whose numbers are the model's own on the example and on other sizes of every dynamic axis.
+
+    example_inputs: a tuple, a dict by parameter name, or Inputs with roles. dynamic: None for batch and sequence where the model allows it,
+    False for none, or {input name: axes}. The model is read, never changed. Raises CaptureError, InputError.
+    """
+    call = Call.of(model, Inputs.of(example_inputs))
+    attempts = _attempts(call, dynamic)
+    notes: list[str] = list(call.notes)
+    for last, (what, axes) in _with_last(attempts):
+        try:
+            program = _capture(call, axes, notes)
+        except CaptureError as error:
+            if last or error.final:
+                raise
+            notes.append(f"{what} can't be dynamic: {_first_line(error.why or error.what)}")
+        else:
+            if dynamic:
+                _refuse_fixed(program, call, axes)
+            return program
+    raise AssertionError("no attempt")
+
+
+@dataclass
+class Call:
+    """The model with one example call taken apart: everything capture needs to know about how it is called."""
+
+    eager: Adapter
+    exported: ExportedProgram | None  # already captured by the user
+    tensors: list[Tensor]
+    signature: Signature
+    roles: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: Any, item: Inputs) -> Call:
+        """Bind the example to forward, run the model once. CaptureError for a model that can't be captured as it stands."""
+        exported = model if isinstance(model, ExportedProgram) else None
+        module: nn.Module = exported.module() if exported else model
+        if exported is None:
+            check_model(module)
+        parameters = forward_signature(module)
+        given = bind(parameters, item)
+        leaves, spec = pytree.tree_flatten(given)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if not tensors:
+            raise InputError("the example inputs hold no tensor", why="a program's inputs are tensors", do="pass numbers as torch.tensor(...)")
+        adapter = Adapter(module, parameters, spec, tuple(INPUT if isinstance(v, Tensor) else v for v in leaves))
+        notes = adapter.settle(tensors)
+        names = [n for n, v in zip(leaf_names(given, "input"), leaves, strict=True) if isinstance(v, Tensor)]
+        result, out_spec, out_leaves = adapter.result(tensors)
+        outputs = [n for n, v in zip(leaf_names(result, "output"), out_leaves, strict=True) if v is INPUT]
+        outputs = [f"output_{n}" if n.isdigit() else n for n in outputs]
+        signature = Signature(parameters, spec, adapter.leaves, tuple(names), out_spec, out_leaves, tuple(outputs), dict(adapter.fixed))
+        return cls(adapter, exported, tensors, signature, item.roles, notes)
+
+
+class Adapter(nn.Module):
+    """The model as a function from flat tensors to flat tensors. `fixed`: arguments capture adds so that the result is tensors only."""
+
+    def __init__(self, model: nn.Module, parameters: inspect.Signature, spec: pytree.TreeSpec, leaves: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.model, self.takes, self.spec, self.leaves = model, parameters, spec, leaves
+        self.fixed: dict[str, Any] = {}
+        self.training = False  # only of the adapter: the model stays as it is
+
+    def call(self, tensors: Sequence[Tensor]) -> Any:
+        """The model's own result."""
+        values = iter(tensors)
+        given = pytree.tree_unflatten([next(values) if leaf is INPUT else leaf for leaf in self.leaves], self.spec)
+        return self.model(*self._positional(given), **given, **self.fixed)
+
+    def _positional(self, given: dict[str, Any]) -> list[Any]:
+        kinds = {name: p.kind for name, p in self.takes.parameters.items()}
+        if inspect.Parameter.VAR_POSITIONAL not in kinds.values():
+            return [given.pop(n) for n, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_ONLY and n in given]
+        before = [n for n, k in kinds.items() if k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        rest = next(n for n, k in kinds.items() if k is inspect.Parameter.VAR_POSITIONAL)
+        return [given.pop(n) for n in before if n in given] + list(given.pop(rest, ()))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of the result, in order."""
+        return tuple(leaf for leaf in pytree.tree_leaves(self.call(tensors)) if isinstance(leaf, Tensor))
+
+    def settle(self, tensors: Sequence[Tensor]) -> tuple[str, ...]:
+        """Run once and see that the result is made of tensors; a cache in it is switched off. Returns notes for the report."""
+        result = self._first_run(tensors)
+        if not (bad := _strangers(result)):
+            return ()
+        accepts = {p.name for p in self.takes.parameters.values()} | {p.kind for p in self.takes.parameters.values()}
+        if "Cache" in type(bad[0]).__name__ and accepts & {"use_cache", inspect.Parameter.VAR_KEYWORD}:
+            self.fixed["use_cache"] = False
+            result = self._first_run(tensors)
+            if not _strangers(result):
+                return ("captured with use_cache=False: this program returns no key/value cache",)
+        for stranger in {type(s) for s in bad}:
+            if dataclasses.is_dataclass(stranger):
+                torch.export.register_dataclass(stranger)
+        if bad := _strangers(self._first_run(tensors)):
+            raise CaptureError(
+                f"the model returns a {type(bad[0]).__name__}",
+                why="results must be tensors in tuples, lists, dicts or dataclasses",
+                do="wrap the model in a module that returns the tensors you need",
+            )
+        return ()
+
+    def _first_run(self, tensors: Sequence[Tensor]) -> Any:
+        try:
+            return self.call(tensors)
+        except Exception as error:
+            raise CaptureError(
+                "the model fails on the example inputs", why=f"{type(error).__name__}: {error}", do="pass inputs on which model(...) works"
+            ) from error
+
+    def result(self, tensors: Sequence[Tensor]) -> tuple[Any, pytree.TreeSpec, tuple[Any, ...]]:
+        """The result, its tree, and per leaf INPUT for a tensor or the constant."""
+        result = self.call(tensors)
+        leaves, spec = pytree.tree_flatten(result)
+        if not any(isinstance(v, Tensor) for v in leaves):
+            raise CaptureError("the model returns no tensor", why=f"it returns {describe(result)}")
+        return result, spec, tuple(INPUT if isinstance(v, Tensor) else v for v in leaves)
+
+
+def check_model(model: Any) -> None:
+    """CaptureError unless this is a module in eval mode with finite parameters that exist."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"not a model: {describe(model)}",
+            why=f"a {type(model).__name__} can't be captured",
+            do="pass an nn.Module, an ExportedProgram, a .pt2 or .gguf file, a local diffusers or transformers folder, or 'package.module:function'",
+        )
+    if training := [name for name, m in model.named_modules() if m.training]:
+        raise CaptureError(
+            "the model is in train mode",
+            where=training[0] or "the root module",
+            why=f"{len(training)} modules have training=True",
+            do="model.eval()",
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise CaptureError("a parameter has no values", where=name, why="it is on the meta device", do="load the weights first")
+        if parameter.is_floating_point() and not (finite := torch.isfinite(parameter)).all():
+            raise CaptureError(
+                "a parameter holds NaN or infinity",
+                where=name,
+                why=f"{int((~finite).sum())} of {parameter.numel()} values are not finite",
+                do="repair or reload the weights: every number after it would be wrong",
+            )
+
+
+def _attempts(call: Call, dynamic: Dynamic) -> list[tuple[str, axes_of.Axes]]:
+    names, tensors = call.signature.input_names, call.tensors
+    fixed = tuple(frozenset[int]() for _ in tensors)
+    if isinstance(dynamic, Mapping):
+        return [("the asked axes", axes_of.asked_axes(dynamic, names, tensors))]
+    if dynamic is False:
+        return [("nothing", fixed)]
+    wide = axes_of.default_axes(tensors)
+    batch = tuple(a & {0} for a in wide)
+    ladder = [("batch and sequence", wide), ("batch", batch), ("nothing", fixed)]
+    return [step for i, step in enumerate(ladder) if i == 0 or step[1] != ladder[i - 1][1]]
+
+
+def _capture(call: Call, axes: axes_of.Axes, notes: list[str]) -> Program:
+    tensors = axes_of.widened(call.tensors, axes)
+    exported = call.exported or _export(call, tensors, axes)
+    strip = "" if call.exported else "model."
+    try:
+        graph, constants, results = flat_graph(exported, strip)
+    except NotFunctional:
+        graph, constants, results = flat_graph(exported.run_decompositions({}), strip)
+    if any(not isinstance(r, torch.fx.Node) for r in results) and len(results) != len(call.signature.output_names):
+        raise CaptureError("the captured results don't match the model's", why=f"{len(results)} against {len(call.signature.output_names)}")
+    program = _program(call, graph, constants, exported)
+    program = dataclasses.replace(program, notes=(*notes, *_fixed_notes(program, axes)))
+    verify(program)
+    return _checked(program, call)
+
+
+def _export(call: Call, tensors: list[Tensor], axes: axes_of.Axes) -> ExportedProgram:
+    shapes = tuple({axis: Dim.AUTO for axis in sorted(dims)} or None for dims in axes)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(call.eager, tuple(tensors), dynamic_shapes=(shapes,), strict=False)  # type: ignore[arg-type]
+    except Exception as error:
+        raise CaptureError(
+            "torch.export can't follow the model",
+            where=_user_line(error),
+            why=f"{type(error).__name__}: {_first_line(str(error))}",
+            do="rewrite what it names with tensor ops (data-dependent branches: torch.where; .item(): keep a tensor), or capture a part",
+        ) from error
+
+
+def _program(call: Call, graph: torch.fx.Graph, constants: dict[str, Tensor], exported: ExportedProgram) -> Program:
+    places = [n for n in graph.nodes if n.op == "placeholder"]
+    names = _symbol_names(places, call.signature.input_names)
+    for node, name in zip(places, call.signature.input_names, strict=True):
+        node.name, node.target = _free_name(graph, node, name), name
+    inputs = tuple(
+        Value(name, _shape(node.meta["val"], names), node.meta["val"].dtype, call.roles.get(name, "input"))
+        for node, name in zip(places, call.signature.input_names, strict=True)
+    )
+    results = next(iter(reversed(graph.nodes))).args[0]
+    outputs = tuple(
+        Value(name, _shape(node.meta["val"], names), node.meta["val"].dtype, "output")
+        for node, name in zip(results, call.signature.output_names, strict=True)
+    )
+    classes = {path: cls for n in graph.nodes for path, cls in zip(n.meta.get("module", ()), n.meta.pop("classes", ()), strict=False)}
+    return Program(graph, constants, inputs, outputs, call.signature, _ranges(exported, names), classes)
+
+
+def _free_name(graph: torch.fx.Graph, node: torch.fx.Node, name: str) -> str:
+    taken = {n.name for n in graph.nodes if n is not node}
+    return name if name not in taken and name.isidentifier() else node.name
+
+
+def _symbol_names(places: Sequence[torch.fx.Node], inputs: Sequence[str]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for node, name in zip(places, inputs, strict=True):
+        for axis, size in enumerate(getattr(node.meta["val"], "shape", ())):
+            for symbol in sorted(size.node.expr.free_symbols, key=str) if isinstance(size, torch.SymInt) else ():
+                names.setdefault(str(symbol), "batch" if axis == 0 and "batch" not in names.values() else f"{name}_{axis}")
+    return names
+
+
+def _shape(value: Any, names: Mapping[str, str]) -> tuple[int | str, ...]:
+    return tuple(_dim(s, names) for s in getattr(value, "shape", ()))
+
+
+def _dim(size: Any, names: Mapping[str, str]) -> int | str:
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    renamed = size.node.expr.subs({s: sympy.Symbol(names.get(str(s), str(s))) for s in size.node.expr.free_symbols})
+    return int(renamed) if renamed.is_number else str(renamed)
+
+
+def _ranges(exported: ExportedProgram, names: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    ranges = {names[str(s)]: r for s, r in exported.range_constraints.items() if str(s) in names}
+    return {n: (max(1, int(r.lower)), _greatest(r.upper)) for n, r in ranges.items()}
+
+
+def _greatest(bound: Any) -> int:
+    return int(bound) if bound.is_finite and bound < DYNAMIC_GREATEST else DYNAMIC_GREATEST
+
+
+def _fixed_notes(program: Program, axes: axes_of.Axes) -> Iterator[str]:
+    for value, wanted in zip(program.inputs, axes, strict=True):
+        for axis in sorted(wanted):
+            if isinstance(value.shape[axis], int):
+                yield f"axis {axis} of {value.name} is fixed to {value.shape[axis]}: the model's code depends on its size"
+
+
+def _refuse_fixed(program: Program, call: Call, axes: axes_of.Axes) -> None:
+    if fixed := list(_fixed_notes(program, axes)):
+        raise CaptureError("an axis asked for in dynamic= can't be dynamic", why="; ".join(fixed), do="leave it out of dynamic=")
+
+
+def _checked(program: Program, call: Call) -> Program:
+    """The program with the sizes it was found right at as its ranges. CaptureError where its numbers differ from the model's."""
+    _compare(program, call, call.tensors, "the example inputs")
+    if not program.symbols:
+        return program
+    shapes = [v.shape for v in program.inputs]
+    example = {s: _example_size(s, program, call.tensors) for s in program.symbols}
+    other = {s: _other_size(example[s], *program.symbols[s]) for s in program.symbols}
+    _compare(program, call, axes_of.at_sizes(call.tensors, shapes, other), f"sizes {other}")
+    symbols = dict(program.symbols)
+    for symbol, (low, high) in program.symbols.items():
+        if low == 2 and (example[symbol] == 1 or _holds_at_one(program, call, shapes, {**example, symbol: 1})):
+            symbols[symbol] = (1, high)
+    return dataclasses.replace(program, symbols=symbols)
+
+
+def _example_size(symbol: str, program: Program, tensors: Sequence[Tensor]) -> int:
+    for value, tensor in zip(program.inputs, tensors, strict=True):
+        if symbol in value.shape:
+            return int(tensor.shape[value.shape.index(symbol)])
+    return max(2, program.symbols[symbol][0])
+
+
+def _other_size(size: int, low: int, high: int) -> int:
+    return size + 1 if size + 1 <= high else max(low, size - 1)
+
+
+def _holds_at_one(program: Program, call: Call, shapes: Sequence[Sequence[Any]], sizes: Mapping[str, int]) -> bool:
+    try:
+        _compare(program, call, axes_of.at_sizes(call.tensors, shapes, sizes), "size 1")
+    except Exception:
+        return False
+    return True
+
+
+def _compare(program: Program, call: Call, tensors: list[Tensor], what: str) -> None:
+    try:
+        wanted = call.eager(*tensors)
+    except Exception as error:
+        raise CaptureError(f"the model itself fails on {what}", why=f"{type(error).__name__}: {_first_line(str(error))}") from error
+    again = call.eager(*tensors)
+    try:
+        got = run(program, tensors)
+    except Exception as error:
+        raise CaptureError(f"the captured graph fails on {what}", why=f"{type(error).__name__}: {_first_line(str(error))}") from error
+    for value, a, b, c in zip(program.outputs, wanted, got, again, strict=True):
+        if relative_error(a, c) > 0:
+            raise CaptureError(
+                "the model gives other numbers each time",
+                where=f"output {value.name}",
+                why="two runs on one input differ: forward draws random numbers",
+                do="pass the noise as an input",
+            )
+        if a.shape != b.shape or a.dtype != b.dtype or not relative_error(a, b) <= LIMIT.get(a.dtype, 0.0):
+            raise CaptureError(
+                "the captured graph gives other numbers than the model",
+                where=f"output {value.name}",
+                why=f"{describe(b)} against {describe(a)}, relative error {relative_error(a, b):.1e}, limit {LIMIT.get(a.dtype, 0.0):.0e}, on {what}",
+                do="report this model: torch.export traced one path of code that takes another here",
+            )
+
+
+def _strangers(result: Any) -> list[Any]:
+    plain = (Tensor, type(None), bool, int, float, str)
+    return [leaf for leaf in pytree.tree_leaves(result) if not isinstance(leaf, plain)]
+
+
+def _with_last(items: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
+    for i, item in enumerate(items):
+        yield i == len(items) - 1, item
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line of the user's model in a traceback: outside torch and outside this package."""
+    lines = []
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in name and "/fxcompress/" not in name:
+            lines.append(f"{name.rsplit('/', 1)[-1]}:{trace.tb_lineno} in {trace.tb_frame.f_code.co_name}")
+        trace = trace.tb_next
+    return lines[-1] if lines else ""
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")[:300]

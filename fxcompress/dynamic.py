@@ -1,0 +1,68 @@
+"""Which axes of the inputs are dynamic, and the example at other sizes: what capture traces with and what it is verified on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from fxcompress.errors import CaptureError, nearest
+
+Axes = tuple[frozenset[int], ...]  # per input: the axes to be dynamic
+
+
+def default_axes(tensors: Sequence[Tensor]) -> Axes:
+    """Axis 0 of every input that has the batch's size, and the sequence: every other axis of an integer or boolean input, and axis 1 of a
+    float matrix or sequence of vectors. What the model's code fixes after all (channels) is found by export."""
+    sizes = Counter(t.shape[0] for t in tensors if t.dim())
+    batch = sizes.most_common(1)[0][0] if sizes else 0
+    return tuple(_batch(t, batch) | _sequence(t) for t in tensors)
+
+
+def _batch(tensor: Tensor, batch: int) -> frozenset[int]:
+    return frozenset([0] if tensor.dim() and tensor.shape[0] == batch else [])
+
+
+def _sequence(tensor: Tensor) -> frozenset[int]:
+    if not tensor.is_floating_point():
+        return frozenset(range(1, tensor.dim()))
+    return frozenset([1] if tensor.dim() in (2, 3) else [])
+
+
+def asked_axes(dynamic: Mapping[str, Sequence[int]], names: Sequence[str], tensors: Sequence[Tensor]) -> Axes:
+    """The axes a user asked for, by input name; an unlisted input is fixed. CaptureError for an unknown input or axis."""
+    for name, axes in dynamic.items():
+        if name not in names:
+            raise CaptureError(f"dynamic= names an unknown input {name!r}", why=nearest(name, names))
+        rank = tensors[names.index(name)].dim()
+        if bad := [a for a in axes if not 0 <= a < rank]:
+            raise CaptureError(f"dynamic= names axis {bad[0]} of {name!r}", why=f"it has {rank} axes", do="count axes from 0")
+    return tuple(frozenset(dynamic.get(name, ())) for name in names)
+
+
+def widened(tensors: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+    """The example with every dynamic axis of size 1 repeated to 2: a size of 1 would be traced as a constant."""
+    return [_resized(t, [max(2, n) if i in axes_ else n for i, n in enumerate(t.shape)]) for t, axes_ in zip(tensors, axes, strict=True)]
+
+
+def at_sizes(tensors: Sequence[Tensor], shapes: Sequence[Sequence[Any]], sizes: Mapping[str, int]) -> list[Tensor]:
+    """The example at other sizes: shapes are per input sizes or expressions in symbols, sizes gives each symbol a value."""
+    values = {sympy.Symbol(k): v for k, v in sizes.items()}
+    return [_resized(t, [size_at(d, values) for d in shape]) for t, shape in zip(tensors, shapes, strict=True)]
+
+
+def size_at(dim: Any, values: Mapping[sympy.Symbol, int]) -> int:
+    """The size of an axis (a number or an expression in symbols) where the symbols have these values."""
+    return dim if isinstance(dim, int) else int(sympy.sympify(dim, locals={str(s): s for s in values}).subs(values))
+
+
+def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Entries taken in a stride along every axis that changes: values stay legal (tokens, masks, timesteps) and differ along the axis."""
+    for axis, size in enumerate(shape):
+        if size != tensor.shape[axis]:
+            tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+    return tensor

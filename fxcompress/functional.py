@@ -1,0 +1,248 @@
+"""ExportedProgram -> one flat graph without mutation: parameters read by name, wrapped bodies inlined, asserts and in-place ops gone.
+
+In-place ops become their functional forms where nothing else reads the memory they write. Where something does, `NotFunctional` says so
+and the caller lets torch functionalise the whole program, which costs a second trace.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+
+from fxcompress.errors import CaptureError
+
+ASSERTS = ("_assert", "sym_constrain", "_check")
+IDENTITIES = ("detach_", "detach", "alias", "lift", "lift_fresh", "lift_fresh_copy", "lift_fresh_copy_", "requires_grad_")
+
+
+class NotFunctional(Exception):  # noqa: N818 - caught by capture, never seen by a user
+    """An in-place op whose memory is read elsewhere, or a wrapper whose body can't be inlined as it stands."""
+
+
+def flat_graph(exported: ExportedProgram, strip: str = "") -> tuple[fx.Graph, dict[str, Tensor], tuple[Any, ...]]:
+    """Graph, constants by name (prefix `strip` removed, tied tensors once), and per flat output INPUT-like node or captured constant.
+
+    Returns (graph, constants, results): results holds a node of the graph or a plain constant. Raises NotFunctional, CaptureError.
+    """
+    flattener = _Flattener(exported, strip)
+    flattener.run()
+    functionalise(flattener.graph)
+    drop_dead(flattener.graph)
+    return flattener.graph, _used(flattener.graph, flattener.constants), flattener.results
+
+
+class _Flattener:
+    def __init__(self, exported: ExportedProgram, strip: str) -> None:
+        self.exported, self.strip = exported, strip
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.results: tuple[Any, ...] = ()
+        self.names: dict[tuple[Any, ...], str] = {}  # storage, offset, shape, stride -> constant name: ties
+        self.attributes: dict[str, fx.Node] = {}
+
+    def run(self) -> None:
+        specs = {s.arg.name: s for s in self.exported.graph_signature.input_specs if hasattr(s.arg, "name")}
+        places = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
+        inputs = {n for n in places if specs[n.name].kind is InputKind.USER_INPUT}
+        env: dict[fx.Node, Any] = {n: self._placeholder(n, specs[n.name]) for n in places if n in inputs}
+        for node in (n for n in places if n not in inputs):
+            env[node] = self._constant(node, self._tensor(specs[node.name]), specs[node.name].target)
+        self._body(self.exported.graph_module, env)
+        self._output(env)
+
+    def _placeholder(self, node: fx.Node, spec: Any) -> Any:
+        if isinstance(spec.arg, ConstantArgument):
+            return spec.arg.value
+        new = self.graph.placeholder(node.name)
+        new.meta = _meta(node, self.strip)
+        return new
+
+    def _tensor(self, spec: Any) -> Tensor:
+        if spec.kind is InputKind.CONSTANT_TENSOR or spec.target not in self.exported.state_dict:
+            value = self.exported.constants[spec.target]
+        else:
+            value = self.exported.state_dict[spec.target]
+        if not isinstance(value, Tensor):
+            raise CaptureError("the model reads a constant that is not a tensor", where=str(spec.target), why=f"it is a {type(value).__name__}")
+        return value.detach()
+
+    def _constant(self, node: fx.Node, tensor: Tensor, name: str) -> fx.Node:
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        name = self.names.setdefault(key, name.removeprefix(self.strip)) if tensor.numel() else name.removeprefix(self.strip)
+        self.constants[name] = tensor
+        if name not in self.attributes:
+            new = self.graph.create_node("get_attr", name, name="".join(c if c.isalnum() else "_" for c in name))
+            new.meta = {"val": node.meta.get("val", tensor), "module": ("",)}
+            self.attributes[name] = new
+        return self.attributes[name]
+
+    def _body(self, module: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
+        for node in module.graph.nodes:
+            if node.op == "output":
+                return fx.node.map_arg(node.args[0], lambda n: env[n])
+            if node.op == "get_attr":
+                env[node] = self._attribute(module, node)
+            elif node.op == "call_function":
+                env[node] = self._call(node, env)
+            elif node not in env:
+                raise NotFunctional(f"{node.op} {node.target}")
+        return None
+
+    def _attribute(self, module: fx.GraphModule, node: fx.Node) -> Any:
+        value: Any = module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value if isinstance(value, fx.GraphModule) else self._constant(node, value.detach(), str(node.target))
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        name = getattr(node.target, "__name__", str(node.target))
+        args = fx.node.map_arg(node.args, lambda n: env[n])
+        if name.startswith(ASSERTS):
+            return None
+        if name.split(".")[0] in IDENTITIES:
+            return args[0]
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return self._inline(node, name, args)
+        if node.target is operator.getitem and isinstance(args[0], tuple | list):
+            return args[0][args[1]]  # of an inlined body
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
+        new = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+        new.meta = _meta(node, self.strip)
+        return new
+
+    def _inline(self, node: fx.Node, name: str, args: tuple[Any, ...]) -> Any:
+        if name == "wrap_with_set_grad_enabled":
+            body, inner = args[1], args[2:]
+        elif name == "wrap_with_autocast":
+            if args[2] and args[0] == "cpu":
+                raise NotFunctional("autocast is on inside forward")
+            body, inner = args[4], args[5:]
+        else:
+            raise CaptureError(
+                "the model has control flow that depends on data",
+                where=_place(node),
+                why=f"torch.export captured it as the higher-order op {name}, which has no flat graph",
+                do="rewrite that branch or loop with tensor ops (torch.where, masks), or capture the part of the model around it",
+            )
+        places = [n for n in body.graph.nodes if n.op == "placeholder"]
+        return self._body(body, dict(zip(places, inner, strict=True)))
+
+    def _output(self, env: dict[fx.Node, Any]) -> None:
+        out = next(n for n in reversed(self.exported.graph.nodes) if n.op == "output")
+        results = []
+        for spec, arg in zip(self.exported.graph_signature.output_specs, out.args[0], strict=True):  # type: ignore[arg-type]
+            if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+                raise CaptureError(
+                    "the model's forward writes to its own buffers or to its inputs",
+                    where=str(spec.target),
+                    why="a captured program is a function of its inputs; what forward leaves behind for the next call would be lost",
+                    do="return the new value as an output and pass it back as an input, or remove the write",
+                )
+            results.append(env[arg] if isinstance(arg, fx.Node) else arg)
+        self.results = tuple(results)
+        self.graph.output(tuple(r for r in results if isinstance(r, fx.Node)))
+
+
+def functionalise(graph: fx.Graph) -> None:
+    """Replace every in-place op by its functional form. NotFunctional if other memory than the op's own result would have to change too."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    groups = _alias_groups(graph)
+    for node in list(graph.nodes):
+        if not _mutates(node):
+            continue
+        functional, target = _functional_form(node), node.args[0]
+        group = groups(target)
+        others = [m for m in order if m is not node and m is not target and groups(m) is group]
+        late = [m for m in others if any(order[u] > order[node] for u in m.users)]
+        if functional is None or late or any(m.op in ("placeholder", "get_attr") for m in [*others, target]):
+            raise NotFunctional(f"{node.name}: {node.target} writes memory that {late or others} read")
+        node.target = functional
+        for user in [u for u in list(target.users) if order.get(u, -1) > order[node]]:
+            user.replace_input_with(target, node)
+
+
+def _functional_form(node: fx.Node) -> Callable[..., Any] | None:
+    target, arg = node.target, node.args[0] if node.args else None
+    packet, overload = str(target._schema.name).split("::")[1], target._overloadname  # type: ignore[union-attr]
+    form = getattr(getattr(torch.ops.aten, packet.removesuffix("_"), None), overload, None)
+    before, after = getattr(arg, "meta", {}).get("val"), node.meta.get("val")
+    same = isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype and before.dim() == after.dim()
+    return form if packet.endswith("_") and same and not _keeps_dtype_only_in_place(node) else None
+
+
+def _keeps_dtype_only_in_place(node: fx.Node) -> bool:
+    """Whether the functional form could promote: a wider tensor operand beside the written one, or a true division of integers."""
+    dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    operands = [a.meta.get("val") for a in node.all_input_nodes]
+    tensors = [v for v in operands if isinstance(v, Tensor)]
+    return any(torch.promote_types(v.dtype, dtype) != dtype for v in tensors if v.dim()) or not dtype.is_floating_point
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
+def _alias_groups(graph: fx.Graph) -> Callable[[Any], Any]:
+    """A find function: nodes whose values may share memory have one representative."""
+    parent: dict[Any, Any] = {}
+
+    def find(x: Any) -> Any:
+        while parent.setdefault(x, x) is not x:
+            x = parent[x]
+        return x
+
+    for node in graph.nodes:
+        for source in _aliased(node):
+            parent[find(node)] = find(source)
+    return find
+
+
+def _aliased(node: fx.Node) -> Iterator[fx.Node]:
+    if node.op != "call_function":
+        return
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:  # getitem and size arithmetic
+        yield from (a for a in node.args if isinstance(a, fx.Node))
+        return
+    for argument, value in zip(schema.arguments, node.args, strict=False):
+        if argument.alias_info is not None:
+            yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node))
+
+
+def drop_dead(graph: fx.Graph) -> list[str]:
+    """Erase nodes nobody reads; in a functional graph every op is pure. Inputs stay. Returns the erased names."""
+    dead = []
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output"):
+            dead.append(node.name)
+            graph.erase_node(node)
+    return dead
+
+
+def _used(graph: fx.Graph, constants: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    return {name: tensor for name, tensor in constants.items() if name in names}
+
+
+def _meta(node: fx.Node, strip: str) -> dict[str, Any]:
+    stack = node.meta.get("nn_module_stack") or {}
+    known = [(path, cls) for path, cls in stack.values() if not path.startswith("_")]
+    pairs = [(path.removeprefix(strip.rstrip(".")).removeprefix("."), cls) for path, cls in known if path or not strip]
+    meta = {"module": tuple(p for p, _ in pairs) or ("",), "classes": tuple(str(c).rsplit(".", 1)[-1] for _, c in pairs)}
+    for key in ("val", "stack_trace"):
+        if key in node.meta:
+            meta[key] = node.meta[key]
+    return meta
+
+
+def _place(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = list(stack.values())[-1][0] if stack else ""
+    return f"{path or 'the root module'}  ({node.name})"
