@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,7 +164,7 @@ def check_model(model: Any) -> None:
         raise CaptureError(
             f"not a model: {describe(model)}",
             why=f"a {type(model).__name__} can't be captured",
-            do="pass an nn.Module, an ExportedProgram, a .pt2 or .gguf file, a local diffusers or transformers folder, or 'package.module:function'",
+            do="pass an nn.Module, an ExportedProgram, a .pt2 or .gguf file, a diffusers or transformers folder, or 'package.module:function'",
         )
     if training := [name for name, m in model.named_modules() if m.training]:
         raise CaptureError(
@@ -216,11 +215,11 @@ def _capture(call: Call, axes: axes_of.Axes, notes: list[str]) -> Program:
 
 
 def _export(call: Call, tensors: list[Tensor], axes: axes_of.Axes) -> ExportedProgram:
-    shapes = tuple({axis: Dim.AUTO for axis in sorted(dims)} or None for dims in axes)
+    shapes = tuple(dict.fromkeys(sorted(dims), Dim.AUTO) or None for dims in axes)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(call.eager, tuple(tensors), dynamic_shapes=(shapes,), strict=False)  # type: ignore[arg-type]
+            return torch.export.export(call.eager, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise CaptureError(
             "torch.export can't follow the model",
@@ -332,13 +331,13 @@ def _holds_at_one(program: Program, call: Call, shapes: Sequence[Sequence[Any]],
 def _compare(program: Program, call: Call, tensors: list[Tensor], what: str) -> None:
     try:
         wanted = call.eager(*tensors)
-    except Exception as error:
-        raise CaptureError(f"the model itself fails on {what}", why=f"{type(error).__name__}: {_first_line(str(error))}") from error
+    except Exception as fault:
+        raise CaptureError(f"the model itself fails on {what}", why=f"{type(fault).__name__}: {_first_line(str(fault))}") from fault
     again = call.eager(*tensors)
     try:
         got = run(program, tensors)
-    except Exception as error:
-        raise CaptureError(f"the captured graph fails on {what}", why=f"{type(error).__name__}: {_first_line(str(error))}") from error
+    except Exception as fault:
+        raise CaptureError(f"the captured graph fails on {what}", why=f"{type(fault).__name__}: {_first_line(str(fault))}") from fault
     for value, a, b, c in zip(program.outputs, wanted, got, again, strict=True):
         if relative_error(a, c) > 0:
             raise CaptureError(
@@ -347,11 +346,12 @@ def _compare(program: Program, call: Call, tensors: list[Tensor], what: str) -> 
                 why="two runs on one input differ: forward draws random numbers",
                 do="pass the noise as an input",
             )
-        if a.shape != b.shape or a.dtype != b.dtype or not relative_error(a, b) <= LIMIT.get(a.dtype, 0.0):
+        error = relative_error(a, b)
+        if a.shape != b.shape or a.dtype != b.dtype or not error <= LIMIT.get(a.dtype, 0.0):
             raise CaptureError(
                 "the captured graph gives other numbers than the model",
                 where=f"output {value.name}",
-                why=f"{describe(b)} against {describe(a)}, relative error {relative_error(a, b):.1e}, limit {LIMIT.get(a.dtype, 0.0):.0e}, on {what}",
+                why=f"{describe(b)} against {describe(a)}, relative error {error:.1e}, limit {LIMIT.get(a.dtype, 0.0):.0e}, on {what}",
                 do="report this model: torch.export traced one path of code that takes another here",
             )
 

@@ -102,7 +102,7 @@ class _Flattener:
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         name = getattr(node.target, "__name__", str(node.target))
-        args = fx.node.map_arg(node.args, lambda n: env[n])
+        args: Any = fx.node.map_arg(node.args, lambda n: env[n])
         if name.startswith(ASSERTS):
             return None
         if name.split(".")[0] in IDENTITIES:
@@ -136,7 +136,7 @@ class _Flattener:
     def _output(self, env: dict[fx.Node, Any]) -> None:
         out = next(n for n in reversed(self.exported.graph.nodes) if n.op == "output")
         results = []
-        for spec, arg in zip(self.exported.graph_signature.output_specs, out.args[0], strict=True):  # type: ignore[arg-type]
+        for spec, arg in zip(self.exported.graph_signature.output_specs, out.args[0], strict=True):
             if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
                 raise CaptureError(
                     "the model's forward writes to its own buffers or to its inputs",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,6 @@ def relative_error(old: Tensor, new: Tensor) -> float:
     worst = torch.where(same, 0.0, (b - a).abs()).max().item()
     finite = a[a.isfinite()].abs()
     scale = finite.square().mean().sqrt().item() if finite.numel() else 0.0
-    if worst != worst:
+    if math.isnan(worst):
         return float("inf")
     return float(worst / scale) if scale > 0 else float(worst)

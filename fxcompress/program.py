@@ -64,7 +64,8 @@ class Program:
     @property
     def output_node(self) -> fx.Node:
         """The graph's output node."""
-        return next(iter(reversed(self.graph.nodes)))
+        node: fx.Node = next(iter(reversed(self.graph.nodes)))
+        return node
 
     def results(self) -> tuple[fx.Node, ...]:
         """The nodes returned, in the order of `outputs`."""

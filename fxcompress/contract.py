@@ -1,0 +1,271 @@
+"""Contracts: what a pass may do to the numbers, and how it is measured on the user's own model.
+
+Checked edge by edge. Every replaced value is recomputed by its new nodes from the OLD values around them and compared with the OLD value, so
+errors don't add up, overlapping edits don't mix, and the guilty node is named. A comparison that can't bite (an operand of the new node could
+change sign unseen) is `unverified`, never passed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from fxcompress.edit import Edit, Site, Step
+from fxcompress.interpret import evaluate
+from fxcompress.measure import relative_error
+from fxcompress.numerics import formats, noise
+from fxcompress.program import Program
+
+Verdict = Literal["held", "broken", "unverified"]
+EXACT_LIMIT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One compared value of one site. figure and limit: relative error (Exact: figure <= limit) or SQNR in dB (Bounded: figure >= limit)."""
+
+    site: str
+    value: str
+    figure: float
+    limit: float
+    verdict: Verdict
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The same function up to floating-point noise: max |new - old| / rms(old) <= limit (by dtype if not given)."""
+
+    limit: float | None = None
+    kind = "exact"
+    unit = "relative error"
+
+    def figure(self, old: Tensor, new: Tensor) -> float:
+        """max |new - old| / rms(old)."""
+        return relative_error(old, new)
+
+    def bound(self, old: Tensor, new: fx.Node) -> float:
+        """The limit for this value."""
+        return self.limit if self.limit is not None else EXACT_LIMIT.get(old.dtype, 0.0)
+
+    def holds(self, figure: float, bound: float) -> bool:
+        """Whether the figure is within the bound; NaN never is."""
+        return figure <= bound
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """May lose what the number format must lose: SQNR >= that of an ideal quantiser of its width on the measured range, less 3 dB.
+
+    limit: another bound in dB, from the recipe.
+    """
+
+    limit: float | None = None
+    kind = "bounded"
+    unit = "dB"
+    margin = 3.0
+
+    def figure(self, old: Tensor, new: Tensor) -> float:
+        """10 log10 (sum old² / sum (new - old)²)."""
+        return noise.sqnr(old, new)
+
+    def bound(self, old: Tensor, new: fx.Node) -> float:
+        """The ideal quantiser's SQNR for the format and block the new node names, less the margin."""
+        if self.limit is not None:
+            return self.limit
+        if new.target is not torch.ops.fxc.dequantize.default:
+            raise ValueError(f"{new.name} is no dequantize: a Bounded pass that inserts other ops states its limit")
+        _, _, zero_point, format_name, block = new.args
+        return noise.ideal_sqnr(old, formats.format_of(str(format_name)), tuple(block), symmetric=zero_point is None) - self.margin  # type: ignore[arg-type]
+
+    def holds(self, figure: float, bound: float) -> bool:
+        """Whether the figure reaches the bound; NaN never does."""
+        return figure >= bound
+
+
+@dataclass(frozen=True)
+class Lossy(Bounded):
+    """Loss is the point: measured and reported, without a limit."""
+
+    kind = "lossy"
+
+    def bound(self, old: Tensor, new: fx.Node) -> float:
+        """No limit."""
+        return float("-inf")
+
+
+Contract = Exact | Bounded | Lossy
+
+
+@torch.no_grad()
+def check(program: Program, edit: Edit, contract: Contract, probe: Sequence[Tensor]) -> list[Measured]:
+    """Measure every site of an open edit. One walk of the old graph on the probe, restricted to what the sites read; none if they read
+    constants only. Returns one entry per compared value."""
+    checker = _Checker(program, edit, contract)
+    return list(checker.run(probe))
+
+
+class _Checker:
+    def __init__(self, program: Program, edit: Edit, contract: Contract) -> None:
+        self.program, self.edit, self.contract = program, edit, contract
+        self.steps = {s.node: s for s in edit.before}
+        self.position = {s.node: i for i, s in enumerate(edit.before)}
+        self.origin = {new: old for site in edit.sites for old, new in site.replaced.items() if new not in self.steps}
+        self.touched = {n for site in edit.sites for n in site.touched}
+        self.old: dict[fx.Node, Any] = {}
+
+    def run(self, probe: Sequence[Tensor]) -> Iterator[Measured]:
+        """Walk the old graph; compare each value as soon as everything it needs has been seen."""
+        pending: dict[fx.Node, list[_Pair]] = {}
+        readers: dict[fx.Node, int] = {}
+        for pair in self._pairs():
+            for node in pair.needed:
+                readers[node] = readers.get(node, 0) + 1
+            pending.setdefault(max(pair.needed, key=self.position.__getitem__), []).append(pair)
+        for node in self._walk(set(readers), probe):
+            for pair in pending.pop(node, ()):
+                yield self._compare(pair)
+                for used in pair.needed:
+                    readers[used] -= 1
+                    if not readers[used]:
+                        del self.old[used]
+
+    def _pairs(self) -> Iterator[_Pair]:
+        for site in self.edit.sites:
+            for old, new in [*site.replaced.items(), *((n, n) for n in site.touched)]:
+                yield _Pair(site, self._root(old), new, self._frontier(new))
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        """The old value a node stands for: itself, or what it replaced, through earlier sites of this edit."""
+        while node not in self.steps:
+            node = self.origin[node]
+        return node
+
+    def _frontier(self, new: fx.Node) -> dict[fx.Node, fx.Node]:
+        """The nodes whose OLD values the new node is computed from, each with the old node it stands for. Constants are read anew."""
+        if self._is_old(new):
+            return {new: new}
+        found: dict[fx.Node, fx.Node] = {}
+        stack = list(new.all_input_nodes)
+        while stack:
+            node = stack.pop()
+            if node in self.origin or (node in self.steps and node.op != "get_attr"):
+                found[node] = self._root(node)
+            elif node.op != "get_attr":
+                stack.extend(node.all_input_nodes)
+        return found
+
+    def _is_old(self, node: fx.Node) -> bool:
+        return node in self.steps and node not in self.touched
+
+    def _walk(self, wanted: set[fx.Node], probe: Sequence[Tensor]) -> Iterator[fx.Node]:
+        """Evaluate the old graph as far as `wanted` needs; keep wanted values in self.old."""
+        needed = self._ancestors(wanted)
+        steps = [s for s in self.edit.before if s.node in needed]
+        uses = Counter(n for s in steps for n in {s.node, *_inputs(s)})
+        inputs = dict(zip((s.node for s in self.edit.before if s.node.op == "placeholder"), probe, strict=False))
+        values: dict[fx.Node, Any] = {}
+        for step in steps:
+            values[step.node] = inputs[step.node] if step.node in inputs else _evaluate(step, values, self.edit.constants_before)
+            if step.node in wanted:
+                self.old[step.node] = values[step.node]
+            for used in {step.node, *_inputs(step)}:
+                uses[used] -= 1
+                if not uses[used]:
+                    del values[used]
+            yield step.node
+
+    def _ancestors(self, wanted: set[fx.Node]) -> set[fx.Node]:
+        seen: set[fx.Node] = set()
+        stack = list(wanted)
+        while stack:
+            node = stack.pop()
+            if node not in seen:
+                seen.add(node)
+                stack.extend(_inputs(self.steps[node]))
+        return seen
+
+    def _compare(self, pair: _Pair) -> Measured:
+        before = self.old[pair.old]
+        after, flips = self._fresh(pair)
+        bound = self.contract.bound(_leaves(before)[0], pair.new)
+        figure = self._figure(before, after)
+        why = ""
+        if verified := self.contract.holds(figure, bound):
+            unseen = [operand for operand, flipped in flips if self.contract.holds(self._figure(before, flipped), bound)]
+            why = f"{unseen[0]} could change sign unseen" if unseen else ""
+        verdict: Verdict = "broken" if not verified else "unverified" if why else "held"
+        return Measured(pair.site.name, pair.new.name, figure, bound, verdict, why)
+
+    def _figure(self, old: Any, new: Any) -> float:
+        """The worst figure over the tensors of a value; a value of another form is infinitely far."""
+        a, b = _leaves(old), _leaves(new)
+        worst = max if isinstance(self.contract, Exact) else min
+        if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+            return math.inf if isinstance(self.contract, Exact) else -math.inf
+        return worst(self.contract.figure(x, y) for x, y in zip(a, b, strict=True))
+
+    def _fresh(self, pair: _Pair) -> tuple[Any, Iterator[tuple[str, Any]]]:
+        """The new node's value from old values, and the same with each of its float operands negated in turn."""
+        new = pair.new
+        env = {node: self.old[root] for node, root in pair.frontier.items()}
+        if self._is_old(new):
+            return env[new], iter([("the value", _negated(env[new]))])
+        for node in self._between(new, env):
+            env[node] = evaluate(node, env, self.program.constants)
+        floats = [n for n in new.all_input_nodes if isinstance(env[n], Tensor) and env[n].is_floating_point()]
+        flips = ((n.name, evaluate(new, {**env, n: -env[n]}, self.program.constants)) for n in floats)
+        return evaluate(new, env, self.program.constants), flips
+
+    def _between(self, new: fx.Node, env: Mapping[fx.Node, Any]) -> list[fx.Node]:
+        """Constants and inserted nodes the new node is computed from, in order."""
+        found: dict[fx.Node, None] = {}
+
+        def visit(node: fx.Node) -> None:
+            for source in node.all_input_nodes:
+                if source not in env and source not in found:
+                    visit(source)
+                    found[source] = None
+
+        visit(new)
+        return list(found)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One comparison: the new node's value, computed from `frontier`, against the old node's."""
+
+    site: Site
+    old: fx.Node
+    new: fx.Node
+    frontier: dict[fx.Node, fx.Node]
+
+    @property
+    def needed(self) -> set[fx.Node]:
+        return {self.old, *self.frontier.values()}
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    return [v if isinstance(v, Tensor) else torch.tensor(v) for v in pytree.tree_leaves(value)]
+
+
+def _negated(value: Any) -> Any:
+    return pytree.tree_map(lambda v: -v if isinstance(v, Tensor) and v.is_floating_point() else v, value)
+
+
+def _evaluate(step: Step, values: Mapping[fx.Node, Any], constants: Mapping[str, Tensor]) -> Any:
+    if step.node.op == "get_attr":
+        return constants[str(step.node.target)]
+    args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda n: values[n])
+    return step.node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _inputs(step: Step) -> set[fx.Node]:
+    return {leaf for leaf in pytree.tree_leaves((step.args, step.kwargs)) if isinstance(leaf, fx.Node)}

@@ -1,0 +1,192 @@
+"""Edit: the only way a Program changes. Every change is journalled, and until `commit` the whole edit can be rolled back.
+
+Nodes are never removed while an edit is open: a replaced node only loses its readers. So the old graph stays runnable beside the new one
+(`before`), which is what contracts compare; `commit` sweeps what nobody reads any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.program import Program, module_path
+
+
+@dataclass
+class Site:
+    """One application of a pass: what it read, replaced and made. `name`: module path and node."""
+
+    name: str
+    node: str
+    module: str
+    reason: str = ""
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)  # old value -> the value its readers get now
+    inserted: list[fx.Node] = field(default_factory=list)
+    touched: list[fx.Node] = field(default_factory=list)  # old nodes that compute the same value in another way: new weights, new arguments
+    constants: list[str] = field(default_factory=list)
+    erased: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A node as it was when the edit began."""
+
+    node: fx.Node
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Edit:
+    """Changes of one pass to one program. Use `with edit.site(node):` around the changes of one site."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = program.graph
+        self.sites: list[Site] = []
+        self.before: list[Step] = [Step(n, n.args, n.kwargs) for n in self.graph.nodes]
+        self.constants_before = dict(program.constants)
+        self._undo: list[Callable[[], None]] = []
+        self._open: Site | None = None
+
+    @contextmanager
+    def site(self, node: fx.Node, reason: str = "") -> Iterator[Site]:
+        """Open one site at a node. The changes made inside belong to it."""
+        module = module_path(node)
+        self._open = Site(f"{module or '<root>'}  ({node.name})", node.name, module, reason)
+        self.sites.append(self._open)
+        try:
+            yield self._open
+        finally:
+            self._open = None
+
+    def insert(
+        self, target: Callable[..., Any], *args: Any, like: fx.Node, before: fx.Node | None = None, val: Any = None, **kwargs: Any
+    ) -> fx.Node:
+        """A new op node, before `before` or `like`; module path and source come from `like`. val: its fake value, computed if left out."""
+        with self.graph.inserting_before(before or like):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {**like.meta, "val": val if val is not None else fake_value(target, args, kwargs)}
+        return self._inserted(node)
+
+    def constant(self, name: str, tensor: Tensor, *, like: fx.Node, before: fx.Node | None = None) -> fx.Node:
+        """A node reading a new constant; the name gets a suffix if taken."""
+        name = self._free(name)
+        with self.graph.inserting_before(before or like):
+            node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        node.meta = {"module": like.meta.get("module", ("",)), "val": tensor}
+        self.program.constants[name] = tensor
+        self._undo.append(lambda: self._forget(name))
+        self._site().constants.append(name)
+        return self._inserted(node)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Every reader of old reads new, except nodes inserted at this site."""
+        site = self._site()
+        own = set(site.inserted)
+        readers = [u for u in old.users if u not in own]
+        for reader in readers:
+            self._rewire(reader, old, new)
+        site.replaced[old] = new
+
+    def fold(self, constant: fx.Node, tensor: Tensor) -> None:
+        """The constant gets another value of the same shape and dtype; its readers are checked with it."""
+        name, old = str(constant.target), self.program.constants[str(constant.target)]
+        if tensor.shape != old.shape or tensor.dtype != old.dtype:
+            raise ValueError(f"fold of {name}: {tensor.dtype}{list(tensor.shape)} in place of {old.dtype}{list(old.shape)}")
+        self.program.constants[name] = tensor
+        self._undo.append(lambda: self.program.constants.__setitem__(name, old))
+        self._site().constants.append(name)
+        self._site().touched.extend(u for u in constant.users if u not in self._site().touched)
+
+    def update(self, node: fx.Node, *args: Any, **kwargs: Any) -> None:
+        """The op computes its value from other arguments."""
+        old_args, old_kwargs = node.args, node.kwargs
+        self._undo.append(lambda: _set(node, old_args, old_kwargs))
+        _set(node, args, kwargs)
+        self._site().touched.append(node)
+
+    def erase(self, node: fx.Node) -> None:
+        """Journal that a node nobody reads goes; `commit` removes it."""
+        if node.users:
+            raise ValueError(f"{node.name} is still read by {next(iter(node.users)).name}")
+        self._site().erased.append(node.name)
+
+    def rollback(self) -> None:
+        """The program as it was before this edit."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self.sites.clear()
+
+    def commit(self) -> list[str]:
+        """Sweep nodes and constants nobody reads any more, starting from what this edit replaced. Returns the names swept."""
+        swept = self._sweep()
+        read = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        for name in [n for n in self.program.constants if n not in read]:
+            del self.program.constants[name]
+        self._undo.clear()
+        return swept
+
+    def _sweep(self) -> list[str]:
+        named = {n for site in self.sites for n in site.erased}
+        queue = [n for site in self.sites for n in (*site.replaced, *site.inserted)]
+        queue += [n for n in self.graph.nodes if n.name in named]
+        swept: dict[fx.Node, None] = {}
+        while queue:
+            node = queue.pop()
+            if node in swept or node.users or node.op in ("placeholder", "output"):
+                continue
+            queue.extend(node.all_input_nodes)
+            self.graph.erase_node(node)
+            swept[node] = None
+        return [n.name for n in swept]
+
+    def _inserted(self, node: fx.Node) -> fx.Node:
+        self._site().inserted.append(node)
+        self._undo.append(lambda: self.graph.erase_node(node))
+        return node
+
+    def _rewire(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        args, kwargs = reader.args, reader.kwargs
+        reader.replace_input_with(old, new)
+        self._undo.append(lambda: _set(reader, args, kwargs))
+
+    def _free(self, name: str) -> str:
+        return (
+            name
+            if name not in self.program.constants
+            else next(f"{name}_{i}" for i in range(1, len(self.program.constants) + 2) if f"{name}_{i}" not in self.program.constants)
+        )
+
+    def _forget(self, name: str) -> None:
+        del self.program.constants[name]
+
+    def _site(self) -> Site:
+        if self._open is None:
+            raise ValueError("an edit changes the program only inside `with edit.site(node):`")
+        return self._open
+
+
+def fake_value(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The fake value of an op from its arguments' fake values; None where one of them has none."""
+    nodes = [n for n in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(n, fx.Node)]
+    modes = (getattr(n.meta.get("val"), "fake_mode", None) for n in nodes)
+    mode = next((m for m in modes if m is not None), None)
+    if mode is None or any(n.meta.get("val") is None for n in nodes):
+        return None
+    values = fx.node.map_arg((tuple(args), kwargs), lambda n: _faked(n.meta["val"], mode))
+    with mode:
+        return target(*values[0], **values[1])
+
+
+def _faked(value: Any, mode: Any) -> Any:
+    return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) and not hasattr(value, "fake_mode") else value
+
+
+def _set(node: fx.Node, args: Any, kwargs: Any) -> None:
+    node.args, node.kwargs = args, kwargs

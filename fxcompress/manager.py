@@ -1,0 +1,187 @@
+"""Runs passes over a program: finds sites, applies, measures the contract, commits or rolls back, and reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress import contract as contracts
+from fxcompress.contract import Exact, Measured
+from fxcompress.edit import Edit, Site
+from fxcompress.errors import ContractViolation, FxcError
+from fxcompress.interpret import run
+from fxcompress.numerics.noise import sqnr
+from fxcompress.program import Program, module_path
+from fxcompress.recipe import Step
+from fxcompress.report import Change, Check, Declined, PassReport
+from fxcompress.rewrite import Context, Match, Pass, Reject, Rewrite, Transform
+from fxcompress.target import Target
+from fxcompress.verify import verify
+
+CheckMode = Literal["each", "end", "off"]
+Progress = Callable[[str, int, int], None]  # pass name, passes finished, passes in all
+
+
+@dataclass(frozen=True)
+class Found:
+    """What looking at a program gave: declined sites and how many legal ones the recipe excluded."""
+
+    declined: tuple[Declined, ...]
+    excluded: int
+
+
+class Manager:
+    """Runs the passes of one recipe, one after the other, on one program."""
+
+    def __init__(self, program: Program, target: Target, probe: Sequence[Tensor], check: CheckMode = "each") -> None:
+        self.program, self.target, self.probe, self.check = program, target, tuple(probe), check
+        self.reference: list[Any] | None = None  # outputs of the captured program, for end-to-end figures
+        self.done: list[PassReport] = []
+
+    def run(self, passes: Sequence[tuple[Step, Pass]], progress: Progress = lambda *_: None) -> list[PassReport]:
+        """Run all passes. On an error the program is as after the last finished pass, and the error says how many finished."""
+        for number, (step, item) in enumerate(passes):
+            progress(item.name, number, len(passes))
+            self.done.append(self._step(step, item))
+        progress("", len(passes), len(passes))
+        return self.done
+
+    def output_sqnr(self) -> float:
+        """Lowest SQNR over the floating-point outputs against the captured program, in dB, on the probe."""
+        assert self.reference is not None
+        return lowest_sqnr(self.reference, run(self.program, self.probe))
+
+    def remember(self) -> None:
+        """Keep the captured program's outputs on the probe; call before the first pass."""
+        self.reference = run(self.program, self.probe)
+
+    def _step(self, step: Step, item: Pass) -> PassReport:
+        start, bytes_before, nodes_before = time.process_time(), weight_bytes(self.program), len(self.program.graph.nodes)
+        edit = Edit(self.program)
+        try:
+            found = self._apply(step, item, edit)
+            checks = self._checked(step, item, edit)
+            sites = list(edit.sites)
+            edit.commit()
+            verify(self.program)
+        except BaseException as error:
+            edit.rollback()
+            if isinstance(error, FxcError):
+                raise error.placed(state=f"program as before this pass; {len(self.done)} finished passes are kept") from None
+            raise
+        exact = isinstance(item.contract, Exact)
+        return PassReport(
+            name=item.name,
+            options=item.options.model_dump(mode="json"),
+            cpu_seconds=round(time.process_time() - start, 3),
+            fired=len(sites),
+            legal=len(sites) + found.excluded,
+            declined=found.declined,
+            contract=item.contract.kind,
+            unit=item.contract.unit,
+            checks=tuple(as_check(m) for m in checks),
+            worst=as_check(_worst(checks, exact)) if checks else None,
+            output_sqnr=None if exact or self.check == "off" or not sites else self.output_sqnr(),
+            bytes_before=bytes_before,
+            bytes_after=weight_bytes(self.program),
+            nodes_before=nodes_before,
+            nodes_after=len(self.program.graph.nodes),
+            changes=tuple(as_change(s) for s in sites),
+        )
+
+    def _apply(self, step: Step, item: Pass, edit: Edit) -> Found:
+        context = Context(self.program, self.target, self.probe)
+        if isinstance(item, Rewrite):
+            return apply_rewrite(item, context, edit, step)
+        assert isinstance(item, Transform)
+        rejects = item.run(context, edit)
+        return Found(tuple(Declined(site=n, module="", reason=r.reason) for n, r in rejects.items()), 0)
+
+    def _checked(self, step: Step, item: Pass, edit: Edit) -> list[Measured]:
+        if self.check != "each" or not edit.sites:
+            return []
+        contract = item.contract if step.limit is None else replace(item.contract, limit=step.limit)
+        measured = contracts.check(self.program, edit, contract, self.probe)
+        if broken := [m for m in measured if m.verdict == "broken"]:
+            raise _violation(item, broken, len(edit.sites))
+        return measured
+
+
+def apply_rewrite(item: Rewrite, context: Context, edit: Edit, step: Step) -> Found:
+    """Ask the pass about every node of its targets in order, and apply it where it matches and the recipe admits the node."""
+    declined: list[Declined] = []
+    excluded = 0
+    for node in candidates(context.program.graph, item):
+        answer = item.match(node, context)
+        if isinstance(answer, Match) and step.where.admits(answer.node):
+            item.apply(answer, edit)
+        elif isinstance(answer, Match):
+            excluded += 1
+        elif isinstance(answer, Reject) and step.where.admits(node):
+            declined.append(Declined(site=node.name, module=module_path(node), reason=answer.reason))
+    return Found(tuple(declined), excluded)
+
+
+def candidates(graph: fx.Graph, item: Rewrite) -> Iterator[fx.Node]:
+    """The nodes whose op (or kind, for "get_attr") is among the pass's targets, in order."""
+    ops = {t for t in item.targets if not isinstance(t, str)}
+    kinds = {t for t in item.targets if isinstance(t, str)}
+    for node in list(graph.nodes):
+        if node.op in kinds or (node.op == "call_function" and node.target in ops):
+            yield node
+
+
+def weight_bytes(program: Program) -> int:
+    """Bytes of all constants, each stored once."""
+    return sum(t.numel() * t.element_size() for t in program.constants.values())
+
+
+def lowest_sqnr(reference: Sequence[Any], outputs: Sequence[Any]) -> float:
+    """The lowest SQNR in dB over floating-point outputs; inf if there is none or all are equal."""
+    pairs = [(a, b) for a, b in zip(reference, outputs, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
+    return min((sqnr(_finite(a), _finite(b)) for a, b in pairs), default=float("inf"))
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.nan_to_num(x.double(), nan=float("nan"), posinf=0.0, neginf=0.0)
+
+
+def as_check(measured: Measured) -> Check:
+    """A measurement as it stands in the report."""
+    return Check(**{f: getattr(measured, f) for f in Check.model_fields})
+
+
+def as_change(site: Site) -> Change:
+    """A site of an edit as it stands in the journal."""
+    return Change(
+        site=site.name,
+        module=site.module,
+        reason=site.reason,
+        replaced={old.name: new.name for old, new in site.replaced.items()},
+        inserted=tuple(n.name for n in site.inserted),
+        touched=tuple(n.name for n in site.touched),
+        constants=tuple(site.constants),
+        erased=tuple(site.erased),
+    )
+
+
+def _worst(measured: Sequence[Measured], exact: bool) -> Measured:
+    """Closest to its limit, or furthest beyond."""
+    return max(measured, key=lambda m: m.figure - m.limit) if exact else min(measured, key=lambda m: m.figure - m.limit)
+
+
+def _violation(item: Pass, broken: Sequence[Measured], sites: int) -> ContractViolation:
+    worst = _worst(broken, isinstance(item.contract, Exact))
+    module = worst.site.split("  (")[0]
+    more = f"   and {len(broken) - 1} more" if len(broken) > 1 else ""
+    return ContractViolation(
+        f"{item.name} breaks its {item.contract.kind} contract at {len(broken)} of {sites} sites",
+        where=f"{worst.site}{more}",
+        why=f"{item.contract.unit} {worst.figure:.3g} at {worst.value} on the probe inputs, limit {worst.limit:.3g}",
+        do=f'- {item.name}: {{where: {{exclude: ["{module}"]}}}}',
+    )

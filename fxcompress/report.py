@@ -1,0 +1,134 @@
+"""Report: what a compilation did, as frozen data with a published JSON schema (docs/report.schema.json). Viewers are built on it.
+
+Figures that JSON can't hold (an SQNR of infinity) are null. `SCHEMA_VERSION` grows with every change that a reader of old reports would notice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+SCHEMA_VERSION = 1
+
+Figure = Annotated[float | None, BeforeValidator(lambda v: v if v is None or math.isfinite(v) else None)]
+
+
+class Frozen(BaseModel):
+    """Base of all parts of a report."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tensor(Frozen):
+    """An input or output: sizes, or names and expressions of sizes where dynamic."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    role: str
+
+
+class Declined(Frozen):
+    """A site a pass recognised and left alone, with the reason."""
+
+    site: str
+    module: str
+    reason: str
+
+
+class Change(Frozen):
+    """One site of the journal: nodes before and after, constants changed."""
+
+    site: str
+    module: str
+    reason: str
+    replaced: dict[str, str]
+    inserted: tuple[str, ...]
+    touched: tuple[str, ...]
+    constants: tuple[str, ...]
+    erased: tuple[str, ...]
+
+
+class Check(Frozen):
+    """One contract measurement. unit: "relative error" (figure <= limit) or "dB" (figure >= limit)."""
+
+    site: str
+    value: str
+    figure: Figure
+    limit: Figure
+    verdict: Literal["held", "broken", "unverified"]
+    why: str
+
+
+class PassReport(Frozen):
+    """One finished pass. legal = fired + excluded by the recipe; output_sqnr: lowest over the outputs against the captured model, in dB."""
+
+    name: str
+    options: dict[str, Any]
+    cpu_seconds: float
+    fired: int
+    legal: int
+    declined: tuple[Declined, ...]
+    contract: Literal["exact", "bounded", "lossy"]
+    unit: str
+    checks: tuple[Check, ...]
+    worst: Check | None
+    output_sqnr: Figure
+    bytes_before: int
+    bytes_after: int
+    nodes_before: int
+    nodes_after: int
+    changes: tuple[Change, ...]
+
+
+class FloatSite(Frozen):
+    """A site that runs in float on the backend, with the reason."""
+
+    site: str
+    module: str
+    macs: int
+    reason: str
+
+
+class BackendReport(Frozen):
+    """What the backend made of the program. Shares are of MACs on the example inputs, read back from the runtime's own optimised graph.
+
+    integer_share: of all MACs, in integer or n-bit kernels. quantised_share: the same, of the MACs in quantised sites. parity: max relative
+    error of the outputs against the interpreter with kernel-internal rounding off. rounding_sqnr: lowest output SQNR in dB between the session as
+    shipped and the one without that rounding.
+    """
+
+    name: str
+    options: dict[str, Any]
+    opset: int | None = None
+    integer_share: Figure = None
+    quantised_share: Figure = None
+    in_float: tuple[FloatSite, ...] = ()
+    parity: Figure = None
+    rounding_sqnr: Figure = None
+    file_bytes: int | None = None
+
+
+class Report(Frozen):
+    """Everything a compilation has to say. `notes`: what capture had to fix or leave out."""
+
+    schema_version: int = SCHEMA_VERSION
+    versions: dict[str, str]
+    origin: str
+    parameters: int
+    float_bytes: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    symbols: dict[str, tuple[int, int]]
+    notes: tuple[str, ...]
+    recipe: dict[str, Any]
+    check: Literal["each", "end", "off"]
+    nodes: int
+    regions: int
+    weight_bytes: int
+    bytes_by_width: dict[str, int]
+    output_sqnr: Figure
+    passes: tuple[PassReport, ...]
+    backend: BackendReport | None = None

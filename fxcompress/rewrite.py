@@ -1,0 +1,95 @@
+"""Rewrite and Transform: what a pass is. Match, Reject, Context: what it gets and what it answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, fx
+
+from fxcompress.contract import Contract
+from fxcompress.edit import Edit
+from fxcompress.program import Program
+from fxcompress.target import Target
+
+
+class Options(BaseModel):
+    """Base of every pass's options: frozen, unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may look at. `probe`: flat inputs kept out of the statistics, on which contracts are measured."""
+
+    program: Program
+    target: Target
+    probe: tuple[Tensor, ...] = ()
+
+    def constant(self, node: Any) -> Tensor | None:
+        """The tensor a constant node reads; None for anything else."""
+        return self.program.constant(node) if isinstance(node, fx.Node) else None
+
+
+class Match:
+    """A legal site: its node and what `apply` needs, as attributes."""
+
+    def __init__(self, node: fx.Node, **found: Any) -> None:
+        self.node = node
+        self.__dict__.update(found)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"this match holds no {name!r}, only {sorted(self.__dict__)}")
+
+
+class Reject:
+    """An illegal site: "mine, but not here, because". The sentence is rendered when read; nodes appear by name."""
+
+    def __init__(self, sentence: str, *values: Any) -> None:
+        self.sentence, self.values = sentence, values
+
+    @property
+    def reason(self) -> str:
+        """The sentence with its values filled in."""
+        return self.sentence.format(*(v.name if isinstance(v, fx.Node) else v for v in self.values))
+
+
+class Pass(ABC):
+    """Base of both kinds. needs, gives, breaks, excludes: facts about the program ("quantised", "finalised") that order is checked with."""
+
+    name: ClassVar[str]
+    contract: ClassVar[Contract]
+    Options: ClassVar[type[Options]] = Options
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+    breaks: ClassVar[frozenset[str]] = frozenset()
+    excludes: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: Any = None) -> None:
+        self.options: Any = self.Options() if options is None else options
+
+
+class Rewrite(Pass):
+    """A local pass. `targets`: the ops (or "get_attr") whose nodes `match` is asked about; running twice changes nothing more."""
+
+    targets: ClassVar[tuple[Callable[..., Any] | str, ...]]
+
+    @abstractmethod
+    def match(self, node: fx.Node, on: Context) -> Match | Reject | None:
+        """None: not mine. Reject: mine, but illegal, with the reason. Match: legal."""
+
+    @abstractmethod
+    def apply(self, match: Any, edit: Edit) -> None:
+        """Change the program at the match. Can't refuse."""
+
+
+class Transform(Pass):
+    """A pass that sees the whole program."""
+
+    @abstractmethod
+    def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
+        """Change the program; returns declined sites by name."""
