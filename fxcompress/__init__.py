@@ -1,1 +1,43 @@
-"""fxcompress: a compiler that makes generative and vision models small and fast."""
+"""fxcompress: a compiler that makes generative and vision models small and fast, and proves every rewrite on your own model.
+
+model = fxcompress.compile(module, "int4-weight-only", example_inputs=(x,))
+"""
+
+from fxcompress import calibrate
+from fxcompress.api import CompiledModel, CompiledModule, compile, load
+from fxcompress.capture import capture
+from fxcompress.errors import (
+    ArtifactError,
+    BackendRefusal,
+    CalibrationError,
+    CaptureError,
+    ContractViolation,
+    FxcError,
+    InputError,
+    RecipeError,
+)
+from fxcompress.program import Program
+from fxcompress.recipe import Recipe
+from fxcompress.report import Report
+from fxcompress.signature import Inputs
+
+__all__ = [
+    "ArtifactError",
+    "BackendRefusal",
+    "CalibrationError",
+    "CaptureError",
+    "CompiledModel",
+    "CompiledModule",
+    "ContractViolation",
+    "FxcError",
+    "InputError",
+    "Inputs",
+    "Program",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "calibrate",
+    "capture",
+    "compile",
+    "load",
+]

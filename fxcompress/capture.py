@@ -209,7 +209,7 @@ def _capture(call: Call, axes: axes_of.Axes, notes: list[str]) -> Program:
     if any(not isinstance(r, torch.fx.Node) for r in results) and len(results) != len(call.signature.output_names):
         raise CaptureError("the captured results don't match the model's", why=f"{len(results)} against {len(call.signature.output_names)}")
     program = _program(call, graph, constants, exported)
-    program = dataclasses.replace(program, notes=(*notes, *_fixed_notes(program, axes)))
+    program = dataclasses.replace(program, notes=(*notes, *_fixed_notes(program, axes)), example=tuple(call.tensors))
     verify(program)
     return _checked(program, call)
 

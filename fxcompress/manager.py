@@ -40,7 +40,7 @@ class Manager:
 
     def __init__(self, program: Program, target: Target, probe: Sequence[Tensor], check: CheckMode = "each") -> None:
         self.program, self.target, self.probe, self.check = program, target, tuple(probe), check
-        self.reference: list[Any] | None = None  # outputs of the captured program, for end-to-end figures
+        self.reference = run(program, self.probe) if check != "off" else []  # what the end-to-end figures compare with
         self.done: list[PassReport] = []
 
     def run(self, passes: Sequence[tuple[Step, Pass]], progress: Progress = lambda *_: None) -> list[PassReport]:
@@ -53,12 +53,7 @@ class Manager:
 
     def output_sqnr(self) -> float:
         """Lowest SQNR over the floating-point outputs against the captured program, in dB, on the probe."""
-        assert self.reference is not None
         return lowest_sqnr(self.reference, run(self.program, self.probe))
-
-    def remember(self) -> None:
-        """Keep the captured program's outputs on the probe; call before the first pass."""
-        self.reference = run(self.program, self.probe)
 
     def _step(self, step: Step, item: Pass) -> PassReport:
         start, bytes_before, nodes_before = time.process_time(), weight_bytes(self.program), len(self.program.graph.nodes)
@@ -109,6 +104,9 @@ class Manager:
         measured = contracts.check(self.program, edit, contract, self.probe)
         if broken := [m for m in measured if m.verdict == "broken"]:
             raise _violation(item, broken, len(edit.sites))
+        unseen = [m for m in measured if m.verdict == "unverified"]
+        if unseen and step.unverified == "refuse":
+            raise _unverified(item, unseen, len(edit.sites))
         return measured
 
 
@@ -173,6 +171,16 @@ def as_change(site: Site) -> Change:
 def _worst(measured: Sequence[Measured], exact: bool) -> Measured:
     """Closest to its limit, or furthest beyond."""
     return max(measured, key=lambda m: m.figure - m.limit) if exact else min(measured, key=lambda m: m.figure - m.limit)
+
+
+def _unverified(item: Pass, unseen: Sequence[Measured], sites: int) -> ContractViolation:
+    first = unseen[0]
+    return ContractViolation(
+        f"{item.name} can't be checked at {len(unseen)} of {sites} sites",
+        where=f"{first.site}" + (f"   and {len(unseen) - 1} more" if len(unseen) > 1 else ""),
+        why=f"the contract at {first.value} can't bite on the probe inputs: {first.why}",
+        do=f"pass example inputs that reach these sites, exclude them, or let them through: - {item.name}: {{unverified: allow}}",
+    )
 
 
 def _violation(item: Pass, broken: Sequence[Measured], sites: int) -> ContractViolation:

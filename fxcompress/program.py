@@ -56,6 +56,8 @@ class Program:
     classes: Mapping[str, str] = field(default_factory=dict)  # module path -> class name
     states: tuple[State, ...] = ()
     notes: tuple[str, ...] = ()  # what capture had to fix or leave out, for the report
+    example: tuple[Tensor, ...] = ()  # the flat example inputs
+    origin: str = ""
 
     def placeholders(self) -> list[fx.Node]:
         """The input nodes in order."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,7 +17,7 @@ from fxcompress.errors import RecipeError, nearest
 from fxcompress.program import Program, module_path
 from fxcompress.rewrite import Pass
 
-RESERVED = ("where", "limit")
+RESERVED = ("where", "limit", "unverified")
 
 
 class Where(BaseModel):
@@ -34,7 +34,10 @@ class Where(BaseModel):
 
 
 class Step(BaseModel):
-    """One pass of a recipe. limit: a looser contract limit (relative error or dB), printed in the report."""
+    """One pass of a recipe. limit: a looser contract limit (relative error or dB), printed in the report.
+
+    unverified: whether sites whose check can't bite (an all-zero value, say) are refused or let through, listed in the report.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,6 +45,7 @@ class Step(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     where: Where = Where()
     limit: float | None = None
+    unverified: Literal["refuse", "allow"] = "refuse"
 
     @model_validator(mode="before")
     @classmethod
@@ -147,6 +151,11 @@ def _validated(data: dict[str, Any], where: str) -> Recipe:
         raise _from_pydantic(error, "the recipe doesn't fit its schema", where, Recipe) from None
 
 
+def options_error(error: ValidationError, where: str, model: type[BaseModel]) -> RecipeError:
+    """The error for options of a pass or backend that its options class refuses."""
+    return _from_pydantic(error, "an option is not valid", where, model)
+
+
 def _from_pydantic(error: ValidationError, what: str, where: str, model: type[BaseModel]) -> RecipeError:
     lines = []
     for item in error.errors():
@@ -170,7 +179,7 @@ def _built(step: Step, number: int) -> Pass:
     try:
         options = kind.Options.model_validate(step.options)
     except ValidationError as error:
-        raise _from_pydantic(error, f"the options of {step.use} are not valid", f"pass {number} of the recipe", kind.Options) from None
+        raise options_error(error, f"pass {number}, {step.use}", kind.Options) from None
     item: Pass = kind(options)
     return item
 

@@ -30,6 +30,11 @@ class Tensor(Frozen):
     role: str
 
 
+def as_tensor(value: Any) -> Tensor:
+    """A program's input or output as it stands in the report."""
+    return Tensor(name=value.name, shape=value.shape, dtype=str(value.dtype).removeprefix("torch."), role=value.role)
+
+
 class Declined(Frozen):
     """A site a pass recognised and left alone, with the reason."""
 
@@ -95,9 +100,9 @@ class FloatSite(Frozen):
 class BackendReport(Frozen):
     """What the backend made of the program. Shares are of MACs on the example inputs, read back from the runtime's own optimised graph.
 
-    integer_share: of all MACs, in integer or n-bit kernels. quantised_share: the same, of the MACs in quantised sites. parity: max relative
-    error of the outputs against the interpreter with kernel-internal rounding off. rounding_sqnr: lowest output SQNR in dB between the session as
-    shipped and the one without that rounding.
+    integer_share: of all MACs, in integer or n-bit kernels. quantised_share: of the MACs in quantised sites. parity: max relative error of the
+    outputs against the interpreter, kernel-internal rounding off. rounding_sqnr: lowest output SQNR in dB between the session as shipped and
+    the one without that rounding.
     """
 
     name: str

@@ -49,13 +49,17 @@ class Signature:
     output_names: tuple[str, ...]
     fixed: Mapping[str, Any]  # arguments capture itself set; a call may repeat them
 
+    def captured(self) -> list[str]:
+        """Names of the arguments the program was captured with."""
+        return list(pytree.tree_unflatten(self.leaves, self.spec))
+
     def flatten(self, item: Any) -> list[Tensor]:
         """The tensors of one call, in the order of the program's inputs. InputError when the call doesn't have the captured form."""
         given = bind(self.parameters, Inputs.of(item))
         return self._match(self._captured_only(given))
 
     def _captured_only(self, given: dict[str, Any]) -> dict[str, Any]:
-        names = list(pytree.tree_unflatten(self.leaves, self.spec))
+        names = self.captured()
         for name in [n for n in given if n not in names]:
             default = default_of(self.parameters, name)
             if not same_constant(given[name], self.fixed.get(name, default)) and not same_constant(given[name], default):

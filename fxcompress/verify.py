@@ -6,9 +6,11 @@ import operator
 from collections.abc import Callable
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxcompress.errors import VerifierError
+from fxcompress.numerics.formats import format_of
+from fxcompress.numerics.packing import unpack
 from fxcompress.program import Program
 
 SIZE_OPS = ("_operator", "math", "torch.fx.experimental.symbolic_shapes", "torch", "torch.utils._sympy.functions")
@@ -64,3 +66,21 @@ RULES: tuple[tuple[Callable[[Program, fx.Node], bool], str], ...] = (
     (_flat_output, "the output is the flat tuple of the declared outputs"),
     (_declared_input, "every placeholder is a declared input"),
 )
+
+
+def audit(program: Program) -> None:
+    """VerifierError unless weight codes are packed, in range and evaluated alike twice, and no constant is left to quantise."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.fxc.quantize.default and all(a.op == "get_attr" for a in node.all_input_nodes):
+            raise VerifierError(f"{node.name} quantises a constant at run time", why="quant.finalize stores its codes", do="- quant.finalize")
+        if node.target is torch.ops.fxc.unpack.default and node.args[0].op == "get_attr":
+            _audit_codes(node, program.constants[str(node.args[0].target)], str(node.args[1]), int(node.args[2]))
+
+
+def _audit_codes(node: fx.Node, packed: Tensor, name: str, size: int) -> None:
+    format = format_of(name)
+    codes, again = unpack(packed, format, size), unpack(packed, format, size)
+    if not torch.equal(codes.view(torch.uint8), again.view(torch.uint8)):
+        raise VerifierError(f"{node.name} gives other codes the second time")
+    if format.kind == "int" and codes.numel() and not format.qmin <= int(codes.min()) <= int(codes.max()) <= format.qmax:
+        raise VerifierError(f"{node.name} holds codes outside {format.qmin}..{format.qmax}")

@@ -1,0 +1,258 @@
+"""compile() and load(): a model and a recipe in, a checked artifact that runs out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from fxcompress import artifact, registry, store
+from fxcompress.backend import Backend, Session
+from fxcompress.calibrate.feed import as_feed
+from fxcompress.capture import Dynamic, capture
+from fxcompress.errors import ArtifactError, InputError
+from fxcompress.manager import CheckMode, Manager, Progress, weight_bytes
+from fxcompress.program import Program, Value
+from fxcompress.recipe import BackendChoice, Recipe, build, check_globs, load_recipe, options_error
+from fxcompress.regions import regions
+from fxcompress.report import BackendReport, PassReport, Report, as_tensor
+from fxcompress.signature import Inputs, Signature, check_sizes
+from fxcompress.sources import resolve
+from fxcompress.verify import audit
+
+PACKAGES = ("fxcompress", "torch", "onnx", "onnxruntime")
+REPORT, LOCK = "report.json", "recipe.lock.yaml"
+
+
+def compile(  # noqa: PLR0913 - the arguments users say
+    model: Any,
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    example_inputs: Any = None,
+    calibration: Any = None,
+    *,
+    backend: str | None = None,
+    check: CheckMode = "each",
+    dynamic: Dynamic = None,
+    component: str | None = None,
+    threads: int | None = None,
+    progress: Progress = lambda *_: None,
+) -> CompiledModel:
+    """Capture the model, run the recipe's passes under their contracts, lower to the backend, check the result there.
+
+    model: nn.Module, ExportedProgram, .pt2, .gguf, a diffusers or transformers folder (component= of a pipeline), "package.module:function",
+    or a Program from `capture`, which isn't changed and can be compiled again. recipe: a Recipe, mapping, YAML file or shipped name.
+    example_inputs: tuple, dict by parameter name, or Inputs; left out, the source's own. calibration: items of the same forms; the last is
+    the probe of the contracts. backend: beats the recipe's. check: "each" pass under its contract, "end" only end to end, "off". threads: of
+    the session. progress(name, finished, total): called before each pass. Raises an FxcError; nothing is left half-done.
+    """
+    recipe = load_recipe(recipe)
+    passes = build(recipe)
+    runner = _backend(recipe, backend)
+    captured = _captured(model, example_inputs, component, dynamic)
+    check_globs(recipe, captured)
+    manager = Manager(captured.copy(), runner.target, _probe(captured, calibration) or captured.example, check)
+    done = manager.run(passes, progress)
+    audit(manager.program)
+    progress(f"lower to {runner.name}", len(passes), len(passes) + 1)
+    folder = Path(tempfile.mkdtemp(prefix="fxcompress-"))
+    try:
+        runner.write(manager.program, folder)
+        report = _report(recipe, captured, manager, done, runner.report(manager.program, folder, manager.probe))
+        store.save_graph(manager.program, folder)
+        (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
+        (folder / LOCK).write_text(_lock(recipe, runner), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    compiled = CompiledModel(folder, runner, report, threads, manager.program)
+    weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
+    compiled.source = model if isinstance(model, nn.Module) else None
+    progress("", len(passes) + 1, len(passes) + 1)
+    return compiled
+
+
+def _report(recipe: Recipe, captured: Program, manager: Manager, done: list[PassReport], lowered: BackendReport) -> Report:
+    program = manager.program
+    return Report(
+        versions=versions(),
+        origin=captured.origin,
+        parameters=sum(t.numel() for t in captured.constants.values()),
+        float_bytes=weight_bytes(captured),
+        inputs=tuple(as_tensor(v) for v in program.inputs),
+        outputs=tuple(as_tensor(v) for v in program.outputs),
+        symbols=dict(program.symbols),
+        notes=captured.notes,
+        recipe=recipe.model_dump(mode="json"),
+        check=manager.check,
+        nodes=len(program.graph.nodes),
+        regions=sum(1 for _ in regions(program).walk()),
+        weight_bytes=weight_bytes(program),
+        bytes_by_width=bytes_by_width(program),
+        output_sqnr=None if manager.check == "off" else manager.output_sqnr(),
+        passes=tuple(done),
+        backend=lowered,
+    )
+
+
+def load(folder: str | Path, threads: int | None = None) -> CompiledModel:
+    """A saved artifact, ready to run. ArtifactError if it is missing, incomplete, altered or from a newer version."""
+    path = Path(folder)
+    manifest = artifact.read_manifest(path)
+    try:
+        report = Report.model_validate_json((path / REPORT).read_bytes())
+        choice = BackendChoice.model_validate(manifest["backend"])
+    except (OSError, KeyError, ValidationError) as error:
+        raise ArtifactError("the artifact's report can't be read", where=str(path), why=str(error), do="compile and save it again") from error
+    return CompiledModel(path, _open_backend(choice), report, threads)
+
+
+class CompiledModel:
+    """A compiled model: call it as the model was called. `report` says what was done; `program` is there after compile, not after load."""
+
+    def __init__(self, folder: Path, backend: Backend, report: Report, threads: int | None = None, program: Program | None = None) -> None:
+        self.folder, self.backend, self.report, self.threads, self.program = folder, backend, report, threads, program
+        self.source: nn.Module | None = None
+        self._session: Session | None = None
+        self.signature: Signature
+        self.inputs: tuple[Value, ...]
+        self.signature, self.inputs, self.symbols = store.load_signature(folder) if program is None else _facts(program)
+
+    @property
+    def session(self) -> Session:
+        """The backend's session, opened at the first use."""
+        if self._session is None:
+            self._session = self.backend.open(self.folder, self.threads)
+        return self._session
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on the backend. Takes what the model took at capture and returns the model's own output class. InputError for what doesn't fit."""
+        as_tuple = kwargs.get("return_dict") is False and "return_dict" not in self.signature.captured()
+        if as_tuple:
+            del kwargs["return_dict"]
+        tensors = self.signature.flatten(Inputs(*args, **kwargs))
+        check_sizes(self.inputs, self.symbols, tensors)
+        result = self.signature.unflatten(self.session.run(tensors))
+        return result.to_tuple() if as_tuple and hasattr(result, "to_tuple") else result
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the artifact, whole or not at all. ArtifactError if the place can't be written or holds something else."""
+        path = Path(folder)
+        with artifact.writing(path) as new:
+            for file in self.folder.iterdir():
+                if file.name != artifact.MANIFEST:
+                    shutil.copy2(file, new / file.name)
+            chosen = {"name": self.backend.name, "options": self.backend.options.model_dump(mode="json")}
+            artifact.write_manifest(new, backend=chosen, versions=self.report.versions)
+        return path
+
+    def as_module(self) -> CompiledModule:
+        """A drop-in nn.Module for diffusers and transformers: config, dtype, device and output classes of the model."""
+        return CompiledModule(self)
+
+
+class CompiledModule(nn.Module):
+    """A compiled model as a module. It has no parameters: weights live in the backend's session."""
+
+    def __init__(self, compiled: CompiledModel) -> None:
+        super().__init__()
+        self.compiled = compiled
+        self.config = getattr(compiled.source, "config", None)
+        self.training = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point input, else output."""
+        values = [*self.compiled.report.inputs, *self.compiled.report.outputs]
+        names = (v.dtype for v in values)
+        return next((getattr(torch, n) for n in names if getattr(torch, n).is_floating_point), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are taken and outputs given."""
+        return torch.device("cpu")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's."""
+        return self.compiled(*args, **kwargs)
+
+
+def bytes_by_width(program: Program) -> dict[str, int]:
+    """Bytes of the stored constants by what they hold: packed codes by format, everything else by dtype."""
+    packed = {str(n.args[0].target): str(n.args[1]) for n in program.graph.nodes if n.target is torch.ops.fxc.unpack.default}
+    found: dict[str, int] = {}
+    for name, tensor in program.constants.items():
+        width = packed.get(name, str(tensor.dtype).removeprefix("torch."))
+        found[width] = found.get(width, 0) + tensor.numel() * tensor.element_size()
+    return dict(sorted(found.items()))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def _facts(program: Program) -> tuple[Signature, tuple[Value, ...], dict[str, tuple[int, int]]]:
+    return program.signature, program.inputs, dict(program.symbols)
+
+
+def _captured(model: Any, example_inputs: Any, component: str | None, dynamic: Dynamic) -> Program:
+    if isinstance(model, Program):
+        return model
+    loaded = resolve(model, component)
+    example = example_inputs if example_inputs is not None else loaded.example
+    if example is None:
+        raise InputError(
+            "no example inputs",
+            where=loaded.origin,
+            why="capture runs the model once on them",
+            do="example_inputs=(tensor, ...) or {name: tensor}",
+        )
+    item = Inputs.of(example)
+    item.roles = {**loaded.roles, **item.roles}
+    return replace(capture(loaded.model, item, dynamic=dynamic), origin=loaded.origin)
+
+
+def _probe(program: Program, calibration: Any) -> tuple[Tensor, ...]:
+    """The last item of the feed; every item is checked against the signature. Empty without a feed."""
+    last: list[Tensor] = []
+    for item in as_feed(calibration) if calibration is not None else ():
+        last = program.signature.flatten(item)
+        check_sizes(program.inputs, program.symbols, last)
+    return tuple(last)
+
+
+def _backend(recipe: Recipe, name: str | None) -> Backend:
+    chosen = recipe.backend or BackendChoice(name="onnxruntime")
+    return _open_backend(chosen if name in (None, chosen.name) else BackendChoice(name=str(name)))
+
+
+def _open_backend(chosen: BackendChoice) -> Backend:
+    kind: Callable[..., Backend] = registry.find_backend(chosen.name)
+    try:
+        options = kind.Options.model_validate(chosen.options)  # type: ignore[attr-defined]
+    except ValidationError as error:
+        raise options_error(error, f"the options of backend {chosen.name}", kind.Options) from None  # type: ignore[attr-defined]
+    return kind(options)
+
+
+def _lock(recipe: Recipe, runner: Backend) -> str:
+    steps = [{s.use: _step_options(s, p)} for s, p in build(recipe)]
+    chosen = {runner.name: runner.options.model_dump(mode="json")}
+    data = {"name": recipe.name, "description": recipe.description, "passes": steps, "backend": chosen}
+    return "# versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + "\n" + yaml.safe_dump(data, sort_keys=False)
+
+
+def _step_options(step: Any, item: Any) -> dict[str, Any]:
+    reserved = step.model_dump(mode="json", exclude={"use", "options"}, exclude_defaults=True)
+    return {**item.options.model_dump(mode="json"), **reserved}

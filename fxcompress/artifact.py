@@ -1,0 +1,131 @@
+"""Artifacts: a folder with a manifest that names every file with size and hash. Written whole or not at all, checked when loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fxcompress.errors import ArtifactError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[Path]:
+    """A new folder beside the target that becomes the target when the block ends well, and vanishes when it doesn't.
+
+    An artifact that is there already is replaced; anything else in the way is an ArtifactError, as is a place that can't be written.
+    """
+    _refuse_strangers(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise ArtifactError(
+            "the output folder can't be written", where=str(folder), why=str(error.strerror), do="choose another folder"
+        ) from None
+    try:
+        yield temporary
+        _swap(temporary, folder)
+    except OSError as error:
+        raise ArtifactError(
+            "the artifact can't be written", where=str(folder), why=str(error), do="free space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_strangers(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(
+            "the output folder can't be written", where=str(folder), why="a file of that name is in the way", do="choose another folder"
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ArtifactError(
+            "the output folder holds something else",
+            where=str(folder),
+            why="it is not empty and no artifact",
+            do="choose an empty or new folder",
+        )
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    temporary.chmod(0o755)
+    old = None
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+        folder.replace(old)
+    temporary.replace(folder)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """manifest.json: version, the given facts, and size and SHA-256 of every other file of the folder."""
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir()) if p.name != MANIFEST}
+    text = json.dumps({"version": VERSION, **facts, "files": files}, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete, unaltered artifact of a version we know. ArtifactError naming the file and what is wrong with it."""
+    if not folder.is_dir():
+        raise ArtifactError("no artifact there", where=str(folder), why="the folder doesn't exist", do="check the path")
+    data = _manifest(folder)
+    version = data.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise ArtifactError(
+            "the artifact is from a newer fxcompress",
+            where=str(folder),
+            why=f"version {version}, this one reads up to {VERSION}",
+            do="upgrade fxcompress",
+        )
+    for name, entry in data["files"].items():
+        _check_file(folder / name, entry)
+    return data
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_bytes())
+        if not isinstance(data, dict) or not isinstance(data.get("files"), dict) or any(Path(n).name != n for n in data["files"]):
+            raise ValueError("it lists no files")
+    except FileNotFoundError:
+        raise ArtifactError(
+            "no artifact there", where=str(folder), why=f"it has no {MANIFEST}", do="check the path, or save the model again"
+        ) from None
+    except ValueError as error:
+        raise ArtifactError("the artifact is damaged", where=str(path), why=str(error), do="save the model again") from None
+    return data
+
+
+def _check_file(path: Path, entry: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise ArtifactError("the artifact is incomplete", where=str(path), why="the file is missing", do="copy the whole folder again")
+    if (size := path.stat().st_size) != entry["bytes"]:
+        raise ArtifactError(
+            "the artifact is truncated or altered",
+            where=str(path),
+            why=f"{size} bytes, {entry['bytes']} when saved",
+            do="copy the whole folder again",
+        )
+    if _sha256(path) != entry["sha256"]:
+        raise ArtifactError(
+            "the artifact was altered",
+            where=str(path),
+            why="its content is not what was saved (SHA-256 differs)",
+            do="copy the whole folder again",
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,122 @@
+"""What reads what: the uses of a constant as a weight, found through views, whatever the model calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.target import Family
+
+aten = torch.ops.aten
+Axes = tuple[int, ...]  # per axis of a view, the axis of the constant it runs along
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One reader that multiplies by the constant or gathers its rows. Axes are those of the constant.
+
+    contraction: the axis summed over (linear, conv: input channels) or the row gathered (embedding: the vector's axis).
+    channel: the axis that becomes the output's channels (embedding: the row number). window: axes of a convolution's kernel.
+    """
+
+    family: Family
+    node: fx.Node
+    channel: int
+    contraction: int
+    window: tuple[int, ...] = ()
+
+
+def weight_uses(constant: fx.Node, tensor: Tensor) -> tuple[list[WeightUse], list[fx.Node]]:
+    """(uses as a weight, other readers) of a constant, both through transposes, selects and casts of it."""
+    uses: list[WeightUse] = []
+    others: list[fx.Node] = []
+    for reader, source, axes in _readers(constant, tuple(range(tensor.dim()))):
+        if use := _use(reader, source, axes):
+            uses.append(use)
+        else:
+            others.append(reader)
+    return uses, others
+
+
+def _readers(source: fx.Node, axes: Axes) -> Iterator[tuple[fx.Node, fx.Node, Axes]]:
+    for reader in source.users:
+        view = VIEWS.get(reader.target) if reader.op == "call_function" else None
+        if view is not None and reader.args[0] is source:
+            yield from _readers(reader, view(axes, *reader.args[1:]))
+        else:
+            yield reader, source, axes
+
+
+def _use(reader: fx.Node, source: fx.Node, axes: Axes) -> WeightUse | None:
+    entry = WEIGHT_ARGUMENTS.get(reader.target) if reader.op == "call_function" else None
+    if entry is None or len(axes) < 2:
+        return None
+    family, positions = entry
+    places = [i for i, a in enumerate(reader.args) if a is source]
+    if len(places) != 1 or places[0] not in positions or source in reader.kwargs.values():
+        return None
+    channel, contraction = positions[places[0]]
+    if family == "conv" and _is_transposed(reader):
+        channel, contraction = contraction, channel
+    return WeightUse(family, reader, axes[channel], axes[contraction], axes[2:] if family == "conv" else ())
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    name = str(node.target)
+    return "conv_transpose" in name or (node.target is aten.convolution.default and bool(node.args[6]))
+
+
+def _swap(axes: Axes, a: int, b: int) -> Axes:
+    order = list(axes)
+    order[a], order[b] = order[b], order[a]
+    return tuple(order)
+
+
+def _drop(axes: Axes, dim: int, *_: Any) -> Axes:
+    dim %= len(axes)
+    return axes[:dim] + axes[dim + 1 :]
+
+
+VIEWS: Mapping[Any, Callable[..., Axes]] = {
+    aten.t.default: lambda axes: axes[::-1],
+    aten.transpose.int: _swap,
+    aten.permute.default: lambda axes, order: tuple(axes[i] for i in order),
+    aten.select.int: _drop,
+    aten.to.dtype: lambda axes, *_: axes,
+    aten._to_copy.default: lambda axes, *_: axes,
+    aten.contiguous.default: lambda axes, *_: axes,
+    aten.clone.default: lambda axes, *_: axes,
+}
+
+_ROWS = (-2, -1)  # [.., N, K]: N channels, K summed over
+_COLUMNS = (-1, -2)  # [.., K, N]
+
+# per op: family, and per argument position (channel axis, contraction axis) of a weight standing there
+WEIGHT_ARGUMENTS: Mapping[Any, tuple[Family, Mapping[int, tuple[int, int]]]] = {
+    aten.linear.default: ("linear", {1: _ROWS}),
+    aten.addmm.default: ("linear", {1: _ROWS, 2: _COLUMNS}),
+    aten.mm.default: ("linear", {0: _ROWS, 1: _COLUMNS}),
+    aten.matmul.default: ("linear", {0: _ROWS, 1: _COLUMNS}),
+    aten.bmm.default: ("linear", {0: _ROWS, 1: _COLUMNS}),
+    aten.baddbmm.default: ("linear", {1: _ROWS, 2: _COLUMNS}),
+    aten.embedding.default: ("embedding", {0: (0, 1)}),
+    **{
+        op: ("conv", {1: (0, 1)})
+        for op in (
+            aten.conv1d.default,
+            aten.conv2d.default,
+            aten.conv3d.default,
+            aten.conv1d.padding,
+            aten.conv2d.padding,
+            aten.conv3d.padding,
+            aten.conv_transpose1d.default,
+            aten.conv_transpose2d.input,
+            aten.conv_transpose3d.input,
+            aten.convolution.default,
+        )
+    },
+}

@@ -1,0 +1,284 @@
+"""Programs as files: the graph as JSON, constants as safetensors. Nothing in them is code: ops are looked up by name in a fixed set of places.
+
+Fake values are not stored, so a loaded program can be run, read and compared, and is not lowered again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import operator
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx
+
+from fxcompress.errors import ArtifactError
+from fxcompress.program import Program, State, Value
+from fxcompress.signature import INPUT, Signature
+
+GRAPH, CONSTANTS = "program.json", "constants.safetensors"
+NAMESPACES = ("aten", "fxc")
+MODULES = {"_operator": operator, "math": math, "torch": torch}
+OUTPUT_LIBRARIES = ("transformers.", "diffusers.")
+
+
+def save_graph(program: Program, folder: Path) -> None:
+    """Write the program without its constants' values."""
+    data = {
+        "nodes": [_node(n) for n in program.graph.nodes],
+        "inputs": [_value(v) for v in program.inputs],
+        "outputs": [_value(v) for v in program.outputs],
+        "states": [vars(s) for s in program.states],
+        "symbols": {k: list(v) for k, v in program.symbols.items()},
+        "classes": dict(program.classes),
+        "notes": list(program.notes),
+        "constants": {k: [str(t.dtype).removeprefix("torch."), list(t.shape)] for k, t in program.constants.items()},
+        "signature": signature_to_json(program.signature),
+    }
+    (folder / GRAPH).write_text(json.dumps(data, indent=0, sort_keys=True), encoding="utf-8")
+
+
+def save_program(program: Program, folder: Path) -> None:
+    """Write the program whole."""
+    save_graph(program, folder)
+    save_file({name: t.contiguous() for name, t in _untied(program.constants).items()}, folder / CONSTANTS)
+
+
+def load_program(folder: Path) -> Program:
+    """The program written by `save_program`. ArtifactError if a file is missing, damaged or names an op outside the known places."""
+    try:
+        data = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
+        constants = load_file(folder / CONSTANTS)
+        return _program(data, constants)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ArtifactError(
+            "the stored program can't be read", where=str(folder), why=f"{type(error).__name__}: {error}", do="compile and save it again"
+        ) from error
+
+
+def load_signature(folder: Path) -> tuple[Signature, tuple[Value, ...], dict[str, tuple[int, int]]]:
+    """Signature, inputs and symbols of a stored program, without its graph."""
+    try:
+        data = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
+        inputs = tuple(_read_value(v) for v in data["inputs"])
+        return signature_from_json(data["signature"]), inputs, {k: (int(a), int(b)) for k, (a, b) in data["symbols"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError("the stored signature can't be read", where=str(folder), why=f"{type(error).__name__}: {error}") from error
+
+
+def _untied(constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses shared memory: a constant that is a view of another's storage is written as a copy."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in constants.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return out
+
+
+def _program(data: dict[str, Any], constants: dict[str, Tensor]) -> Program:
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for item in data["nodes"]:
+        args, kwargs = _decode(item["args"], nodes), _decode(item["kwargs"], nodes)
+        target = find_op(item["target"]) if item["op"] == "call_function" else item["target"]
+        node = graph.create_node(item["op"], target, args, kwargs, name=item["name"])
+        node.meta = {"module": tuple(item["module"])}
+        nodes[item["name"]] = node
+    return Program(
+        graph,
+        constants,
+        tuple(_read_value(v) for v in data["inputs"]),
+        tuple(_read_value(v) for v in data["outputs"]),
+        signature_from_json(data["signature"]),
+        {k: (int(a), int(b)) for k, (a, b) in data["symbols"].items()},
+        data["classes"],
+        tuple(State(**s) for s in data["states"]),
+        tuple(data["notes"]),
+    )
+
+
+def _node(node: fx.Node) -> dict[str, Any]:
+    target = op_name(node.target) if node.op == "call_function" else str(node.target)
+    value = node.meta.get("val")
+    shape = [str(s) for s in value.shape] if isinstance(value, Tensor) else None
+    return {
+        "name": node.name,
+        "op": node.op,
+        "target": target,
+        "args": _encode(node.args),
+        "kwargs": _encode(dict(node.kwargs)),
+        "module": list(node.meta.get("module", ())),
+        "shape": shape,
+    }
+
+
+def op_name(target: Any) -> str:
+    """The name an op is stored under: "aten.linear.default", "_operator.add"."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return f"{target.__module__}.{target.__name__}"
+
+
+def find_op(name: str) -> Any:
+    """The op of a stored name; ValueError for one outside torch.ops.aten, torch.ops.fxc and size arithmetic."""
+    import fxcompress.ops  # noqa: F401 - registers fxc::
+
+    head, _, rest = name.partition(".")
+    if head in NAMESPACES:
+        packet, _, overload = rest.partition(".")
+        found = getattr(getattr(getattr(torch.ops, head), packet), overload)
+        if isinstance(found, torch._ops.OpOverload):
+            return found
+    if head in MODULES and rest.isidentifier() and (head != "torch" or rest.startswith("sym_")):
+        return getattr(MODULES[head], rest)
+    raise ValueError(f"unknown op {name!r}")
+
+
+_DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+_NAMED = {
+    **_DTYPES,
+    **{str(v): v for v in vars(torch).values() if isinstance(v, torch.memory_format | torch.layout)},
+}
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, tuple | list):
+        return {"tuple" if isinstance(value, tuple) else "list": [_encode(v) for v in value]}
+    if isinstance(value, dict):
+        return {"dict": {str(k): _encode(v) for k, v in value.items()}}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if str(value) in _NAMED:
+        return {"torch": str(value)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if isinstance(value, slice):
+        return {"slice": [_encode(v) for v in (value.start, value.stop, value.step)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a node argument of type {type(value).__name__} can't be stored")
+
+
+def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    (kind, inner), *rest = value.items()
+    if rest:
+        raise ValueError(f"a stored argument has the keys {sorted(value)}")
+    readers: dict[str, Callable[[], Any]] = {
+        "node": lambda: nodes[inner],
+        "tuple": lambda: tuple(_decode(v, nodes) for v in inner),
+        "list": lambda: [_decode(v, nodes) for v in inner],
+        "dict": lambda: {k: _decode(v, nodes) for k, v in inner.items()},
+        "device": lambda: torch.device(inner),
+        "torch": lambda: _NAMED[inner],
+        "float": lambda: float(inner),
+        "slice": lambda: slice(*(_decode(v, nodes) for v in inner)),
+    }
+    return readers[kind]()
+
+
+def _value(value: Value) -> dict[str, Any]:
+    return {"name": value.name, "shape": list(value.shape), "dtype": str(value.dtype), "role": value.role}
+
+
+def _read_value(data: dict[str, Any]) -> Value:
+    return Value(data["name"], tuple(data["shape"]), _DTYPES[data["dtype"]], data["role"])
+
+
+def signature_to_json(signature: Signature) -> dict[str, Any]:
+    """The signature as plain data. A result class that can't be stored comes back as a dict of its tensors by name."""
+    parameters = [[p.name, p.kind.name, _constant(p.default)] for p in signature.parameters.parameters.values()]
+    names = iter(signature.output_names)
+    plain = {next(names): INPUT for _ in signature.output_names}
+    out_spec, out_leaves = signature.out_spec, signature.out_leaves
+    if not _storable(out_spec):
+        out_leaves, out_spec = tuple(plain.values()), pytree.tree_structure(plain)
+    return {
+        "parameters": parameters,
+        "spec": pytree.treespec_dumps(signature.spec),
+        "leaves": [_constant(v) for v in signature.leaves],
+        "input_names": list(signature.input_names),
+        "out_spec": pytree.treespec_dumps(out_spec),
+        "out_leaves": [_constant(v) for v in out_leaves],
+        "output_names": list(signature.output_names),
+        "fixed": {k: _constant(v) for k, v in signature.fixed.items()},
+    }
+
+
+def signature_from_json(data: dict[str, Any]) -> Signature:
+    """The inverse. Result classes are imported from diffusers and transformers only; without them, results are dicts by name."""
+    parameters = [
+        inspect.Parameter(n, inspect._ParameterKind[kind], default=inspect.Parameter.empty if d == {"empty": 1} else _read_constant(d))
+        for n, kind, d in data["parameters"]
+    ]
+    out_leaves, out_spec = tuple(_read_constant(v) for v in data["out_leaves"]), data["out_spec"]
+    try:
+        _import_output_classes(out_spec)
+        spec = pytree.treespec_loads(out_spec)
+    except (ImportError, NotImplementedError):
+        plain = dict.fromkeys(data["output_names"], INPUT)
+        out_leaves, spec = tuple(plain.values()), pytree.tree_structure(plain)
+    return Signature(
+        inspect.Signature(parameters),
+        pytree.treespec_loads(data["spec"]),
+        tuple(_read_constant(v) for v in data["leaves"]),
+        tuple(data["input_names"]),
+        spec,
+        out_leaves,
+        tuple(data["output_names"]),
+        {k: _read_constant(v) for k, v in data["fixed"].items()},
+    )
+
+
+def _storable(spec: pytree.TreeSpec) -> bool:
+    try:
+        pytree.treespec_dumps(spec)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _import_output_classes(spec: str) -> None:
+    import importlib
+
+    for name in _types(json.loads(spec)):
+        if name.startswith(OUTPUT_LIBRARIES):
+            importlib.import_module(name.rpartition(".")[0])
+
+
+def _types(data: Any) -> list[str]:
+    if isinstance(data, dict):
+        own = [data["type"]] if isinstance(data.get("type"), str) else []
+        return own + [t for v in data.values() for t in _types(v)]
+    return [t for v in data for t in _types(v)] if isinstance(data, list) else []
+
+
+def _constant(value: Any) -> Any:
+    if value is INPUT:
+        return {"input": 1}
+    if value is inspect.Parameter.empty:
+        return {"empty": 1}
+    try:
+        return _encode(value)
+    except TypeError:
+        return {"other": f"{type(value).__module__}.{type(value).__name__}"}
+
+
+def _read_constant(value: Any) -> Any:
+    if value == {"input": 1}:
+        return INPUT
+    if isinstance(value, dict) and "other" in value:
+        return value["other"]
+    return _decode(value, {})

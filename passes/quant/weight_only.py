@@ -1,0 +1,119 @@
+"""Weights as integers or 8-bit floats, activations as they are.
+
+    W -> dequantize(quantize(W)),  W_q = clip(round(W / s) + z),  W ≈ (W_q - z) s,  s and z per tensor, channel or group
+
+A site is a constant that only multiplies (linear, matmul, convolution) or is gathered from (embedding), found from its readers through views
+of it; a table tied to an output head is one site with two readers. Round to nearest; the range of each block is searched for the least
+squared error. Costs the noise of the format: the contract asks for the SQNR of an ideal quantiser on the measured range, less 3 dB.
+Source: A Survey of Low-bit Large Language Models (arXiv 2409.16694), basics and round-to-nearest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import field_validator
+from torch import Tensor, fx
+
+from fxcompress.contract import Bounded
+from fxcompress.dataflow import WeightUse, weight_uses
+from fxcompress.edit import Edit
+from fxcompress.errors import RecipeError
+from fxcompress.numerics.blocks import Block, block_of
+from fxcompress.numerics.formats import Format, format_of
+from fxcompress.numerics.ranges import minmax_range, mse_range
+from fxcompress.rewrite import Context, Match, Options, Reject, Rewrite
+
+
+class WeightOnlyOptions(Options):
+    """weights: "format/granularity", as in int4/group:32, int8/channel, float8_e4m3fn/tensor. embeddings: the same for constants that are
+    gathered from, those tied to a head too; left out, they follow `weights`. symmetric: no zero points. range: how each block's range is found.
+    """
+
+    weights: str = "int8/channel"
+    embeddings: str | None = None
+    symmetric: bool = True
+    range: Literal["minmax", "mse"] = "mse"
+
+    @field_validator("weights", "embeddings")
+    @classmethod
+    def _is_known(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse(value)
+            except RecipeError as error:
+                raise ValueError(f"{error.what}; {error.why or error.do}") from None
+        return value
+
+
+class WeightOnly(Rewrite):
+    """Quantise every legal weight the recipe admits."""
+
+    name = "quant.weight_only"
+    contract = Bounded()
+    Options = WeightOnlyOptions
+    targets = ("get_attr",)
+    gives = frozenset({"quantised"})
+    excludes = frozenset({"finalised"})
+
+    def match(self, node: fx.Node, on: Context) -> Match | Reject | None:
+        """A float constant of two axes or more whose readers all use it as a weight along the same axes."""
+        tensor = on.program.constants[str(node.target)]
+        if not tensor.is_floating_point() or tensor.dim() < 2:
+            return None
+        uses, others = weight_uses(node, tensor)
+        if not uses:
+            return None
+        if others:
+            return Reject("{} is also read by {}, not as a weight", node, others[0])
+        if not tensor.any():
+            return Reject("{} is all zeros", node)
+        if len({(u.contraction, u.channel) for u in uses}) > 1:
+            return Reject("{} is summed over different axes by {} and {}", node, uses[0].node, uses[-1].node)
+        format, granularity = parse(self._asked(uses))
+        block = block_for(granularity, tensor, uses[0])
+        if reason := self._no_kernel(uses, format, block, tensor, on):
+            return Reject("{}: {}", node, reason)
+        return Match(uses[0].node, leaf=node, tensor=tensor, format=format, block=block)
+
+    def _asked(self, uses: list[WeightUse]) -> str:
+        gathered = any(u.family == "embedding" for u in uses)
+        return str((gathered and self.options.embeddings) or self.options.weights)
+
+    def _no_kernel(self, uses: list[WeightUse], format: Format, block: Block, tensor: Tensor, on: Context) -> str | None:
+        size = block[uses[0].contraction]
+        group = size if size > 1 else None
+        refusals = (on.target.refusal(u.family, format, group, tensor.shape[u.contraction], self.options.symmetric) for u in uses)
+        return next((r for r in refusals if r), None)
+
+    def apply(self, match: Any, edit: Edit) -> None:
+        """Insert the pair after the constant; every reader reads the pair."""
+        search = mse_range if self.options.range == "mse" else minmax_range
+        scale, zero = search(match.tensor, match.format, self.options.symmetric, match.block)
+        leaf, name = match.leaf, str(match.leaf.target)
+        with edit.site(match.node, f"{match.format.name} in blocks of {list(match.block)}"):
+            at = {"like": match.node, "before": leaf.next}
+            scale_node = edit.constant(f"{name}.scale", scale, **at)
+            zero_node = None if zero is None else edit.constant(f"{name}.zero_point", zero, **at)
+            grid = (scale_node, zero_node, match.format.name, list(match.block))
+            codes = edit.insert(torch.ops.fxc.quantize.default, leaf, *grid, **at, val=match.tensor.new_empty(0).to(match.format.container))
+            edit.replace(leaf, edit.insert(torch.ops.fxc.dequantize.default, codes, *grid, **at, val=leaf.meta["val"]))
+
+
+def parse(text: str) -> tuple[Format, str]:
+    """("int4/group:32") -> format and granularity; the granularity left out means channel. RecipeError if either is unknown."""
+    name, _, granularity = text.partition("/")
+    block_of(granularity or "channel", (1, 1))
+    return format_of(name), granularity or "channel"
+
+
+def block_for(granularity: str, tensor: Tensor, use: WeightUse) -> Block:
+    """The block of a weight: one scale for everything summed over, cut into groups along the contraction axis if the granularity says so.
+
+    tensor: one scale in all. A convolution's kernel window always belongs to one block.
+    """
+    if granularity == "tensor":
+        return (-1,) * tensor.dim()
+    along = block_of(granularity, tensor.shape, group_axis=use.contraction)[use.contraction] if granularity.startswith("group") else -1
+    return tuple(along if a == use.contraction else -1 if a in use.window else 1 for a in range(tensor.dim()))
