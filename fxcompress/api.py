@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+import statistics
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -26,7 +28,7 @@ from fxcompress.manager import CheckMode, Manager, Progress, weight_bytes
 from fxcompress.program import Program, Value
 from fxcompress.recipe import BackendChoice, Recipe, build, check_globs, load_recipe, options_error
 from fxcompress.regions import regions
-from fxcompress.report import BackendReport, PassReport, Report, as_tensor
+from fxcompress.report import BackendReport, Change, PassReport, Report, as_tensor
 from fxcompress.signature import Inputs, Signature, check_sizes
 from fxcompress.sources import resolve
 from fxcompress.verify import audit
@@ -59,7 +61,7 @@ def compile(  # noqa: PLR0913 - the arguments users say
     recipe = load_recipe(recipe)
     passes = build(recipe)
     runner = _backend(recipe, backend)
-    captured = _captured(model, example_inputs, component, dynamic)
+    captured = program_of(model, example_inputs, component, dynamic)
     check_globs(recipe, captured)
     manager = Manager(captured.copy(), runner.target, _probe(captured, calibration) or captured.example, check)
     done = manager.run(passes, progress)
@@ -117,6 +119,24 @@ def load(folder: str | Path, threads: int | None = None) -> CompiledModel:
     return CompiledModel(path, _open_backend(choice), report, threads)
 
 
+def program_of(model: Any, example_inputs: Any = None, component: str | None = None, dynamic: Dynamic = None) -> Program:
+    """The captured program of anything `compile` takes. InputError where neither the user nor the source gives example inputs."""
+    if isinstance(model, Program):
+        return model
+    loaded = resolve(model, component)
+    example = example_inputs if example_inputs is not None else loaded.example
+    if example is None:
+        raise InputError(
+            "no example inputs",
+            where=loaded.origin,
+            why="capture runs the model once on them",
+            do="example_inputs=(tensor, ...) or {name: tensor}",
+        )
+    item = Inputs.of(example)
+    item.roles = {**loaded.roles, **item.roles}
+    return replace(capture(loaded.model, item, dynamic=dynamic), origin=loaded.origin)
+
+
 class CompiledModel:
     """A compiled model: call it as the model was called. `report` says what was done; `program` is there after compile, not after load."""
 
@@ -136,7 +156,7 @@ class CompiledModel:
         return self._session
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on the backend. Takes what the model took at capture and returns the model's own output class. InputError for what doesn't fit."""
+        """Run on the backend: takes what the model took at capture, returns its output class. InputError for what doesn't fit."""
         as_tuple = kwargs.get("return_dict") is False and "return_dict" not in self.signature.captured()
         if as_tuple:
             del kwargs["return_dict"]
@@ -187,6 +207,57 @@ class CompiledModule(nn.Module):
         return self.compiled(*args, **kwargs)
 
 
+def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
+    """Rows about a node, module path or constant of an artifact: which pass touched or declined it, why, and what was measured."""
+    artifact.read_manifest(Path(folder))
+    report = load(folder).report
+    rows: list[dict[str, Any]] = []
+    for done in report.passes:
+        touched = [c for c in done.changes if name in _names(c)]
+        sites = {c.site for c in touched}
+        rows += [{"pass": done.name, "site": c.site, "what": "changed", "why": c.reason} for c in touched]
+        rows += [
+            {"pass": done.name, "site": c.site, "what": c.verdict, "why": f"{c.figure} {done.unit}, limit {c.limit}"}
+            for c in done.checks
+            if c.site in sites
+        ]
+        rows += [{"pass": done.name, "site": d.site, "what": "declined", "why": d.reason} for d in done.declined if name in (d.site, d.module)]
+    return rows
+
+
+def bench(folder: str | Path, runs: int = 10, threads: int = 1) -> dict[str, Any]:
+    """Median and least wall milliseconds of a call on inputs of the compiled sizes, after two warm-up runs."""
+    compiled = load(folder, threads)
+    inputs = store.load_example(Path(folder))
+    times = []
+    for number in range(runs + 2):
+        start = time.perf_counter()
+        compiled.session.run(inputs)
+        if number >= 2:
+            times.append(1e3 * (time.perf_counter() - start))
+    shapes = {v.name: list(t.shape) for v, t in zip(compiled.inputs, inputs, strict=True)}
+    return {
+        "median_ms": round(statistics.median(times), 3),
+        "least_ms": round(min(times), 3),
+        "runs": runs,
+        "threads": threads,
+        "inputs": shapes,
+    }
+
+
+def _names(change: Change) -> set[str]:
+    return {
+        change.module,
+        change.site,
+        *change.constants,
+        *change.inserted,
+        *change.replaced,
+        *change.replaced.values(),
+        *change.touched,
+        *change.erased,
+    }
+
+
 def bytes_by_width(program: Program) -> dict[str, int]:
     """Bytes of the stored constants by what they hold: packed codes by format, everything else by dtype."""
     packed = {str(n.args[0].target): str(n.args[1]) for n in program.graph.nodes if n.target is torch.ops.fxc.unpack.default}
@@ -204,23 +275,6 @@ def versions() -> dict[str, str]:
 
 def _facts(program: Program) -> tuple[Signature, tuple[Value, ...], dict[str, tuple[int, int]]]:
     return program.signature, program.inputs, dict(program.symbols)
-
-
-def _captured(model: Any, example_inputs: Any, component: str | None, dynamic: Dynamic) -> Program:
-    if isinstance(model, Program):
-        return model
-    loaded = resolve(model, component)
-    example = example_inputs if example_inputs is not None else loaded.example
-    if example is None:
-        raise InputError(
-            "no example inputs",
-            where=loaded.origin,
-            why="capture runs the model once on them",
-            do="example_inputs=(tensor, ...) or {name: tensor}",
-        )
-    item = Inputs.of(example)
-    item.roles = {**loaded.roles, **item.roles}
-    return replace(capture(loaded.model, item, dynamic=dynamic), origin=loaded.origin)
 
 
 def _probe(program: Program, calibration: Any) -> tuple[Tensor, ...]:

@@ -117,7 +117,7 @@ class _Checker:
         self.program, self.edit, self.contract = program, edit, contract
         self.steps = {s.node: s for s in edit.before}
         self.position = {s.node: i for i, s in enumerate(edit.before)}
-        self.origin = {new: old for site in edit.sites for old, new in site.replaced.items() if new not in self.steps}
+        self.origin = self._origins()
         self.touched = {n for site in edit.sites for n in site.touched}
         self.old: dict[fx.Node, Any] = {}
 
@@ -140,7 +140,16 @@ class _Checker:
     def _pairs(self) -> Iterator[_Pair]:
         for site in self.edit.sites:
             for old, new in [*site.replaced.items(), *((n, n) for n in site.touched)]:
-                yield _Pair(site, self._root(old), new, self._frontier(new))
+                if old in self.steps or old in self.origin:
+                    yield _Pair(site, self._root(old), new, self._frontier(new))
+
+    def _origins(self) -> dict[fx.Node, fx.Node]:
+        """New node -> the old node whose value it stands for. What replaces a helper node of another site stands for none."""
+        origin: dict[fx.Node, fx.Node] = {}
+        for old, new in ((old, new) for site in self.edit.sites for old, new in site.replaced.items()):
+            if new not in self.steps and (old in self.steps or old in origin):
+                origin[new] = old
+        return origin
 
     def _root(self, node: fx.Node) -> fx.Node:
         """The old value a node stands for: itself, or what it replaced, through earlier sites of this edit."""
@@ -153,12 +162,16 @@ class _Checker:
         if self._is_old(new):
             return {new: new}
         found: dict[fx.Node, fx.Node] = {}
+        seen: set[fx.Node] = set()
         stack = list(new.all_input_nodes)
         while stack:
             node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
             if node in self.origin or (node in self.steps and node.op != "get_attr"):
                 found[node] = self._root(node)
-            elif node.op != "get_attr":
+            else:
                 stack.extend(node.all_input_nodes)
         return found
 
@@ -169,14 +182,14 @@ class _Checker:
         """Evaluate the old graph as far as `wanted` needs; keep wanted values in self.old."""
         needed = self._ancestors(wanted)
         steps = [s for s in self.edit.before if s.node in needed]
-        uses = Counter(n for s in steps for n in {s.node, *_inputs(s)})
+        uses = Counter(n for s in steps for n in (s.node, *s.inputs))
         inputs = dict(zip((s.node for s in self.edit.before if s.node.op == "placeholder"), probe, strict=False))
         values: dict[fx.Node, Any] = {}
         for step in steps:
             values[step.node] = inputs[step.node] if step.node in inputs else _evaluate(step, values, self.edit.constants_before)
             if step.node in wanted:
                 self.old[step.node] = values[step.node]
-            for used in {step.node, *_inputs(step)}:
+            for used in (step.node, *step.inputs):
                 uses[used] -= 1
                 if not uses[used]:
                     del values[used]
@@ -189,7 +202,7 @@ class _Checker:
             node = stack.pop()
             if node not in seen:
                 seen.add(node)
-                stack.extend(_inputs(self.steps[node]))
+                stack.extend(self.steps[node].inputs)
         return seen
 
     def _compare(self, pair: _Pair) -> Measured:
@@ -198,7 +211,7 @@ class _Checker:
         bound = self.contract.bound(_leaves(before)[0], pair.new)
         figure = self._figure(before, after)
         why = ""
-        if verified := self.contract.holds(figure, bound):
+        if (verified := self.contract.holds(figure, bound)) and math.isfinite(bound):
             unseen = [operand for operand, flipped in flips if self.contract.holds(self._figure(before, flipped), bound)]
             why = f"{unseen[0]} could change sign unseen" if unseen else ""
         verdict: Verdict = "broken" if not verified else "unverified" if why else "held"
@@ -257,7 +270,14 @@ def _leaves(value: Any) -> list[Tensor]:
 
 
 def _negated(value: Any) -> Any:
-    return pytree.tree_map(lambda v: -v if isinstance(v, Tensor) and v.is_floating_point() else v, value)
+    return pytree.tree_map(_negated_leaf, value)
+
+
+def _negated_leaf(v: Any) -> Any:
+    """-v; for integers -v - 1, so that zeros change too, and for booleans the opposite."""
+    if isinstance(v, Tensor):
+        return -v if v.is_floating_point() or v.is_complex() else ~v
+    return -v - 1
 
 
 def _evaluate(step: Step, values: Mapping[fx.Node, Any], constants: Mapping[str, Tensor]) -> Any:
@@ -265,7 +285,3 @@ def _evaluate(step: Step, values: Mapping[fx.Node, Any], constants: Mapping[str,
         return constants[str(step.node.target)]
     args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda n: values[n])
     return step.node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _inputs(step: Step) -> set[fx.Node]:
-    return {leaf for leaf in pytree.tree_leaves((step.args, step.kwargs)) if isinstance(leaf, fx.Node)}

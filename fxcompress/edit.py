@@ -39,6 +39,7 @@ class Step:
     node: fx.Node
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    inputs: tuple[fx.Node, ...]
 
 
 class Edit:
@@ -48,9 +49,10 @@ class Edit:
         self.program = program
         self.graph = program.graph
         self.sites: list[Site] = []
-        self.before: list[Step] = [Step(n, n.args, n.kwargs) for n in self.graph.nodes]
+        self.before: list[Step] = [Step(n, n.args, n.kwargs, tuple(n.all_input_nodes)) for n in self.graph.nodes]
         self.constants_before = dict(program.constants)
         self._undo: list[Callable[[], None]] = []
+        self._erased: set[fx.Node] = set()
         self._open: Site | None = None
 
     @contextmanager
@@ -101,7 +103,8 @@ class Edit:
         self.program.constants[name] = tensor
         self._undo.append(lambda: self.program.constants.__setitem__(name, old))
         self._site().constants.append(name)
-        self._site().touched.extend(u for u in constant.users if u not in self._site().touched)
+        readers = [constant if u.op == "output" else u for u in constant.users]
+        self._site().touched.extend(u for u in readers if u not in self._site().touched)
 
     def update(self, node: fx.Node, *args: Any, **kwargs: Any) -> None:
         """The op computes its value from other arguments."""
@@ -111,9 +114,10 @@ class Edit:
         self._site().touched.append(node)
 
     def erase(self, node: fx.Node) -> None:
-        """Journal that a node nobody reads goes; `commit` removes it."""
-        if node.users:
-            raise ValueError(f"{node.name} is still read by {next(iter(node.users)).name}")
+        """Journal that a node goes which nobody reads, or only nodes erased before it; `commit` removes it."""
+        if readers := [u for u in node.users if u not in self._erased]:
+            raise ValueError(f"{node.name} is still read by {readers[0].name}")
+        self._erased.add(node)
         self._site().erased.append(node.name)
 
     def rollback(self) -> None:
@@ -121,21 +125,23 @@ class Edit:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+        self._erased.clear()
         self.sites.clear()
 
     def commit(self) -> list[str]:
         """Sweep nodes and constants nobody reads any more, starting from what this edit replaced. Returns the names swept."""
         swept = self._sweep()
-        read = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        read = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"} | {s.initial for s in self.program.states}
         for name in [n for n in self.program.constants if n not in read]:
             del self.program.constants[name]
         self._undo.clear()
         return swept
 
     def _sweep(self) -> list[str]:
-        named = {n for site in self.sites for n in site.erased}
+        touched = {n for site in self.sites for n in site.touched}
         queue = [n for site in self.sites for n in (*site.replaced, *site.inserted)]
-        queue += [n for n in self.graph.nodes if n.name in named]
+        queue += [n for step in self.before if step.node in touched for n in step.inputs]
+        queue += self._erased
         swept: dict[fx.Node, None] = {}
         while queue:
             node = queue.pop()

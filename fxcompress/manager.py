@@ -61,9 +61,9 @@ class Manager:
         try:
             found = self._apply(step, item, edit)
             checks = self._checked(step, item, edit)
+            verify(self.program)
             sites = list(edit.sites)
             edit.commit()
-            verify(self.program)
         except BaseException as error:
             edit.rollback()
             if isinstance(error, FxcError):
@@ -185,11 +185,12 @@ def _unverified(item: Pass, unseen: Sequence[Measured], sites: int) -> ContractV
 
 def _violation(item: Pass, broken: Sequence[Measured], sites: int) -> ContractViolation:
     worst = _worst(broken, isinstance(item.contract, Exact))
-    module = worst.site.split("  (")[0]
+    module, _, node = worst.site.rstrip(")").partition("  (")
+    place = node if module == "<root>" else module
     more = f"   and {len(broken) - 1} more" if len(broken) > 1 else ""
     return ContractViolation(
         f"{item.name} breaks its {item.contract.kind} contract at {len(broken)} of {sites} sites",
         where=f"{worst.site}{more}",
         why=f"{item.contract.unit} {worst.figure:.3g} at {worst.value} on the probe inputs, limit {worst.limit:.3g}",
-        do=f'- {item.name}: {{where: {{exclude: ["{module}"]}}}}',
+        do=f'- {item.name}: {{where: {{exclude: ["{place}"]}}}}',
     )

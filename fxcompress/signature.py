@@ -13,7 +13,18 @@ from torch import Tensor
 
 from fxcompress.errors import InputError, nearest
 
-INPUT = object()  # marks a leaf that is a tensor input; every other leaf is the constant it was at capture
+INPUT = object()  # marks a leaf that is a tensor input; every other leaf is the constant it was at capture, or Bound
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """A leaf that was an input and is bound to a value: a call may repeat that value and no other."""
+
+    value: Tensor
+
+    def admits(self, given: Any) -> bool:
+        """Whether the argument is the bound value, broadcast or not."""
+        return isinstance(given, Tensor) and given.dim() == self.value.dim() and bool((given == self.value).all())
 
 
 class Inputs:
@@ -85,6 +96,8 @@ class Signature:
             for expected, value in zip(want, have, strict=True):
                 if expected is INPUT and isinstance(value, Tensor):
                     tensors.append(value)
+                elif isinstance(expected, Bound) and expected.admits(value):
+                    continue
                 elif expected is INPUT or not same_constant(value, expected):
                     raise _misfit(name, template, given[name])
         return tensors

@@ -23,7 +23,7 @@ from fxcompress.errors import ArtifactError
 from fxcompress.program import Program, State, Value
 from fxcompress.signature import INPUT, Signature
 
-GRAPH, CONSTANTS = "program.json", "constants.safetensors"
+GRAPH, CONSTANTS, EXAMPLE = "program.json", "constants.safetensors", "example.safetensors"
 NAMESPACES = ("aten", "fxc")
 MODULES = {"_operator": operator, "math": math, "torch": torch}
 OUTPUT_LIBRARIES = ("transformers.", "diffusers.")
@@ -43,6 +43,7 @@ def save_graph(program: Program, folder: Path) -> None:
         "signature": signature_to_json(program.signature),
     }
     (folder / GRAPH).write_text(json.dumps(data, indent=0, sort_keys=True), encoding="utf-8")
+    save_file({str(i): t.contiguous() for i, t in enumerate(program.example)}, folder / EXAMPLE)
 
 
 def save_program(program: Program, folder: Path) -> None:
@@ -61,6 +62,15 @@ def load_program(folder: Path) -> Program:
         raise ArtifactError(
             "the stored program can't be read", where=str(folder), why=f"{type(error).__name__}: {error}", do="compile and save it again"
         ) from error
+
+
+def load_example(folder: Path) -> list[Tensor]:
+    """The flat example inputs of a stored program."""
+    try:
+        tensors = load_file(folder / EXAMPLE)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError("the stored example inputs can't be read", where=str(folder / EXAMPLE), why=str(error)) from error
+    return [tensors[str(i)] for i in range(len(tensors))]
 
 
 def load_signature(folder: Path) -> tuple[Signature, tuple[Value, ...], dict[str, tuple[int, int]]]:

@@ -1,0 +1,116 @@
+"""Feeds: calibration data that can be read again and again and has a content hash."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fxcompress.errors import CalibrationError
+from fxcompress.signature import Inputs
+
+
+@runtime_checkable
+class Feed(Protocol):
+    """Items of the forms `Inputs.of` takes: a tuple, a dict by parameter name, Inputs. Every iteration gives the same items again."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the content of all items."""
+        ...
+
+
+class Items:
+    """A feed over something that can be iterated again, such as a list or a dataset. It is read once to check and hash it."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = items
+        self.digest = content_digest(items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)
+
+
+class Spool:
+    """A feed over a one-shot iterator: every item is written to disk once and read from there. The files go with the feed."""
+
+    def __init__(self, items: Iterator[Any]) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="fxcompress-feed-")
+        self._count = 0
+        for item in items:
+            given = Inputs.of(item)
+            torch.save((given.args, given.kwargs, given.roles), self._path(self._count))
+            self._count += 1
+        self.digest = content_digest(self)
+
+    def _path(self, index: int) -> Path:
+        return Path(self._folder.name) / f"{index:06}.pt"
+
+    def __iter__(self) -> Iterator[Inputs]:
+        for index in range(self._count):
+            args, kwargs, roles = torch.load(self._path(index), weights_only=True)
+            yield Inputs(*args, roles=roles, **kwargs)
+
+
+def as_feed(source: Any) -> Feed:
+    """The feed behind `source`: a Feed as it is, an iterator spooled to disk, anything else iterable read in place.
+
+    CalibrationError when it is empty, can't be iterated, holds values that aren't finite, or is a single dict or tensor instead of items.
+    """
+    if isinstance(source, Mapping | Tensor | Inputs | str):
+        raise CalibrationError(
+            "calibration needs several items", why=f"got one {type(source).__name__}", do="pass a list of items: calibration=[item]"
+        )
+    if isinstance(source, Feed):
+        return source
+    if isinstance(source, Iterator):
+        return Spool(source)
+    if isinstance(source, Iterable):
+        return Items(source)
+    raise CalibrationError("calibration can't be iterated", why=f"got {type(source).__name__}", do="pass a list of items or a feed")
+
+
+def content_digest(items: Iterable[Any]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of every item, so a tuple and a dict differ.
+
+    CalibrationError for no items, for something that is neither tensor nor constant, and for values that aren't finite, with their place.
+    """
+    total = hashlib.sha256()
+    count = 0
+    for index, item in enumerate(items):
+        given = Inputs.of(item)
+        leaves, spec = pytree.tree_flatten_with_path((given.args, given.kwargs))
+        total.update(repr((spec, sorted(given.roles.items()))).encode())
+        for path, leaf in leaves:
+            _update(total, leaf, f"item {index}, {pytree.keystr(path[1:])}")
+        count += 1
+    if not count:
+        raise CalibrationError("the calibration feed is empty", why="it gave no item", do="pass at least one item; more are better")
+    return total.hexdigest()
+
+
+def _update(total: Any, leaf: Any, place: str) -> None:
+    if leaf is None or isinstance(leaf, bool | int | float | str):
+        total.update(repr(leaf).encode())
+        return
+    if not isinstance(leaf, Tensor):
+        raise CalibrationError("a calibration item can't be used", where=place, why=f"got {type(leaf).__name__}", do="pass tensors")
+    _require_finite(leaf, place)
+    total.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
+    total.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _require_finite(tensor: Tensor, place: str) -> None:
+    wrong = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+    if wrong:
+        raise CalibrationError(
+            "a calibration item isn't finite", where=place, why=f"{wrong} of {tensor.numel()} values are inf or nan", do="remove the item"
+        )

@@ -1,0 +1,262 @@
+"""The command line: each command parses, calls one public function and prints what it returned, as text or with --json as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fxcompress.errors import FxcError
+
+app = typer.Typer(help="Makes generative and vision models small and fast, and proves every rewrite on your own model.", no_args_is_help=True)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=".pt2, .gguf, diffusers or transformers folder, or package.module:function")]
+Component = Annotated[str | None, typer.Option(help="which model of a diffusers pipeline")]
+
+
+@app.command()
+def compile(
+    model: Model,
+    recipe: Annotated[str, typer.Option("-r", "--recipe", help="a shipped recipe's name or a .yaml file")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder of the artifact")],
+    backend: Annotated[str | None, typer.Option(help="instead of the recipe's")] = None,
+    component: Component = None,
+    check: Annotated[str, typer.Option(help="each, end or off")] = "each",
+    as_json: Json = False,
+) -> None:
+    """Compile a model with a recipe and save the artifact."""
+    from fxcompress import api
+
+    if check not in ("each", "end", "off"):
+        raise typer.BadParameter(f"{check!r} is none of each, end, off", param_hint="--check")
+    with failing(as_json), bar() as progress:
+        compiled = api.compile(model, recipe, backend=backend, component=component, check=check, progress=progress)  # type: ignore[arg-type]
+        compiled.save(output)
+    report = compiled.report
+    show(report.model_dump(mode="json"), as_json, lambda: [summary(report, str(output)), *declines(report)])
+
+
+@app.command()
+def inspect(model: Model, component: Component = None, as_json: Json = False) -> None:
+    """Capture a model and list its regions with nodes and parameters."""
+    from fxcompress import api
+    from fxcompress.regions import regions
+
+    with failing(as_json):
+        program = api.program_of(model, component=component)
+    rows = [
+        {"path": r.path, "class": r.kind, "nodes": len(r.all_nodes()), "parameters": _parameters(r, program)} for r in regions(program).walk()
+    ]
+    facts = {
+        "origin": program.origin,
+        "inputs": {v.name: list(v.shape) for v in program.inputs},
+        "outputs": {v.name: list(v.shape) for v in program.outputs},
+        "symbols": {k: list(v) for k, v in program.symbols.items()},
+        "notes": list(program.notes),
+        "regions": rows,
+    }
+    show(facts, as_json, lambda: [*_facts(facts), table("region", rows)])
+
+
+@app.command("passes")
+def list_passes(name: Annotated[str | None, typer.Argument(help="one pass, with its options")] = None, as_json: Json = False) -> None:
+    """List passes, or show one with its options."""
+    from fxcompress import registry
+
+    with failing(as_json):
+        broken = {} if name else registry.broken()
+        found = [_pass_row(n, registry.find_pass(n)) for n in ([name] if name else registry.passes()) if n not in broken]
+    if name:
+        show(found[0], as_json, lambda: [found[0]["doc"], table("option", found[0]["options"])])
+    else:
+        show({"passes": found}, as_json, lambda: [table("pass", [{k: r[k] for k in ("pass", "contract", "needs", "what")} for r in found])])
+
+
+@app.command("recipes")
+def list_recipes(name: Annotated[str | None, typer.Argument(help="one recipe, whole")] = None, as_json: Json = False) -> None:
+    """List shipped recipes, or print one."""
+    from fxcompress.recipe import load_recipe, shipped
+
+    with failing(as_json):
+        found = {n: load_recipe(n) for n in ([name] if name else shipped())}
+    if name:
+        text = (resources.files("fxcompress.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+        show(found[name].model_dump(mode="json"), as_json, lambda: [text])
+    else:
+        rows = [{"recipe": n, "what": r.description} for n, r in found.items()]
+        show({"recipes": rows}, as_json, lambda: [table("recipe", rows)])
+
+
+@app.command()
+def explain(
+    artifact: Annotated[Path, typer.Argument(metavar="OUT", help="folder of an artifact")],
+    node: Annotated[str, typer.Argument(help="a node, a module path or a constant")],
+    as_json: Json = False,
+) -> None:
+    """Tell which passes touched or declined a node or module of an artifact, and what was measured there."""
+    from fxcompress import api
+
+    with failing(as_json):
+        rows = api.explain(artifact, node)
+    show({"node": node, "found": rows}, as_json, lambda: [table("pass", rows)] if rows else [f"no pass touched {node}"])
+
+
+@app.command()
+def bench(
+    artifact: Annotated[Path, typer.Argument(metavar="OUT", help="folder of an artifact")],
+    runs: Annotated[int, typer.Option(min=1)] = 10,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Time an artifact on inputs of the sizes it was compiled with: median and least of several runs."""
+    from fxcompress import api
+
+    with failing(as_json):
+        facts = api.bench(artifact, runs, threads)
+    show(facts, as_json, lambda: [table("figure", [{"figure": k, "value": v} for k, v in facts.items()])])
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show versions, passes and backends, and what can't be loaded and why."""
+    from fxcompress import api, registry
+
+    with failing(as_json):
+        broken = registry.broken()
+        facts = {"versions": api.versions(), "passes": registry.passes(), "backends": registry.backends(), "broken": broken}
+    rows = [{"name": k, "value": v} for k, v in api.versions().items()]
+    rows += [{"name": n, "value": broken.get(n, "ok")} for n in (*registry.passes(), *registry.backends())]
+    show(facts, as_json, lambda: [table("name", rows)])
+    if broken:
+        raise typer.Exit(1)
+
+
+def summary(report: Any, place: str) -> Table:
+    """Passes of a report in order, with sites, measured figures, bytes and time."""
+    grid = Table(title=f"{report.origin} -> {place}", title_justify="left", caption=_headline(report), caption_justify="left")
+    for name in ("pass", "sites", "declined", "worst figure", "limit", "output SQNR", "MB", "CPU s"):
+        grid.add_column(name, justify="left" if name == "pass" else "right")
+    for p in report.passes:
+        worst = (f"{number(p.worst.figure)} {p.unit}", number(p.worst.limit)) if p.worst else ("", "")
+        sqnr = f"{p.output_sqnr:.1f} dB" if p.output_sqnr is not None else ""
+        sizes = f"{p.bytes_before / 1e6:.1f} -> {p.bytes_after / 1e6:.1f}"
+        grid.add_row(p.name, f"{p.fired}/{p.legal + len(p.declined)}", str(len(p.declined)), *worst, sqnr, sizes, f"{p.cpu_seconds:.1f}")
+    return grid
+
+
+def declines(report: Any) -> list[str]:
+    """One line a declined site, the first twenty of each pass, and the notes of capture."""
+    lines = [f"note: {n}" for n in report.notes]
+    for p in report.passes:
+        lines += [f"{p.name} declined {d.module or d.site}: {d.reason}" for d in p.declined[:20]]
+        lines += [f"{p.name} declined {len(p.declined) - 20} more; all are in report.json"] if len(p.declined) > 20 else []
+    return lines
+
+
+def _headline(report: Any) -> str:
+    widths = ", ".join(f"{k} {v / 1e6:.1f} MB" for k, v in report.bytes_by_width.items())
+    backend = report.backend
+    parts = [f"weights: {widths}"]
+    if backend and backend.integer_share is not None:
+        parts.append(f"MACs in integer or n-bit kernels: {backend.integer_share:.1%} of all")
+    if backend and backend.parity is not None:
+        parts.append(f"parity with the interpreter: {backend.parity:.1e}")
+    if backend and backend.rounding_sqnr is not None:
+        parts.append(f"kernel-internal rounding of activations: {backend.rounding_sqnr:.1f} dB")
+    if report.check != "each":
+        parts.append(f"contracts were not checked pass by pass (check={report.check})")
+    return "\n".join(parts)
+
+
+def number(value: float | None) -> str:
+    """A figure in three digits; a dash where there is none."""
+    return "-" if value is None else f"{value:.3g}"
+
+
+def table(key: str, rows: list[dict[str, Any]]) -> Table:
+    """Rows of one form as a table; `key` is the column that isn't wrapped."""
+    grid = Table()
+    for name in rows[0] if rows else [key]:
+        grid.add_column(name, no_wrap=name == key, justify="right" if rows and isinstance(rows[0][name], int | float) else "left")
+    for row in rows:
+        grid.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+    return grid
+
+
+def show(data: Any, as_json: bool, text: Callable[[], list[Any]]) -> None:
+    """Print one JSON object, or the text."""
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")
+        return
+    for part in text():
+        out.print(part, markup=False) if isinstance(part, str) else out.print(part)
+
+
+@contextlib.contextmanager
+def failing(as_json: bool) -> Iterator[None]:
+    """Exit 1 with the message of an FxcError, exit 130 at Ctrl-C."""
+    try:
+        yield
+    except FxcError as error:
+        if as_json:
+            fields = {
+                "error": type(error).__name__,
+                "what": error.what,
+                "where": error.where,
+                "why": error.why,
+                "state": error.state,
+                "do": error.do,
+            }
+            sys.stdout.write(json.dumps(fields, indent=1) + "\n")
+        else:
+            err.print(f"{type(error).__name__}: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        err.print("stopped; nothing was written")
+        raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback that draws a bar with an estimate on standard error."""
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as drawn:
+        task = drawn.add_task("capture", total=None)
+        yield lambda name, done, total: drawn.update(task, description=name or "done", completed=done, total=total)
+
+
+def _facts(facts: dict[str, Any]) -> list[str]:
+    lines = [f"{facts['origin']}"]
+    for kind in ("inputs", "outputs"):
+        lines += [f"{kind[:-1]} {name} [{', '.join(map(str, shape))}]" for name, shape in facts[kind].items()]
+    return lines + [f"note: {n}" for n in facts["notes"]]
+
+
+def _parameters(region: Any, program: Any) -> int:
+    names = {str(n.target) for n in region.all_nodes() if n.op == "get_attr"}
+    return sum(program.constants[n].numel() for n in names)
+
+
+def _pass_row(name: str, kind: Any) -> dict[str, Any]:
+    doc = (sys.modules[kind.__module__].__doc__ or "").strip()
+    options = [{"option": n, "default": repr(f.default), "type": str(f.annotation)} for n, f in kind.Options.model_fields.items()]
+    needs = ", ".join(sorted(kind.needs)) or "-"
+    return {
+        "pass": name,
+        "contract": kind.contract.kind,
+        "needs": needs,
+        "what": doc.splitlines()[0] if doc else "",
+        "doc": doc,
+        "options": options,
+    }
