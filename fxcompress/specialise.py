@@ -37,6 +37,8 @@ def specialise(program: Program, bindings: Mapping[str, Tensor]) -> Program:
     variant = program.copy()
     places = {str(n.target): n for n in variant.placeholders()}
     bound = {places[name]: value for name, value in bindings.items()}
+    for node in bound:
+        node.meta["bound"] = True
     _move_sizes(variant, bound)
     _fold(variant, bound)
     drop_dead(variant.graph)
@@ -78,21 +80,48 @@ def _move_sizes(program: Program, bound: Mapping[fx.Node, Tensor]) -> None:
 
 
 def _fold(program: Program, bound: Mapping[fx.Node, Tensor]) -> None:
-    """One walk: evaluate what only bound inputs and constants decide, and give its readers the value."""
+    """One walk: evaluate what only bound inputs, constants and sizes decide, and give its readers the value."""
     known: dict[fx.Node, Any] = dict(bound)
-    for node in list(program.graph.nodes):
-        if node.op != "call_function":
-            continue
+    fixed: set[fx.Node] = {n for n in program.graph.nodes if n.op == "get_attr"}  # what no input decides
+    for node in [n for n in program.graph.nodes if n.op == "call_function"]:
         sources = node.all_input_nodes
-        if any(n in known for n in sources) and all(n in known or n.op == "get_attr" for n in sources):
-            values = {n: known[n] if n in known else program.constants[str(n.target)] for n in sources}
-            known[node] = evaluate(node, values, program.constants)
+        if all(n in fixed for n in sources):
+            fixed.add(node)
+        elif any(n in known for n in sources) and all(n in known or n in fixed or _is_size(n) for n in sources):
+            values = {n: known[n] if n in known else _fixed_value(n, program) if n in fixed else 1 for n in sources}
+            if _stands_for((value := _attempt(node, values, program)), node):
+                known[node] = value
         elif taken := _taken(node, known):
             node.replace_all_uses_with(taken)
     for node, value in known.items():
-        readers = [u for u in node.users if u not in known]
-        if readers:
-            _give(program, node, value, readers)
+        for reader in [u for u in node.users if u not in known]:
+            _give(program, node, value, reader)
+
+
+def _fixed_value(node: fx.Node, program: Program) -> Any:
+    return evaluate(node, {n: _fixed_value(n, program) for n in node.all_input_nodes}, program.constants)
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def _attempt(node: fx.Node, values: Mapping[fx.Node, Any], program: Program) -> Any:
+    """The node's value with every dynamic size taken as 1; None where it can't be computed so."""
+    try:
+        return evaluate(node, values, program.constants)
+    except (RuntimeError, IndexError):
+        return None
+
+
+def _stands_for(value: Any, node: fx.Node) -> bool:
+    """Whether the value is the node's own, with size 1 wherever the node has a dynamic size, so that it broadcasts to it."""
+    wanted = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return value is not None and not any(_is_size(n) for n in node.all_input_nodes)
+    if not isinstance(wanted, Tensor) or value.dim() != wanted.dim():
+        return False
+    return all(have == 1 if isinstance(want, torch.SymInt) else have == want for have, want in zip(value.shape, wanted.shape, strict=True))
 
 
 def _taken(node: fx.Node, known: Mapping[fx.Node, Any]) -> fx.Node | None:
@@ -112,19 +141,54 @@ def _form(node: fx.Node) -> tuple[Any, str] | None:
     return (value.dtype, str(tuple(value.shape))) if isinstance(value, Tensor) else None
 
 
-def _give(program: Program, node: fx.Node, value: Any, readers: list[fx.Node]) -> None:
-    if isinstance(value, Tensor):
-        name = f"bound.{node.name}"
-        program.constants[name] = value
-        with program.graph.inserting_before(next(iter(program.graph.nodes))):
-            constant = program.graph.create_node("get_attr", name, name=f"bound_{node.name}")
-        constant.meta = {"module": node.meta.get("module", ("",)), "val": value}
-        for reader in readers:
-            reader.replace_input_with(node, constant)
-        return
-    for reader in readers:
+def _give(program: Program, node: fx.Node, value: Any, reader: fx.Node) -> None:
+    if not isinstance(value, Tensor):
         reader.args = fx.node.map_arg(reader.args, lambda n: value if n is node else n)
         reader.kwargs = fx.node.map_arg(reader.kwargs, lambda n: value if n is node else n)
+        return
+    constant = _constant(program, node, value)
+    reader.replace_input_with(node, constant if _broadcasts(node, value, reader) else _expanded(program, node, constant, reader))
+
+
+def _constant(program: Program, node: fx.Node, value: Tensor) -> fx.Node:
+    name = f"bound.{node.name}"
+    found = next((n for n in program.graph.nodes if n.op == "get_attr" and n.target == name), None)
+    if found is not None:
+        return found
+    program.constants[name] = value
+    with program.graph.inserting_before(next(iter(program.graph.nodes))):
+        constant = program.graph.create_node("get_attr", name, name=f"bound_{node.name}")
+    constant.meta = {"module": node.meta.get("module", ("",)), "val": value}
+    return constant
+
+
+def _broadcasts(node: fx.Node, value: Tensor, reader: fx.Node) -> bool:
+    """Whether the value serves as it is: it has the full size, or the reader is pointwise and another operand brings that size."""
+    if tuple(value.shape) == tuple(node.meta["val"].shape):
+        return True
+    others = [n for n in reader.all_input_nodes if n is not node]
+    return torch.Tag.pointwise in getattr(reader.target, "tags", ()) and any(
+        (_form(n) or ("", ""))[1] == (_form(reader) or ("", "-"))[1] for n in others
+    )
+
+
+def _expanded(program: Program, node: fx.Node, constant: fx.Node, reader: fx.Node) -> fx.Node:
+    with program.graph.inserting_before(reader):
+        sizes = [_size_node(program, s) if isinstance(s, torch.SymInt) else s for s in node.meta["val"].shape]
+        new: fx.Node = program.graph.call_function(aten.expand.default, (constant, sizes))
+    new.meta = dict(node.meta)
+    return new
+
+
+def _size_node(program: Program, size: torch.SymInt) -> fx.Node:
+    """The size read from a free input that has this symbol on an axis."""
+    free = [n for n in program.placeholders() if not n.meta.get("bound")]
+    places = [(n, axis) for n in free for axis, s in enumerate(n.meta["val"].shape) if str(s) == str(size)]
+    if not places:
+        raise InputError("the binding can't be made", why=f"no other input has the dynamic size {size}", do="bind at another place")
+    new: fx.Node = program.graph.call_function(aten.sym_size.int, places[0])
+    new.meta = {"val": size, "module": ("",)}
+    return new
 
 
 def _without(program: Program, bindings: Mapping[str, Tensor]) -> Program:
