@@ -83,6 +83,8 @@ class Call:
         if not tensors:
             raise InputError("the example inputs hold no tensor", why="a program's inputs are tensors", do="pass numbers as torch.tensor(...)")
         adapter = Adapter(module, parameters, spec, tuple(INPUT if isinstance(v, Tensor) else v for v in leaves))
+        if exported:
+            adapter.positional = exported.call_spec.in_spec.children()[0].num_children
         notes = adapter.settle(tensors)
         names = [n for n, v in zip(leaf_names(given, "input"), leaves, strict=True) if isinstance(v, Tensor)]
         result, out_spec, out_leaves = adapter.result(tensors)
@@ -99,6 +101,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.model, self.takes, self.spec, self.leaves = model, parameters, spec, leaves
         self.fixed: dict[str, Any] = {}
+        self.positional = 0  # how many arguments an exported program insists on getting by position
         self.training = False  # only of the adapter: the model stays as it is
 
     def call(self, tensors: Sequence[Tensor]) -> Any:
@@ -108,12 +111,13 @@ class Adapter(nn.Module):
         return self.model(*self._positional(given), **given, **self.fixed)
 
     def _positional(self, given: dict[str, Any]) -> list[Any]:
+        """The arguments that can't go by name, taken out of `given`."""
         kinds = {name: p.kind for name, p in self.takes.parameters.items()}
-        if inspect.Parameter.VAR_POSITIONAL not in kinds.values():
-            return [given.pop(n) for n, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_ONLY and n in given]
-        before = [n for n, k in kinds.items() if k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-        rest = next(n for n, k in kinds.items() if k is inspect.Parameter.VAR_POSITIONAL)
-        return [given.pop(n) for n in before if n in given] + list(given.pop(rest, ()))
+        named = [n for n, k in kinds.items() if k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        rest = next((n for n, k in kinds.items() if k is inspect.Parameter.VAR_POSITIONAL), None)
+        if rest is None:
+            named = named[: self.positional] or [n for n in named if kinds[n] is inspect.Parameter.POSITIONAL_ONLY]
+        return [given.pop(n) for n in named if n in given] + list(given.pop(rest, ()))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors of the result, in order."""

@@ -7,13 +7,17 @@ opened, and nothing is downloaded. The timestep's role comes from diffusers' con
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from fxcompress.errors import CaptureError, nearest
 from fxcompress.sources.loaded import Loaded, load_failed, missing_extra, read_config, require_complete, require_safetensors
+
+FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 def component_folder(folder: Path, component: str | None) -> Path:
@@ -44,7 +48,7 @@ def load_component(folder: Path, dtype: torch.dtype | None = None) -> Loaded:
     require_safetensors(folder)
     try:
         model, info = model_class.from_pretrained(
-            str(folder), torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            str(folder), torch_dtype=dtype or _stored_dtype(folder), use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except Exception as error:
         raise load_failed(folder, error) from error
@@ -52,6 +56,15 @@ def load_component(folder: Path, dtype: torch.dtype | None = None) -> Loaded:
     parameters = inspect.signature(model.forward).parameters
     roles = {"timestep": "timestep"} if "timestep" in parameters else {}
     return Loaded(model.eval(), origin=f"diffusers {name} from {folder}", roles=roles)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The float dtype most tensors are stored in; diffusers itself would turn everything into float32."""
+    found: Counter[str] = Counter()
+    for file in folder.glob("diffusion_pytorch_model*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            found.update(tensors.get_slice(name).get_dtype() for name in tensors.keys())  # noqa: SIM118 - not a dict
+    return next((FLOATS[name] for name, _ in found.most_common() if name in FLOATS), torch.float32)
 
 
 def _model_class(folder: Path, name: str) -> Any:

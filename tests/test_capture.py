@@ -1,0 +1,294 @@
+"""Capture: the program gives the model's own numbers, on inputs and sizes it never saw, for real architectures; what can't be captured says why."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fxcompress import Inputs
+from fxcompress.capture import capture
+from fxcompress.dynamic import at_sizes
+from fxcompress.errors import CaptureError, InputError
+from fxcompress.interpret import run
+from fxcompress.measure import relative_error
+from fxcompress.regions import regions
+from fxcompress.verify import verify
+from tests.zoo import ZOO
+
+
+class Residual(nn.Module):
+    """x + W relu(x): one linear with everything a small test needs."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x, scale=None, flag=False):
+        y = x + self.linear(x.relu())
+        return {"y": y * 2 if flag else y}
+
+
+@pytest.fixture
+def model() -> Residual:
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_real_architectures(name: str) -> None:
+    model, example = ZOO[name]()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    program = capture(model, example)
+    verify(program)
+    assert not any(n.target._schema.is_mutable for n in program.graph.nodes if hasattr(n.target, "_schema"))
+    assert program.symbols, "no dynamic axis: batch at least is expected"
+    assert "batch" in program.symbols
+    unseen = {s: low if low > 2 else 3 for s, (low, _) in program.symbols.items()}
+    tensors = [_other_values(t) for t in program.example]
+    tensors = at_sizes(tensors, [v.shape for v in program.inputs], unseen)
+    wanted = model(**_rebuilt(program, tensors))
+    got = program.signature.unflatten(run(program, tensors))
+    assert type(got) is type(wanted)
+    for a, b in zip(_tensors(wanted), _tensors(got), strict=True):
+        assert relative_error(a, b) < 1e-4
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "capture changed the model"
+    assert not model.training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "unet2d_condition", "sam", "swin"])
+def test_regions_cover_every_node_once(name: str) -> None:
+    key = next(k for k in ZOO if k.lower().replace("-", "_").startswith(name[:4]))
+    model, example = ZOO[key]()
+    program = capture(model, example)
+    root = regions(program)
+    nodes = root.all_nodes()
+    assert len(nodes) == len(set(nodes)) == len(program.graph.nodes) - 1
+    paths = {path for path, _ in model.named_modules()}
+    for region in root.walk():
+        assert region.path in paths
+        own = set(region.all_nodes())
+        assert set(region.inputs) == {a for n in own for a in n.all_input_nodes} - own
+        assert set(region.outputs) == {n for n in own if set(n.users) - own}
+
+
+def test_names_trees_and_classes_survive(model: Residual) -> None:
+    program = capture(model, (torch.randn(2, 4),))
+    assert [v.name for v in program.inputs] == ["x"]
+    assert [v.name for v in program.outputs] == ["y"]
+    assert set(program.constants) == {"linear.weight", "linear.bias"}
+    assert program.constants["linear.weight"].data_ptr() == model.linear.weight.data_ptr(), "weights are shared, not copied"
+    x = torch.randn(5, 4)
+    result = program.signature.unflatten(run(program, program.signature.flatten({"x": x})))
+    assert list(result) == ["y"]
+    assert torch.equal(result["y"], model(x)["y"])
+
+
+def test_a_batch_of_one_is_not_baked_in(model: Residual) -> None:
+    program = capture(model, (torch.randn(1, 4),))
+    assert program.inputs[0].shape == ("batch", 4)
+    assert program.symbols["batch"][0] == 1
+    x = torch.randn(3, 4)
+    assert torch.equal(run(program, [x])[0], model(x)["y"])
+
+
+def test_dynamic_is_overridden(model: Residual) -> None:
+    x = torch.randn(2, 7, 4)
+    assert capture(model, (x,)).inputs[0].shape == ("batch", "x_1", 4)
+    assert capture(model, (x,), dynamic=False).inputs[0].shape == (2, 7, 4)
+    assert capture(model, (x,), dynamic={"x": [1]}).inputs[0].shape == (2, "x_1", 4)
+
+
+def test_an_axis_the_code_fixes_is_fixed_and_reported() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.reshape(x.shape[0], 3, 4) @ torch.ones(4, 2) if x.shape[1] == 12 else x
+
+    program = capture(Fixed().eval(), (torch.randn(2, 12),))
+    assert program.inputs[0].shape == ("batch", 12)
+    assert program.notes == ("axis 1 of x is fixed to 12: the model's code depends on its size",)
+
+
+def test_asking_for_an_axis_the_code_fixes_is_an_error() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.shape[1] == 12 else x
+
+    with pytest.raises(CaptureError, match="can't be dynamic"):
+        capture(Fixed().eval(), (torch.randn(2, 12),), dynamic={"x": [1]})
+
+
+def test_tied_weights_are_one_constant() -> None:
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    program = capture(Tied().eval(), (torch.randn(2, 3),))
+    assert list(program.constants) == ["a.weight"]
+
+
+@pytest.mark.parametrize("late_read", [False, True])
+def test_in_place_ops_become_functional(late_read: bool) -> None:
+    class InPlace(nn.Module):
+        def forward(self, x):
+            y = x * 2
+            view = y.view(-1)
+            y.add_(1).mul_(3)
+            return (y + view.view_as(y) if late_read else y), x
+
+    model = InPlace().eval()
+    x = torch.randn(2, 3)
+    program = capture(model, (x,))
+    assert torch.equal(run(program, [x])[0], model(x)[0])
+
+
+def test_an_integer_written_in_place_keeps_its_dtype() -> None:
+    class Ints(nn.Module):
+        def forward(self, x):
+            n = x.long() + 1
+            n.div_(torch.tensor(2), rounding_mode="floor")
+            return n
+
+    model = Ints().eval()
+    x = torch.randn(2, 3) * 5
+    out = run(capture(model, (x,)), [x])[0]
+    assert out.dtype == torch.int64
+    assert torch.equal(out, model(x))
+
+
+def test_call_with_another_constant_is_refused(model: Residual) -> None:
+    signature = capture(model, (torch.randn(2, 4),)).signature
+    with pytest.raises(InputError) as caught:
+        signature.flatten(Inputs(torch.randn(2, 4), flag=True))
+    assert str(caught.value) == (
+        "argument 'flag' was not among the example inputs\n"
+        "  why   the program was captured with flag=False; this call passes True\n"
+        "  do    compile again with flag in example_inputs, or leave it out of the call"
+    )
+    assert len(signature.flatten(Inputs(torch.randn(2, 4), flag=False, scale=None))) == 1
+
+
+def test_a_tensor_where_none_was_is_refused(model: Residual) -> None:
+    signature = capture(model, {"x": torch.randn(2, 4), "scale": None}).signature
+    with pytest.raises(InputError) as caught:
+        signature.flatten({"x": torch.randn(2, 4), "scale": torch.ones(1)})
+    assert str(caught.value) == (
+        "argument 'scale' doesn't have the form it had at capture\n"
+        "  why   captured with None, called with a float32 tensor of shape [1]\n"
+        "  do    call it in the captured form (None stays None, constants keep their value), or compile again with these inputs"
+    )
+
+
+def test_train_mode_is_refused(model: Residual) -> None:
+    model.linear.train()
+    with pytest.raises(CaptureError) as caught:
+        capture(model, (torch.randn(2, 4),))
+    assert str(caught.value) == "the model is in train mode\n  where linear\n  why   1 modules have training=True\n  do    model.eval()"
+
+
+@pytest.mark.parametrize(("bad", "count"), [(math.nan, 1), (math.inf, 2)])
+def test_weights_that_are_not_finite_are_refused(model: Residual, bad: float, count: int) -> None:
+    with torch.no_grad():
+        model.linear.weight[0, :count] = bad
+    with pytest.raises(CaptureError) as caught:
+        capture(model, (torch.randn(2, 4),))
+    assert str(caught.value) == (
+        "a parameter holds NaN or infinity\n"
+        "  where linear.weight\n"
+        f"  why   {count} of 16 values are not finite\n"
+        "  do    repair or reload the weights: every number after it would be wrong"
+    )
+
+
+def test_control_flow_on_data_is_refused_with_the_line() -> None:
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x - 1
+
+    with pytest.raises(CaptureError) as caught:
+        capture(Branch().eval(), (torch.randn(2, 4),))
+    assert caught.value.what == "torch.export can't follow the model"
+    assert caught.value.where.startswith("test_capture.py:")
+    assert "in forward" in caught.value.where
+
+
+def test_random_numbers_are_refused() -> None:
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x)
+
+    with pytest.raises(CaptureError, match="other numbers each time"):
+        capture(Noise().eval(), (torch.randn(2, 4),))
+
+
+def test_buffers_written_by_forward_are_refused() -> None:
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x):
+            self.count += 1
+            return x + self.count
+
+    with pytest.raises(CaptureError):
+        capture(Counter().eval(), (torch.randn(2, 4),))
+
+
+@pytest.mark.parametrize("thing", [3, {"a": 1}, torch.randn(2), lambda x: x])
+def test_what_is_no_model_is_refused(thing: object) -> None:
+    with pytest.raises(CaptureError, match="not a model"):
+        capture(thing, (torch.randn(2),))
+
+
+def test_inputs_that_do_not_bind_are_refused(model: Residual) -> None:
+    with pytest.raises(InputError) as caught:
+        capture(model, {"x": torch.randn(2, 4), "scael": None})
+    assert str(caught.value) == (
+        "the inputs don't fit the model's forward\n"
+        "  why   got an unexpected keyword argument 'scael'; did you mean 'scale'?\n"
+        "  do    forward takes (x, scale, flag)"
+    )
+
+
+def test_a_model_that_fails_on_its_example_is_refused(model: Residual) -> None:
+    with pytest.raises(CaptureError, match="fails on the example inputs"):
+        capture(model, (torch.randn(2, 5),))
+
+
+def test_an_exported_program_is_captured(model: Residual) -> None:
+    exported = torch.export.export(model, (torch.randn(2, 4),), dynamic_shapes={"x": {0: torch.export.Dim.AUTO}})
+    program = capture(exported, (torch.randn(2, 4),))
+    x = torch.randn(5, 4)
+    assert program.inputs[0].shape == ("batch", 4)
+    assert torch.equal(run(program, [x])[0], model(x)["y"])
+
+
+def _other_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Other legal values: floats move, integers and booleans are permuted along the last axis."""
+    return tensor * 0.9 + 0.05 if tensor.is_floating_point() else tensor.roll(1, -1) if tensor.dim() else tensor
+
+
+def _rebuilt(program, tensors):
+    import torch.utils._pytree as pytree
+
+    from fxcompress.signature import INPUT
+
+    values = iter(tensors)
+    given = pytree.tree_unflatten([next(values) if leaf is INPUT else leaf for leaf in program.signature.leaves], program.signature.spec)
+    return {**given, **program.signature.fixed}
+
+
+def _tensors(value):
+    import torch.utils._pytree as pytree
+
+    return [v for v in pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
