@@ -24,7 +24,7 @@ from fxcompress.backend import Backend, Session
 from fxcompress.calibrate.feed import as_feed
 from fxcompress.capture import Dynamic, capture
 from fxcompress.errors import ArtifactError, InputError
-from fxcompress.manager import CheckMode, Manager, Progress, weight_bytes
+from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight_bytes
 from fxcompress.program import Program, Value
 from fxcompress.recipe import BackendChoice, Recipe, build, check_globs, load_recipe, options_error
 from fxcompress.regions import regions
@@ -70,7 +70,9 @@ def compile(  # noqa: PLR0913 - the arguments users say
     folder = Path(tempfile.mkdtemp(prefix="fxcompress-"))
     try:
         runner.write(manager.program, folder)
-        report = _report(recipe, captured, manager, done, runner.report(manager.program, folder, manager.probe))
+        lowered = runner.report(manager.program, folder, manager.probe)
+        shipped = None if check == "off" else lowest_sqnr(manager.reference, runner.open(folder, threads).run(manager.probe))
+        report = _report(recipe, captured, manager, done, lowered, shipped)
         store.save_graph(manager.program, folder)
         (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
         (folder / LOCK).write_text(_lock(recipe, runner), encoding="utf-8")
@@ -84,7 +86,9 @@ def compile(  # noqa: PLR0913 - the arguments users say
     return compiled
 
 
-def _report(recipe: Recipe, captured: Program, manager: Manager, done: list[PassReport], lowered: BackendReport) -> Report:
+def _report(
+    recipe: Recipe, captured: Program, manager: Manager, done: list[PassReport], lowered: BackendReport, output_sqnr: float | None
+) -> Report:
     program = manager.program
     return Report(
         versions=versions(),
@@ -101,7 +105,7 @@ def _report(recipe: Recipe, captured: Program, manager: Manager, done: list[Pass
         regions=sum(1 for _ in regions(program).walk()),
         weight_bytes=weight_bytes(program),
         bytes_by_width=bytes_by_width(program),
-        output_sqnr=None if manager.check == "off" else manager.output_sqnr(),
+        output_sqnr=output_sqnr,
         passes=tuple(done),
         backend=lowered,
     )

@@ -117,7 +117,7 @@ class Adapter(nn.Module):
         rest = next((n for n, k in kinds.items() if k is inspect.Parameter.VAR_POSITIONAL), None)
         if rest is None:
             named = named[: self.positional] or [n for n in named if kinds[n] is inspect.Parameter.POSITIONAL_ONLY]
-        return [given.pop(n) for n in named if n in given] + list(given.pop(rest, ()))
+        return [given.pop(n) for n in named if n in given] + (list(given.pop(rest, ())) if rest else [])
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors of the result, in order."""

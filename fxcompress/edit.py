@@ -72,7 +72,7 @@ class Edit:
         """A new op node, before `before` or `like`; module path and source come from `like`. val: its fake value, computed if left out."""
         with self.graph.inserting_before(before or like):
             node = self.graph.call_function(target, args, kwargs)
-        node.meta = {**like.meta, "val": val if val is not None else fake_value(target, args, kwargs)}
+        node.meta = {**like.meta, "val": val if val is not None else fake_value(target, args, kwargs, like)}
         return self._inserted(node)
 
     def constant(self, name: str, tensor: Tensor, *, like: fx.Node, before: fx.Node | None = None) -> fx.Node:
@@ -178,10 +178,11 @@ class Edit:
         return self._open
 
 
-def fake_value(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The fake value of an op from its arguments' fake values; None where one of them has none."""
+def fake_value(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], like: fx.Node | None = None) -> Any:
+    """The fake value of an op from its arguments' fake values; None where one of them has none. like: a node of the same fake mode, for an op
+    without tensor arguments."""
     nodes = [n for n in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(n, fx.Node)]
-    modes = (getattr(n.meta.get("val"), "fake_mode", None) for n in nodes)
+    modes = (getattr(n.meta.get("val"), "fake_mode", None) for n in (*nodes, *([like] if like else [])))
     mode = next((m for m in modes if m is not None), None)
     if mode is None or any(n.meta.get("val") is None for n in nodes):
         return None

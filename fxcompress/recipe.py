@@ -162,7 +162,7 @@ def _from_pydantic(error: ValidationError, what: str, where: str, model: type[Ba
         place = ".".join(str(p) for p in item["loc"]) or "the whole"
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            text = f"unknown, {nearest(str(item['loc'][-1]), [*model.model_fields, *RESERVED])}"
+            text = f"unknown, {nearest(str(item['loc'][-1]), model.model_fields)}"
         lines.append(f"{place}: {text}")
     return RecipeError(what, where=where, why="\n".join(lines), do=f"fields: {', '.join(model.model_fields) or 'none'}")
 

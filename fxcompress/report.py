@@ -117,7 +117,10 @@ class BackendReport(Frozen):
 
 
 class Report(Frozen):
-    """Everything a compilation has to say. `notes`: what capture had to fix or leave out."""
+    """Everything a compilation has to say. `notes`: what capture had to fix or leave out.
+
+    output_sqnr: lowest SQNR in dB over the outputs of the artifact as shipped, on its backend, against the captured model, on the probe.
+    """
 
     schema_version: int = SCHEMA_VERSION
     versions: dict[str, str]

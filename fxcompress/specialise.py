@@ -152,12 +152,12 @@ def _give(program: Program, node: fx.Node, value: Any, reader: fx.Node) -> None:
 
 def _constant(program: Program, node: fx.Node, value: Tensor) -> fx.Node:
     name = f"bound.{node.name}"
-    found = next((n for n in program.graph.nodes if n.op == "get_attr" and n.target == name), None)
-    if found is not None:
-        return found
+    if name in program.constants:
+        made: fx.Node = next(n for n in program.graph.nodes if n.op == "get_attr" and n.target == name)
+        return made
     program.constants[name] = value
     with program.graph.inserting_before(next(iter(program.graph.nodes))):
-        constant = program.graph.create_node("get_attr", name, name=f"bound_{node.name}")
+        constant: fx.Node = program.graph.create_node("get_attr", name, name=f"bound_{node.name}")
     constant.meta = {"module": node.meta.get("module", ("",)), "val": value}
     return constant
 

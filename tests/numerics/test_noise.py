@@ -1,0 +1,100 @@
+from math import inf, isnan, log, log10
+
+import pytest
+import torch
+
+from fxcompress.numerics.affine import dequantize, quantize
+from fxcompress.numerics.formats import format_of
+from fxcompress.numerics.noise import ideal_sqnr, noise_power, sqnr
+from fxcompress.numerics.ranges import minmax_range
+
+
+def uniform(*shape, lo=-1.0, hi=1.0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * (hi - lo) + lo
+
+
+def measured(x, format, block, symmetric):
+    scale, zero = minmax_range(x, format, symmetric, block)
+    return sqnr(x, dequantize(quantize(x, scale, zero, format, block), scale, zero, format, block))
+
+
+def test_sqnr_closed_forms():
+    x = torch.tensor([3.0, 4.0])
+    assert sqnr(x, x) == inf
+    assert sqnr(x, x * 0.9) == pytest.approx(20, abs=1e-5)  # float32's 0.9
+    assert sqnr(x * 0, x) == -inf
+    assert isnan(sqnr(x, x * torch.nan))
+    with pytest.raises(ValueError, match=r"reference is \(2,\), approx is \(1,\)"):
+        sqnr(x, x[:1])
+
+
+def test_noise_power_weighs_each_step_with_its_elements():
+    step = torch.tensor([[2.0, 6.0]])  # ragged: 3 elements with step 2, 1 with step 6
+    assert noise_power(step, (1, 3), (1, 4)) == pytest.approx((3 * 4 + 36) / 12 / 4, rel=1e-12)
+
+
+@pytest.mark.parametrize(("format", "symmetric"), [("int8", True), ("uint8", False), ("uint4", False)])
+def test_ideal_of_uniform_noise_is_six_decibels_a_bit(format, symmetric):
+    """Uniform on [-1, 1]: signal 1 / 3, step 2 / (2^b - 1), so 20 log10(2^b - 1)."""
+    x, f = uniform(1 << 18), format_of(format)
+    assert ideal_sqnr(x, f, (-1,), symmetric) == pytest.approx(20 * log10(2**f.bits - 1), abs=0.02)
+
+
+@pytest.mark.parametrize(("format", "mantissa"), [("float8_e4m3fn", 3), ("float8_e5m2", 2)])
+def test_ideal_float_of_log_uniform_values_is_the_closed_form(format, mantissa):
+    x = torch.exp2(uniform(1 << 18, lo=-6, hi=-1))
+    x[0] = 0.875  # both formats end at 1.75 times a power of two: the scale is one too, and binades stay binades
+    expected = 10 * log10(12 * 4**mantissa * 3 / (2 * log(2)))
+    assert ideal_sqnr(x, format_of(format), (-1,), True) == pytest.approx(expected, abs=0.02)
+
+
+CASES = [("int8", True), ("uint8", False), ("int4", True), ("uint4", False), ("float8_e4m3fn", True), ("float8_e5m2", True)]
+
+
+@pytest.mark.parametrize(("format", "symmetric"), CASES)
+@pytest.mark.parametrize("block", [(1, -1), (1, 100), (-1, -1)])
+def test_a_min_max_quantiser_comes_within_a_decibel_of_the_ideal(format, symmetric, block):
+    x = torch.randn((64, 576), generator=torch.Generator().manual_seed(0))
+    f = format_of(format)
+    assert measured(x, f, block, symmetric) == pytest.approx(ideal_sqnr(x, f, block, symmetric), abs=1.0)
+
+
+FAULTS = {
+    "scale times 1.5 when read": lambda s, z: (s * 1.5, z),
+    "scale negated when read": lambda s, z: (-s, z),
+    "scale of another row": lambda s, z: (s.roll(1, 0), z),
+    "zero point off by one": lambda s, z: (s, z + 1),
+    "zero point dropped": lambda s, z: (s, z * 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("format", "symmetric", "fault"), [(*case, fault) for case in CASES for fault in FAULTS if not (case[1] and "zero point" in fault)]
+)
+def test_the_limit_of_ideal_less_three_decibels_bites(format, symmetric, fault):
+    f, block = format_of(format), (1, -1)
+    x = torch.randn((64, 576), generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 64)[:, None]
+    scale, zero = minmax_range(x, f, symmetric, block)
+    codes = quantize(x, scale, zero, f, block)
+    limit = ideal_sqnr(x, f, block, symmetric) - 3
+    assert sqnr(x, dequantize(codes, scale, zero, f, block)) > limit
+    assert sqnr(x, dequantize(codes, *FAULTS[fault](scale, zero), f, block)) < limit
+
+
+@pytest.mark.parametrize(("format", "symmetric"), CASES[:4])
+def test_the_limit_tells_a_step_half_as_wide_again(format, symmetric):
+    """20 log10 1.5 = 3.5 dB. Only integers: a float format's steps go with the values, not with the scale."""
+    f, block, x = format_of(format), (-1,), uniform(1 << 16)
+    scale, zero = minmax_range(x, f, symmetric, block)
+    zero = zero if zero is None else zero // 3 * 2
+    coarse = dequantize(quantize(x, scale * 1.5, zero, f, block), scale * 1.5, zero, f, block)
+    assert sqnr(x, coarse) < ideal_sqnr(x, f, block, symmetric) - 3
+
+
+@pytest.mark.parametrize("format", ["int4", "float8_e4m3fn"])
+def test_zero_blocks_add_no_noise(format):
+    x = uniform(2, 64)
+    padded = torch.cat([x, torch.zeros_like(x)])
+    f = format_of(format)
+    assert ideal_sqnr(padded, f, (1, -1), True) == pytest.approx(ideal_sqnr(x, f, (1, -1), True), abs=1e-6)
+    assert ideal_sqnr(x * 0, f, (1, -1), True) == inf

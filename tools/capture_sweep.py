@@ -1,0 +1,147 @@
+"""Capture every model of the zoo and of the held-out table, each in its own process, and print what came of it.
+
+    python -m tools.capture_sweep [--table zoo|held-out|all] [--only NAME ...] [--limit SECONDS] [--json FILE]
+
+A row: nodes, CPU seconds of capture, dynamic sizes with their ranges, and the worst relative error against the model on inputs that capture
+never saw: other values, and other values at other sizes. Or the refusal. The exit code is 0 if at least 95 % of the models were captured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ENOUGH = 0.95
+LIMIT = 1e-4  # max |d| / rms in float32, the limit capture holds itself to
+
+
+def main() -> int:
+    """Run the sweep, or one model of it (`--one`), which prints its row as JSON."""
+    options = _options()
+    if options.one:
+        print(json.dumps(row(options.one)))
+        return 0
+    rows = []
+    for name in options.only or names(options.table):
+        rows.append(_in_process(name, options.limit))
+        print(_line(rows[-1]), flush=True)
+    captured = sum("nodes" in r for r in rows)
+    print(f"captured {captured} of {len(rows)}, {captured / len(rows):.1%}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return 0 if captured >= ENOUGH * len(rows) else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=("zoo", "held-out", "all"), default="all")
+    parser.add_argument("--only", nargs="+", metavar="NAME")
+    parser.add_argument("--limit", type=float, default=300, help="seconds a model may take")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def names(table: str) -> list[str]:
+    """The names of the models in a table."""
+    from tests.held_out import HELD_OUT
+    from tests.zoo import ZOO
+
+    return list({"zoo": ZOO, "held-out": HELD_OUT, "all": {**ZOO, **HELD_OUT}}[table])
+
+
+def row(name: str) -> dict[str, Any]:
+    """Build, capture and check one model in this process."""
+    import torch
+
+    from fxcompress.capture import capture
+    from fxcompress.errors import FxcError
+    from tests.held_out import HELD_OUT
+    from tests.zoo import ZOO
+
+    torch.set_num_threads(1)
+    model, inputs = {**ZOO, **HELD_OUT}[name]()
+    start = time.process_time()
+    try:
+        program = capture(model, inputs)
+    except FxcError as error:
+        return {"name": name, "refused": error.what, "why": error.why, "where": error.where, "seconds": time.process_time() - start}
+    seconds = time.process_time() - start
+    errors = dict(_errors(program, model, inputs))
+    found = {"name": name, "seconds": seconds, "symbols": dict(program.symbols), "notes": list(program.notes), "errors": errors}
+    if wrong := {what: error for what, error in errors.items() if isinstance(error, str) or not error <= LIMIT}:
+        return {**found, "refused": "captured, but", "why": "; ".join(f"at {k}: {v}" for k, v in wrong.items()), "where": ""}
+    return {**found, "nodes": len(program.graph.nodes)}
+
+
+def _errors(program: Any, model: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, float | str]]:
+    """The error on moved inputs at the example's sizes, then with each dynamic size two greater than there, and all at once."""
+    from fxcompress.dynamic import at_sizes
+    from tests.test_zoo import moved
+
+    example = program.signature.flatten(inputs)
+    tensors = [moved(t) for t in example]
+    yield "other values", _error(program, model, tensors)
+    sizes = {s: t.shape[v.shape.index(s)] for v, t in zip(program.inputs, tensors, strict=True) for s in program.symbols if s in v.shape}
+    shapes = [v.shape for v in program.inputs]
+    for grown in [[s] for s in sizes] + ([list(sizes)] if len(sizes) > 1 else []):
+        other = {s: min(n + 2, program.symbols[s][1]) if s in grown else n for s, n in sizes.items()}
+        yield ", ".join(f"{s}={other[s]}" for s in grown), _error(program, model, at_sizes(tensors, shapes, other))
+
+
+def _error(program: Any, model: Any, tensors: list[Any]) -> float | str:
+    """The worst relative error of an output; words where one of the two can't run at a size the program says is legal."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    from fxcompress.interpret import run
+    from fxcompress.measure import relative_error
+    from fxcompress.signature import INPUT
+
+    signature, values = program.signature, iter(tensors)
+    given = pytree.tree_unflatten([next(values) if leaf is INPUT else leaf for leaf in signature.leaves], signature.spec)
+    try:
+        with torch.no_grad():
+            wanted = [leaf for leaf in pytree.tree_leaves(model(**given, **signature.fixed)) if isinstance(leaf, torch.Tensor)]
+    except Exception as error:
+        return f"the model itself fails ({type(error).__name__}: {_first(error)})"
+    try:
+        return max(relative_error(a, b) for a, b in zip(wanted, run(program, tensors), strict=True))
+    except Exception as error:
+        return f"the program fails ({type(error).__name__}: {_first(error)})"
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0][:120]
+
+
+def _in_process(name: str, limit: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tools.capture_sweep", "--one", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"name": name, "refused": "out of time", "why": f"more than {limit:.0f} s", "where": ""}
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"name": name, "refused": "crashed", "why": last, "where": ""}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _line(found: dict[str, Any]) -> str:
+    seconds = f"{found.get('seconds', 0):6.1f} s"
+    if "nodes" not in found:
+        where = f"  ({found['where']})" if found["where"] else ""
+        return f"{found['name']:22}      - {seconds}  REFUSED {found['refused']}: {found['why']}{where}"
+    sizes = " ".join(f"{name}={low}..{high if high < 2**31 - 1 else ''}" for name, (low, high) in found["symbols"].items())
+    return f"{found['name']:22} {found['nodes']:6} {seconds}  {max(found['errors'].values()):.0e}  {sizes or 'fixed'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
