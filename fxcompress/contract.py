@@ -221,7 +221,7 @@ class _Checker:
         """The worst figure over the tensors of a value; a value of another form is infinitely far."""
         a, b = _leaves(old), _leaves(new)
         worst = max if isinstance(self.contract, Exact) else min
-        if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
+        if len(a) != len(b) or any((x.shape, x.dtype) != (y.shape, y.dtype) for x, y in zip(a, b, strict=True)):
             return math.inf if isinstance(self.contract, Exact) else -math.inf
         return worst(self.contract.figure(x, y) for x, y in zip(a, b, strict=True))
 

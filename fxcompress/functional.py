@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from fxcompress.errors import CaptureError
+from fxcompress.experts import open_experts
 
 ASSERTS = ("_assert", "sym_constrain", "_check")
 IDENTITIES = ("detach_", "detach", "alias", "lift", "lift_fresh", "lift_fresh_copy", "lift_fresh_copy_", "requires_grad_")
@@ -33,6 +34,7 @@ def flat_graph(exported: ExportedProgram, strip: str = "") -> tuple[fx.Graph, di
     flattener = _Flattener(exported, strip)
     flattener.run()
     functionalise(flattener.graph)
+    open_experts(flattener.graph, flattener.constants)
     drop_dead(flattener.graph)
     return flattener.graph, _used(flattener.graph, flattener.constants), flattener.results
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
-from fxcompress.errors import ArtifactError
+from fxcompress.errors import ArtifactError, BackendRefusal
 from fxcompress.program import Program, State, Value
 from fxcompress.signature import INPUT, Signature
 
@@ -134,6 +134,9 @@ def _node(node: fx.Node) -> dict[str, Any]:
 def op_name(target: Any) -> str:
     """The name an op is stored under: "aten.linear.default", "_operator.add"."""
     if isinstance(target, torch._ops.OpOverload):
+        if target.namespace not in NAMESPACES:
+            do = "replace it in the model with torch's own ops"
+            raise BackendRefusal(f"the custom op {target} can't be stored", why="an artifact holds aten and fxc ops only", do=do)
         return str(target)
     return f"{target.__module__}.{target.__name__}"
 
