@@ -14,15 +14,26 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from fxcompress.errors import FxcError
+from fxcompress.errors import FxcError, InputError
+from fxcompress.sources import call_function
 
 app = typer.Typer(help="Makes generative and vision models small and fast, and proves every rewrite on your own model.", no_args_is_help=True)
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=".pt2, .gguf, diffusers or transformers folder, or package.module:function")]
+Example = Annotated[str | None, typer.Option(help="example inputs: a .safetensors by parameter name, or package.module:function")]
 Component = Annotated[str | None, typer.Option(help="which model of a diffusers pipeline")]
+
+
+@app.callback()
+def setup() -> None:
+    """Modules of the working directory can be named, as with `python -m`."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
 
 
 @app.command()
@@ -33,6 +44,7 @@ def compile(
     backend: Annotated[str | None, typer.Option(help="instead of the recipe's")] = None,
     component: Component = None,
     check: Annotated[str, typer.Option(help="each, end or off")] = "each",
+    example: Example = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model with a recipe and save the artifact."""
@@ -41,20 +53,21 @@ def compile(
     if check not in ("each", "end", "off"):
         raise typer.BadParameter(f"{check!r} is none of each, end, off", param_hint="--check")
     with failing(as_json), bar() as progress:
-        compiled = api.compile(model, recipe, backend=backend, component=component, check=check, progress=progress)  # type: ignore[arg-type]
+        inputs = example_inputs(example) if example else None
+        compiled = api.compile(model, recipe, inputs, backend=backend, component=component, check=check, progress=progress)  # type: ignore[arg-type]
         compiled.save(output)
     report = compiled.report
     show(report.model_dump(mode="json"), as_json, lambda: [summary(report, str(output)), *declines(report)])
 
 
 @app.command()
-def inspect(model: Model, component: Component = None, as_json: Json = False) -> None:
+def inspect(model: Model, component: Component = None, example: Example = None, as_json: Json = False) -> None:
     """Capture a model and list its regions with nodes and parameters."""
     from fxcompress import api
     from fxcompress.regions import regions
 
     with failing(as_json):
-        program = api.program_of(model, component=component)
+        program = api.program_of(model, example_inputs(example) if example else None, component)
     rows = [
         {"path": r.path, "class": r.kind, "nodes": len(r.all_nodes()), "parameters": _parameters(r, program)} for r in regions(program).walk()
     ]
@@ -140,6 +153,18 @@ def doctor(as_json: Json = False) -> None:
     show(facts, as_json, lambda: [table("name", rows)])
     if broken:
         raise typer.Exit(1)
+
+
+def example_inputs(name: str) -> Any:
+    """Example inputs as `--example` names them: the tensors of a .safetensors file, or what a function returns. InputError if they can't be had."""
+    if not name.endswith(".safetensors"):
+        return call_function(name)
+    try:
+        return load_file(name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            "the example inputs can't be read", where=name, why=str(error), do="write them with safetensors.torch.save_file"
+        ) from None
 
 
 def summary(report: Any, place: str) -> Table:

@@ -156,8 +156,8 @@ REASONS = {
     opaque_constant: ("data/constants/opaque_obj_0", "torch.export.save writes no such entry for one program"),
     pickled_samples: (SAMPLES, "the sample inputs hold more than tensors, numbers, texts, tuples, lists and dicts"),
     older_layout: ("data/weights/model.pt", "torch.export.save writes no such entry for one program"),
-    evaluated_size: (GRAPH, '"{mark}" is not a symbolic size, and torch evaluates it as Python'),
-    executed_name: (GRAPH, '"shift_by={mark}" is not a name, and torch writes it into source that it runs'),
+    evaluated_size: (GRAPH, "\"open('mark', 'w')\" is not a symbolic size, and torch evaluates it as Python"),
+    executed_name: (GRAPH, "\"shift_by=open('mark', 'w')\" is not a name, and torch writes it into source that it runs"),
     file_operator: (GRAPH, "'torch.ops.aten.from_file.default' reads or writes a file"),
 }
 
@@ -173,7 +173,7 @@ def test_the_attack_is_real(attack, exported, tmp_path):
 
 @pytest.mark.parametrize("attack", REASONS, ids=lambda f: f.__name__)
 def test_a_file_that_would_run_code_is_refused(attack, exported, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a short relative name, so that the whole text can be written down
+    monkeypatch.chdir(tmp_path)  # so that the mark has a short name and the whole text can be written down
     mark = Path("mark")
     path = crafted(exported, tmp_path / "bad.pt2", lambda entries: attack(entries, mark))
     entry, why = REASONS[attack]
@@ -183,7 +183,7 @@ def test_a_file_that_would_run_code_is_refused(attack, exported, tmp_path, monke
         [
             "the exported program isn't safe to load",
             f"  where bad.pt2: {entry}",
-            f"  why   {why.format(mark="open('mark', 'w')")}",
+            f"  why   {why}",
             "  state nothing in the file has been run",
             EXPORT_AGAIN,
         ]

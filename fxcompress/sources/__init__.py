@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from fxcompress.errors import CaptureError
 from fxcompress.sources.loaded import PICKLED, Loaded, read_config
 
-__all__ = ["Loaded", "resolve"]
+__all__ = ["Loaded", "call_function", "resolve"]
 
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -105,7 +105,8 @@ def _example(program: ExportedProgram) -> Any:
     return Inputs(*args, **kwargs)
 
 
-def _from_function(name: str) -> Loaded:
+def call_function(name: str) -> Any:
+    """What "package.module:function" returns, or the object of that name if it can't be called. CaptureError if it can't be found."""
     module_name, _, attribute = name.partition(":")
     try:
         made = importlib.import_module(module_name)
@@ -117,7 +118,11 @@ def _from_function(name: str) -> Loaded:
         if not hasattr(made, part):
             raise CaptureError(f"{module_name} has no {attribute!r}", where=name, do="check the name after the colon")
         made = getattr(made, part)
-    made = made() if callable(made) and not isinstance(made, nn.Module) else made
+    return made() if callable(made) and not isinstance(made, nn.Module) else made
+
+
+def _from_function(name: str) -> Loaded:
+    made = call_function(name)
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module | ExportedProgram):
         raise CaptureError(

@@ -2,7 +2,7 @@
 
 - Symbolic sizes are evaluated (sympy.sympify): only calls of known functions on numbers, known names and quoted symbol names.
 - Names and strings are written into source which is run (FX, guards): names must be identifiers, strings plain.
-- Whatever `torch.…` a node names is called: only registered operators, and none that takes a file name.
+- Whatever a node names is looked up and called: only registered operators, and none that takes a file name.
 - A tree spec may name modules to import (defaultdict, enums): it may not.
 Every function gives the reason why a text is refused, "" when it may stay.
 """

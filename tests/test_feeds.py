@@ -1,0 +1,128 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from fxcompress.calibrate import Feed, as_feed, text
+from fxcompress.calibrate.text import token_ids
+from fxcompress.errors import CalibrationError
+from fxcompress.signature import Inputs
+
+TEXTS = Path(__file__).parents[1] / "tools/texts"
+
+
+def items(scale: float = 1.0) -> list[dict[str, torch.Tensor]]:
+    return [{"x": scale * torch.arange(6.0).view(2, 3), "t": torch.tensor(n)} for n in range(3)]
+
+
+def letters(content: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    """A tokenizer of one token a letter, which would put 99 in front."""
+    return {"input_ids": [99] * add_special_tokens + [ord(c) for c in content]}
+
+
+def test_a_list_is_read_in_place_again_and_again():
+    source = items()
+    feed = as_feed(source)
+    assert isinstance(feed, Feed)
+    assert list(feed) == list(feed) == source
+    assert as_feed(feed) is feed
+
+
+def test_an_iterator_is_spooled():
+    given = [Inputs(torch.ones(2), roles={"t": "timestep"}, t=torch.tensor(1)), (torch.zeros(2), None), {"x": torch.ones(3), "flag": True}]
+    feed = as_feed(iter(given))
+    for _ in range(2):
+        first, second, third = list(feed)
+        assert torch.equal(first.args[0], torch.ones(2))
+        assert (first.kwargs, first.roles) == ({"t": torch.tensor(1)}, {"t": "timestep"})
+        assert second.args[1] is None
+        assert third.kwargs["flag"] is True
+    assert feed.digest == as_feed(given).digest
+
+
+def test_the_digest_tells_content_apart():
+    def digest(*given: object) -> str:
+        return as_feed(list(given)).digest
+
+    x = torch.arange(6.0)
+    others = [
+        digest((x,), (x,)),
+        digest({"x": x}),
+        digest({"y": x}),
+        digest((-x,)),
+        digest((x.view(2, 3),)),
+        digest((x.int(),)),
+        digest((x.view(torch.int32),)),
+        digest((x, None)),
+        digest((x, True)),
+        digest((x, 1)),
+        digest(Inputs(x, roles={"x": "timestep"})),
+        digest((x.bfloat16(),)),
+    ]
+    assert len({digest((x,)), *others}) == 1 + len(others)
+    assert digest((x,)) == digest((x.clone(),)) == digest([x]) == digest((x.repeat(2)[::1][:6],))
+    assert digest((x.view(2, 3).t(),)) != digest((x.view(3, 2),))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_values_that_are_not_finite(value):
+    bad = items()
+    bad[1]["x"][1, 2] = value
+    with pytest.raises(CalibrationError) as refused:
+        as_feed(bad)
+    assert str(refused.value) == (
+        "a calibration item isn't finite\n  where item 1, ['x']\n  why   1 of 6 values are inf or nan\n  do    remove the item"
+    )
+
+
+@pytest.mark.parametrize("empty", [[], iter([])])
+def test_empty(empty):
+    with pytest.raises(CalibrationError, match="the calibration feed is empty"):
+        as_feed(empty)
+
+
+def test_what_is_no_feed():
+    with pytest.raises(CalibrationError, match="calibration needs several items"):
+        as_feed(items()[0])
+    with pytest.raises(CalibrationError, match="calibration needs several items"):
+        as_feed(torch.ones(3, 2))
+    with pytest.raises(CalibrationError, match="calibration can't be iterated"):
+        as_feed(7)
+    with pytest.raises(CalibrationError) as refused:
+        as_feed([(torch.ones(1), object())])
+    assert (refused.value.where, refused.value.why) == ("item 0, [1]", "got object")
+
+
+def test_text_is_cut_into_rows():
+    feed = text(letters, "abcdefghijklm", length=3, items=2, batch=2)
+    assert [item["input_ids"].tolist() for item in feed] == [
+        [[97, 98, 99], [100, 101, 102]],
+        [[103, 104, 105], [106, 107, 108]],
+    ]
+    assert next(iter(feed))["input_ids"].dtype == torch.int64
+
+
+def test_a_path_is_a_file(tmp_path):
+    (tmp_path / "a.txt").write_text("häh", encoding="utf-8")
+    assert token_ids(letters, tmp_path / "a.txt").tolist() == [104, 228, 104]
+
+
+def test_a_text_that_is_too_short():
+    with pytest.raises(CalibrationError) as refused:
+        text(letters, "a.txt", length=4, items=3, batch=2)
+    assert str(refused.value) == (
+        "the text is too short\n"
+        "  why   it has 5 tokens; 3 items of 2 x 4 need 24\n"
+        "  do    pass a longer text (a file is given as a pathlib.Path), fewer items or a smaller length"
+    )
+
+
+def test_the_texts_are_what_their_table_says():
+    table = (TEXTS / "README.md").read_text()
+    for file in TEXTS.glob("*.txt"):
+        data = file.read_bytes()
+        assert f"{hashlib.sha256(data).hexdigest()}  {file.name}" in table
+        assert data.isascii()
+        assert f"{len(data):_}".replace("_", " ") in table
+    assert len(list(TEXTS.glob("*.txt"))) == 2
