@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import shutil
 import statistics
@@ -30,7 +31,7 @@ from fxcompress.recipe import BackendChoice, Recipe, build, check_globs, load_re
 from fxcompress.regions import regions
 from fxcompress.report import BackendReport, Change, PassReport, Report, as_tensor
 from fxcompress.signature import Inputs, Signature, check_sizes
-from fxcompress.sources import resolve
+from fxcompress.sources import Loaded, resolve
 from fxcompress.verify import audit
 
 PACKAGES = ("fxcompress", "torch", "onnx", "onnxruntime")
@@ -61,12 +62,13 @@ def compile(  # noqa: PLR0913 - the arguments users say
     recipe = load_recipe(recipe)
     passes = build(recipe)
     runner = _backend(recipe, backend)
-    captured = program_of(model, example_inputs, component, dynamic)
+    loaded = None if isinstance(model, Program) else resolve(model, component)
+    captured = _captured(loaded, example_inputs, dynamic) if loaded else model
     check_globs(recipe, captured)
     manager = Manager(captured.copy(), runner.target, _probe(captured, calibration) or captured.example, check)
-    done = manager.run(passes, progress)
+    steps = len(passes) + 1
+    done = manager.run(passes, lambda name, finished, _: progress(name or f"lower to {runner.name}", finished, steps))
     audit(manager.program)
-    progress(f"lower to {runner.name}", len(passes), len(passes) + 1)
     folder = Path(tempfile.mkdtemp(prefix="fxcompress-"))
     try:
         runner.write(manager.program, folder)
@@ -79,10 +81,9 @@ def compile(  # noqa: PLR0913 - the arguments users say
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    compiled = CompiledModel(folder, runner, report, threads, manager.program)
+    compiled = CompiledModel(folder, runner, report, threads, manager.program, getattr(loaded and loaded.model, "config", None))
     weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
-    compiled.source = model if isinstance(model, nn.Module) else None
-    progress("", len(passes) + 1, len(passes) + 1)
+    progress("", steps, steps)
     return compiled
 
 
@@ -120,14 +121,16 @@ def load(folder: str | Path, threads: int | None = None) -> CompiledModel:
         choice = BackendChoice.model_validate(manifest["backend"])
     except (OSError, KeyError, ValidationError) as error:
         raise ArtifactError("the artifact's report can't be read", where=str(path), why=str(error), do="compile and save it again") from error
-    return CompiledModel(path, _open_backend(choice), report, threads)
+    config = manifest.get("config")
+    return CompiledModel(path, _open_backend(choice), report, threads, config=Config(config) if isinstance(config, dict) else None)
 
 
 def program_of(model: Any, example_inputs: Any = None, component: str | None = None, dynamic: Dynamic = None) -> Program:
     """The captured program of anything `compile` takes. InputError where neither the user nor the source gives example inputs."""
-    if isinstance(model, Program):
-        return model
-    loaded = resolve(model, component)
+    return model if isinstance(model, Program) else _captured(resolve(model, component), example_inputs, dynamic)
+
+
+def _captured(loaded: Loaded, example_inputs: Any, dynamic: Dynamic) -> Program:
     example = example_inputs if example_inputs is not None else loaded.example
     if example is None:
         raise InputError(
@@ -136,17 +139,25 @@ def program_of(model: Any, example_inputs: Any = None, component: str | None = N
             why="capture runs the model once on them",
             do="example_inputs=(tensor, ...) or {name: tensor}",
         )
-    item = Inputs.of(example)
-    item.roles = {**loaded.roles, **item.roles}
+    given = Inputs.of(example)
+    item = Inputs(*given.args, roles={**loaded.roles, **given.roles}, **given.kwargs)
     return replace(capture(loaded.model, item, dynamic=dynamic), origin=loaded.origin)
 
 
 class CompiledModel:
     """A compiled model: call it as the model was called. `report` says what was done; `program` is there after compile, not after load."""
 
-    def __init__(self, folder: Path, backend: Backend, report: Report, threads: int | None = None, program: Program | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        backend: Backend,
+        report: Report,
+        threads: int | None = None,
+        program: Program | None = None,
+        config: Any = None,
+    ) -> None:
         self.folder, self.backend, self.report, self.threads, self.program = folder, backend, report, threads, program
-        self.source: nn.Module | None = None
+        self.config = config
         self._session: Session | None = None
         self.signature: Signature
         self.inputs: tuple[Value, ...]
@@ -169,6 +180,10 @@ class CompiledModel:
         result = self.signature.unflatten(self.session.run(tensors))
         return result.to_tuple() if as_tuple and hasattr(result, "to_tuple") else result
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        """Itself: calls don't change it, and sessions can't be copied."""
+        return self
+
     def save(self, folder: str | Path) -> Path:
         """Write the artifact, whole or not at all. ArtifactError if the place can't be written or holds something else."""
         path = Path(folder)
@@ -177,12 +192,29 @@ class CompiledModel:
                 if file.name != artifact.MANIFEST:
                     shutil.copy2(file, new / file.name)
             chosen = {"name": self.backend.name, "options": self.backend.options.model_dump(mode="json")}
-            artifact.write_manifest(new, backend=chosen, versions=self.report.versions)
+            artifact.write_manifest(new, backend=chosen, versions=self.report.versions, config=plain_config(self.config))
         return path
 
     def as_module(self) -> CompiledModule:
         """A drop-in nn.Module for diffusers and transformers: config, dtype, device and output classes of the model."""
         return CompiledModule(self)
+
+
+class Config(dict[str, Any]):
+    """A model's config read from an artifact: its entries are attributes too, as diffusers and transformers have it."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the config has no {name!r}") from None
+
+
+def plain_config(config: Any) -> dict[str, Any] | None:
+    """The entries of a diffusers or transformers config as JSON holds them; None for anything else."""
+    entries = config.to_dict() if hasattr(config, "to_dict") else config
+    plain: dict[str, Any] | None = json.loads(json.dumps(entries, default=str)) if isinstance(entries, Mapping) else None
+    return plain
 
 
 class CompiledModule(nn.Module):
@@ -191,7 +223,7 @@ class CompiledModule(nn.Module):
     def __init__(self, compiled: CompiledModel) -> None:
         super().__init__()
         self.compiled = compiled
-        self.config = getattr(compiled.source, "config", None)
+        self.config = compiled.config
         self.training = False
 
     @property
@@ -213,11 +245,11 @@ class CompiledModule(nn.Module):
 
 def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
     """Rows about a node, module path or constant of an artifact: which pass touched or declined it, why, and what was measured."""
-    artifact.read_manifest(Path(folder))
     report = load(folder).report
+    asked = {name, "".join(c if c.isalnum() else "_" for c in name)}  # a constant's node is named after it
     rows: list[dict[str, Any]] = []
     for done in report.passes:
-        touched = [c for c in done.changes if name in _names(c)]
+        touched = [c for c in done.changes if asked & _names(c)]
         sites = {c.site for c in touched}
         rows += [{"pass": done.name, "site": c.site, "what": "changed", "why": c.reason} for c in touched]
         rows += [
@@ -225,7 +257,7 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
             for c in done.checks
             if c.site in sites
         ]
-        rows += [{"pass": done.name, "site": d.site, "what": "declined", "why": d.reason} for d in done.declined if name in (d.site, d.module)]
+        rows += [{"pass": done.name, "site": d.site, "what": "declined", "why": d.reason} for d in done.declined if asked & {d.site, d.module}]
     return rows
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,17 +25,17 @@ def writing(folder: Path) -> Iterator[Path]:
 
     An artifact that is there already is replaced; anything else in the way is an ArtifactError, as is a place that can't be written.
     """
-    _refuse_strangers(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise ArtifactError(
-            "the output folder can't be written", where=str(folder), why=str(error.strerror), do="choose another folder"
-        ) from None
+        target = folder.resolve()
+        _refuse_strangers(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = getattr(error, "strerror", None) or str(error)
+        raise ArtifactError("the output folder can't be written", where=str(folder), why=why, do="choose another folder") from None
     try:
         yield temporary
-        _swap(temporary, folder)
+        _swap(temporary, target)
     except OSError as error:
         raise ArtifactError(
             "the artifact can't be written", where=str(folder), why=str(error), do="free space or choose another folder"
@@ -47,6 +49,10 @@ def _refuse_strangers(folder: Path) -> None:
         raise ArtifactError(
             "the output folder can't be written", where=str(folder), why="a file of that name is in the way", do="choose another folder"
         )
+    if folder.is_dir() and Path.cwd().is_relative_to(folder):
+        raise ArtifactError(
+            "the output folder can't be replaced", where=str(folder), why="the working directory is in it", do="choose a new folder"
+        )
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         raise ArtifactError(
             "the output folder holds something else",
@@ -57,14 +63,23 @@ def _refuse_strangers(folder: Path) -> None:
 
 
 def _swap(temporary: Path, folder: Path) -> None:
+    """The new folder takes the target's name in one step where the system has one for folders (Linux), so that a crash leaves the old or the
+    new artifact; elsewhere in two, and a crash between them leaves the old one under a hidden name."""
     temporary.chmod(0o755)
-    old = None
-    if folder.exists():
+    if not folder.exists():
+        temporary.replace(folder)
+    elif not _exchanged(temporary, folder):
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
         folder.replace(old)
-    temporary.replace(folder)
-    if old is not None:
+        temporary.replace(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Whether the two names could be exchanged: renameat2 with RENAME_EXCHANGE, which os lacks."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    current, exchange = -100, 2
+    return rename is not None and rename(current, os.fsencode(a), current, os.fsencode(b), exchange) == 0
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
@@ -79,8 +94,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ArtifactError("no artifact there", where=str(folder), why="the folder doesn't exist", do="check the path")
     data = _manifest(folder)
-    version = data.get("version")
-    if not isinstance(version, int) or version > VERSION:
+    version = data["version"]
+    if version > VERSION:
         raise ArtifactError(
             "the artifact is from a newer fxcompress",
             where=str(folder),
@@ -96,15 +111,24 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         data = json.loads(path.read_bytes())
-        if not isinstance(data, dict) or not isinstance(data.get("files"), dict) or any(Path(n).name != n for n in data["files"]):
-            raise ValueError("it lists no files")
+        if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+            raise ValueError("it names no version")
+        if data["version"] <= VERSION and not _lists_files(data.get("files")):
+            raise ValueError("it doesn't list the files of its own folder with size and hash")
     except FileNotFoundError:
         raise ArtifactError(
             "no artifact there", where=str(folder), why=f"it has no {MANIFEST}", do="check the path, or save the model again"
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError("the artifact is damaged", where=str(path), why=str(error), do="save the model again") from None
     return data
+
+
+def _lists_files(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        Path(name).name == name and name != ".." and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+        for name, entry in files.items()
+    )
 
 
 def _check_file(path: Path, entry: dict[str, Any]) -> None:

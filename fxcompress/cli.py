@@ -156,7 +156,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def example_inputs(name: str) -> Any:
-    """Example inputs as `--example` names them: the tensors of a .safetensors file, or what a function returns. InputError if they can't be had."""
+    """Example inputs as `--example` names them: tensors of a .safetensors file, or what a function returns. InputError if unreadable."""
     if not name.endswith(".safetensors"):
         return call_function(name)
     try:

@@ -59,7 +59,7 @@ class Edit:
         self.before: list[Step] = [Step(n, n.args, n.kwargs, tuple(n.all_input_nodes)) for n in self.graph.nodes]
         self.constants_before = dict(program.constants)
         self._undo: list[Callable[[], None]] = []
-        self._erased: set[fx.Node] = set()
+        self._erased: dict[fx.Node, None] = {}
         self._open: Site | None = None
 
     @contextmanager
@@ -124,7 +124,7 @@ class Edit:
         """Journal that a node goes which nobody reads, or only nodes erased before it; `commit` removes it."""
         if readers := [u for u in node.users if u not in self._erased]:
             raise ValueError(f"{node.name} is still read by {readers[0].name}")
-        self._erased.add(node)
+        self._erased[node] = None
         self._site().erased.append(node.name)
 
     def rollback(self) -> None:

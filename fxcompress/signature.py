@@ -6,14 +6,20 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, Final
 
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fxcompress.errors import InputError, nearest
 
-INPUT = object()  # marks a leaf that is a tensor input; every other leaf is the constant it was at capture, or Bound
+
+class _Mark(Enum):
+    INPUT = "input"  # an enum member stays itself when copied
+
+
+INPUT: Final = _Mark.INPUT  # marks a leaf that is a tensor input; every other leaf is the constant it was at capture, or Bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +96,7 @@ class Signature:
         tensors: list[Tensor] = []
         for name, template in captured.items():
             want, want_spec = pytree.tree_flatten(template)
-            have, have_spec = pytree.tree_flatten(given[name])
+            have, have_spec = pytree.tree_flatten(_in_order(given[name], template))
             if want_spec != have_spec:
                 raise _misfit(name, template, given[name])
             for expected, value in zip(want, have, strict=True):
@@ -117,7 +123,7 @@ def bind(parameters: inspect.Signature, item: Inputs) -> dict[str, Any]:
         unknown = next((n for n in item.kwargs if n not in known), "")
         raise InputError(
             "the inputs don't fit the model's forward",
-            why=f"{error}" + (f"; {nearest(unknown, known)}" if unknown else ""),
+            why=f"{error}" + (f"; {'' if unknown in str(error) else f'{unknown!r} is unknown, '}{nearest(unknown, known)}" if unknown else ""),
             do=f"forward takes ({', '.join(known)})",
         ) from None
     given: dict[str, Any] = {}
@@ -141,10 +147,27 @@ def same_constant(a: Any, b: Any) -> bool:
 
 
 def leaf_names(tree: Any, root: str) -> list[str]:
-    """One name per leaf of the tree, from its path: "logits", "hidden_states_0". A bare leaf, or a container unknown here, goes by `root`."""
+    """One name per leaf of the tree, from its path: "logits", "hidden_states_0". A bare leaf, or a container unknown here, goes by `root`.
+
+    A name that two leaves would have ({"a": {"b": x}, "a_b": y}) is numbered from the second on.
+    """
     names = ["_".join(path) or root for path in _paths(tree, ())]
     count = len(pytree.tree_leaves(tree))
-    return names if len(names) == count else [f"{root}_{i}" for i in range(count)]
+    names = names if len(names) == count else [f"{root}_{i}" for i in range(count)]
+    taken: set[str] = set()
+    for i, name in enumerate(names):
+        names[i] = name if name not in taken else next(f"{name}_{k}" for k in range(1, count + 1) if f"{name}_{k}" not in {*taken, *names})
+        taken.add(names[i])
+    return names
+
+
+def _in_order(value: Any, template: Any) -> Any:
+    """The value with its dicts in the key order of the template's, where both have the same keys: order is no part of a call's form."""
+    if type(value) is dict and isinstance(template, dict) and value.keys() == template.keys():
+        return {name: _in_order(value[name], inner) for name, inner in template.items()}
+    if type(value) in (tuple, list) and type(value) is type(template) and len(value) == len(template):
+        return type(value)(_in_order(v, t) for v, t in zip(value, template, strict=True))
+    return value
 
 
 def _paths(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -153,7 +176,7 @@ def _paths(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     elif isinstance(tree, tuple | list):
         items = [(str(i), v) for i, v in enumerate(tree)]
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        items = [(f.name, getattr(tree, f.name)) for f in dataclasses.fields(tree)]
+        items = [(f.name, v) for f in dataclasses.fields(tree) if (v := getattr(tree, f.name)) is not None]
     else:
         yield path
         return

@@ -1,4 +1,5 @@
-"""Programs as files: the graph as JSON, constants as safetensors. Nothing in them is code: ops are looked up by name in a fixed set of places.
+"""Programs as files: the graph as JSON, constants as safetensors. Nothing in them is code: ops are looked up by name among pure torch ops and
+size arithmetic. `operator` as a whole would be code (`attrgetter` and `call` reach everything), and some torch ops name files.
 
 Fake values are not stored, so a loaded program can be run, read and compared, and is not lowered again.
 """
@@ -19,13 +20,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
-from fxcompress.errors import ArtifactError, BackendRefusal
+from fxcompress.errors import ArtifactError, BackendRefusal, VerifierError
 from fxcompress.program import Program, State, Value
 from fxcompress.signature import INPUT, Signature
+from fxcompress.verify import verify
 
 GRAPH, CONSTANTS, EXAMPLE = "program.json", "constants.safetensors", "example.safetensors"
 NAMESPACES = ("aten", "fxc")
-MODULES = {"_operator": operator, "math": math, "torch": torch}
+ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.pow, operator.neg)
+COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_, operator.not_)
+FUNCTIONS = {
+    **{f"_operator.{f.__name__}": f for f in (*ARITHMETIC, *COMPARISONS, operator.getitem)},
+    **{f"math.{name}": value for name, value in vars(math).items() if callable(value) and not name.startswith("_")},
+    **{f"torch.{name}": value for name, value in vars(torch).items() if name.startswith("sym_")},
+}
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 OUTPUT_LIBRARIES = ("transformers.", "diffusers.")
 
 
@@ -43,22 +52,24 @@ def save_graph(program: Program, folder: Path) -> None:
         "signature": signature_to_json(program.signature),
     }
     (folder / GRAPH).write_text(json.dumps(data, indent=0, sort_keys=True), encoding="utf-8")
-    save_file({str(i): t.contiguous() for i, t in enumerate(program.example)}, folder / EXAMPLE)
+    _save_tensors({str(i): t for i, t in enumerate(program.example)}, folder / EXAMPLE)
 
 
 def save_program(program: Program, folder: Path) -> None:
     """Write the program whole."""
     save_graph(program, folder)
-    save_file({name: t.contiguous() for name, t in _untied(program.constants).items()}, folder / CONSTANTS)
+    _save_tensors(program.constants, folder / CONSTANTS)
 
 
 def load_program(folder: Path) -> Program:
-    """The program written by `save_program`. ArtifactError if a file is missing, damaged or names an op outside the known places."""
+    """The program written by `save_program`. ArtifactError if a file is missing, damaged or no legal program, or names an unknown op."""
     try:
         data = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
         constants = load_file(folder / CONSTANTS)
-        return _program(data, constants)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        program = _program(data, constants)
+        verify(program)
+        return program
+    except (*UNREADABLE, VerifierError) as error:
         raise ArtifactError(
             "the stored program can't be read", where=str(folder), why=f"{type(error).__name__}: {error}", do="compile and save it again"
         ) from error
@@ -68,9 +79,9 @@ def load_example(folder: Path) -> list[Tensor]:
     """The flat example inputs of a stored program."""
     try:
         tensors = load_file(folder / EXAMPLE)
-    except (OSError, SafetensorError) as error:
+        return [tensors[str(i)] for i in range(len(tensors))]
+    except UNREADABLE as error:
         raise ArtifactError("the stored example inputs can't be read", where=str(folder / EXAMPLE), why=str(error)) from error
-    return [tensors[str(i)] for i in range(len(tensors))]
 
 
 def load_signature(folder: Path) -> tuple[Signature, tuple[Value, ...], dict[str, tuple[int, int]]]:
@@ -79,19 +90,19 @@ def load_signature(folder: Path) -> tuple[Signature, tuple[Value, ...], dict[str
         data = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
         inputs = tuple(_read_value(v) for v in data["inputs"])
         return signature_from_json(data["signature"]), inputs, {k: (int(a), int(b)) for k, (a, b) in data["symbols"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise ArtifactError("the stored signature can't be read", where=str(folder), why=f"{type(error).__name__}: {error}") from error
 
 
-def _untied(constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses shared memory: a constant that is a view of another's storage is written as a copy."""
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """safetensors refuses shared memory: a tensor that is a view of another's storage is written as a copy."""
     seen: set[int] = set()
-    out = {}
-    for name, tensor in constants.items():
+    alone = {}
+    for name, tensor in tensors.items():
         pointer = tensor.untyped_storage().data_ptr()
-        out[name] = tensor.clone() if pointer in seen else tensor
+        alone[name] = (tensor.clone() if pointer in seen else tensor).contiguous()
         seen.add(pointer)
-    return out
+    save_file(alone, path)
 
 
 def _program(data: dict[str, Any], constants: dict[str, Tensor]) -> Program:
@@ -138,22 +149,26 @@ def op_name(target: Any) -> str:
             do = "replace it in the model with torch's own ops"
             raise BackendRefusal(f"the custom op {target} can't be stored", why="an artifact holds aten and fxc ops only", do=do)
         return str(target)
-    return f"{target.__module__}.{target.__name__}"
+    name = f"{target.__module__}.{target.__name__}"
+    if name not in FUNCTIONS:
+        raise BackendRefusal(f"the function {name} can't be stored", why="an artifact holds torch ops and size arithmetic only")
+    return name
 
 
 def find_op(name: str) -> Any:
-    """The op of a stored name; ValueError for one outside torch.ops.aten, torch.ops.fxc and size arithmetic."""
+    """The op of a stored name; ValueError for one outside torch.ops.aten, torch.ops.fxc and size arithmetic, and for one that names a file."""
     import fxcompress.ops  # noqa: F401 - registers fxc::
 
     head, _, rest = name.partition(".")
-    if head in NAMESPACES:
-        packet, _, overload = rest.partition(".")
-        found = getattr(getattr(getattr(torch.ops, head), packet), overload)
-        if isinstance(found, torch._ops.OpOverload):
-            return found
-    if head in MODULES and rest.isidentifier() and (head != "torch" or rest.startswith("sym_")):
-        return getattr(MODULES[head], rest)
-    raise ValueError(f"unknown op {name!r}")
+    packet, _, overload = rest.partition(".")
+    found = FUNCTIONS.get(name)
+    if head in NAMESPACES and rest.replace(".", "").isidentifier():
+        found = getattr(getattr(getattr(torch.ops, head), packet, None), overload, None)
+        if not isinstance(found, torch._ops.OpOverload) or any(a.name == "filename" for a in found._schema.arguments):
+            found = None
+    if found is None:
+        raise ValueError(f"unknown op {name!r}")
+    return found
 
 
 _DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
@@ -211,13 +226,9 @@ def _read_value(data: dict[str, Any]) -> Value:
 
 
 def signature_to_json(signature: Signature) -> dict[str, Any]:
-    """The signature as plain data. A result class that can't be stored comes back as a dict of its tensors by name."""
+    """The signature as plain data. A tuple class that can't be stored comes back as a tuple, any other result class as a dict by name."""
     parameters = [[p.name, p.kind.name, _constant(p.default)] for p in signature.parameters.parameters.values()]
-    names = iter(signature.output_names)
-    plain = {next(names): INPUT for _ in signature.output_names}
-    out_spec, out_leaves = signature.out_spec, signature.out_leaves
-    if not _storable(out_spec):
-        out_leaves, out_spec = tuple(plain.values()), pytree.tree_structure(plain)
+    out_spec, out_leaves = _plain_result(signature)
     return {
         "parameters": parameters,
         "spec": pytree.treespec_dumps(signature.spec),
@@ -253,6 +264,16 @@ def signature_from_json(data: dict[str, Any]) -> Signature:
         tuple(data["output_names"]),
         {k: _read_constant(v) for k, v in data["fixed"].items()},
     )
+
+
+def _plain_result(signature: Signature) -> tuple[pytree.TreeSpec, tuple[Any, ...]]:
+    if _storable(signature.out_spec):
+        return signature.out_spec, signature.out_leaves
+    result = pytree.tree_unflatten(signature.out_leaves, signature.out_spec)
+    if isinstance(result, tuple) and _storable(spec := pytree.tree_structure(tuple(result))):
+        return spec, signature.out_leaves
+    by_name = dict.fromkeys(signature.output_names, INPUT)
+    return pytree.tree_structure(by_name), tuple(by_name.values())
 
 
 def _storable(spec: pytree.TreeSpec) -> bool:

@@ -63,6 +63,7 @@ def row(name: str) -> dict[str, Any]:
     from fxcompress.capture import capture
     from fxcompress.errors import FxcError
     from tests.held_out import HELD_OUT
+    from tests.test_zoo import all_moved
     from tests.zoo import ZOO
 
     torch.set_num_threads(1)
@@ -73,7 +74,7 @@ def row(name: str) -> dict[str, Any]:
     except FxcError as error:
         return {"name": name, "refused": error.what, "why": error.why, "where": error.where, "seconds": time.process_time() - start}
     seconds = time.process_time() - start
-    errors = dict(_errors(program, model, inputs))
+    errors = dict(_errors(program, model, all_moved(name, inputs)))
     found = {"name": name, "seconds": seconds, "symbols": dict(program.symbols), "notes": list(program.notes), "errors": errors}
     if wrong := {what: error for what, error in errors.items() if isinstance(error, str) or not error <= LIMIT}:
         return {**found, "refused": "captured, but", "why": "; ".join(f"at {k}: {v}" for k, v in wrong.items()), "where": ""}
@@ -81,18 +82,24 @@ def row(name: str) -> dict[str, Any]:
 
 
 def _errors(program: Any, model: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, float | str]]:
-    """The error on moved inputs at the example's sizes, then with each dynamic size two greater than there, and all at once."""
+    """The error on moved inputs at the example's sizes, then with each dynamic size at its least, a little and much more, and all at once."""
     from fxcompress.dynamic import at_sizes
-    from tests.test_zoo import moved
 
-    example = program.signature.flatten(inputs)
-    tensors = [moved(t) for t in example]
-    yield "other values", _error(program, model, tensors)
-    sizes = {s: t.shape[v.shape.index(s)] for v, t in zip(program.inputs, tensors, strict=True) for s in program.symbols if s in v.shape}
+    tensors = program.signature.flatten(inputs)
     shapes = [v.shape for v in program.inputs]
-    for grown in [[s] for s in sizes] + ([list(sizes)] if len(sizes) > 1 else []):
-        other = {s: min(n + 2, program.symbols[s][1]) if s in grown else n for s, n in sizes.items()}
-        yield ", ".join(f"{s}={other[s]}" for s in grown), _error(program, model, at_sizes(tensors, shapes, other))
+    yield "other values", _error(program, model, tensors)
+    for sizes in _sizes(program, tensors):
+        yield ", ".join(f"{s}={n}" for s, n in sizes.items()), _error(program, model, at_sizes(tensors, shapes, sizes))
+
+
+def _sizes(program: Any, tensors: list[Any]) -> Iterator[dict[str, int]]:
+    example = {s: t.shape[v.shape.index(s)] for v, t in zip(program.inputs, tensors, strict=True) for s in program.symbols if s in v.shape}
+    ranges = {s: program.symbols[s] for s in example}
+    for symbol, (low, high) in ranges.items():
+        for size in sorted({low, min(example[symbol] + 2, high), min(3 * example[symbol] + 1, high)} - {example[symbol]}):
+            yield {**example, symbol: size}
+    if len(example) > 1:
+        yield {s: min(n + 2, ranges[s][1]) for s, n in example.items()}
 
 
 def _error(program: Any, model: Any, tensors: list[Any]) -> float | str:
