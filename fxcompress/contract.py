@@ -73,8 +73,15 @@ class Bounded:
     margin = 3.0
 
     def figure(self, old: Tensor, new: Tensor) -> float:
-        """10 log10 (sum old² / sum (new - old)²)."""
-        return noise.sqnr(old, new)
+        """10 log10 (sum old² / sum (new - old)²). NaN where one is not finite and the other not the same; -inf for unequal integers."""
+        if not old.is_floating_point():
+            return math.inf if torch.equal(old, new) else -math.inf
+        odd = ~(old.isfinite() & new.isfinite())
+        if not odd.any():
+            return noise.sqnr(old, new)
+        if relative_error(old[odd], new[odd]) > 0:
+            return math.nan
+        return noise.sqnr(old.masked_fill(odd, 0), new.masked_fill(odd, 0))
 
     def bound(self, old: Tensor, new: fx.Node) -> float:
         """The ideal quantiser's SQNR for the format and block the new node names, less the margin."""
@@ -240,14 +247,13 @@ class _Checker:
     def _between(self, new: fx.Node, env: Mapping[fx.Node, Any]) -> list[fx.Node]:
         """Constants and inserted nodes the new node is computed from, in order."""
         found: dict[fx.Node, None] = {}
-
-        def visit(node: fx.Node) -> None:
-            for source in node.all_input_nodes:
-                if source not in env and source not in found:
-                    visit(source)
-                    found[source] = None
-
-        visit(new)
+        stack = [new]
+        while stack:
+            if missing := [n for n in stack[-1].all_input_nodes if n not in env and n not in found]:
+                stack.extend(missing)
+            else:
+                found[stack.pop()] = None
+        del found[new]
         return list(found)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -39,8 +39,7 @@ class Site:
     erased: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A node as it was when the edit began."""
 
     node: fx.Node
@@ -56,8 +55,8 @@ class Edit:
         self.program = program
         self.graph = program.graph
         self.sites: list[Site] = []
-        self.before: list[Step] = [Step(n, n.args, n.kwargs, tuple(n.all_input_nodes)) for n in self.graph.nodes]
-        self.constants_before = dict(program.constants)
+        self.before: list[Step] = []  # filled when the first site is opened
+        self.constants_before: dict[str, Tensor] = {}
         self._undo: list[Callable[[], None]] = []
         self._erased: dict[fx.Node, None] = {}
         self._open: Site | None = None
@@ -65,6 +64,9 @@ class Edit:
     @contextmanager
     def site(self, node: fx.Node, reason: str = "") -> Iterator[Site]:
         """Open one site at a node. The changes made inside belong to it."""
+        if not self.before:
+            self.before = [Step(n, n.args, n.kwargs, tuple(n.all_input_nodes)) for n in self.graph.nodes]
+            self.constants_before = dict(self.program.constants)
         module = module_path(node)
         self._open = Site(f"{module or '<root>'}  ({node.name})", node.name, module, reason)
         self.sites.append(self._open)

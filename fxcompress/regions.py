@@ -1,7 +1,7 @@
 """Regions: the module tree laid over the nodes, every node in exactly one leaf of it.
 
-A node belongs to the innermost module it was traced in. Nodes that capture gives no module (constants, sizes) belong where their readers are:
-to the deepest module path that all of them share.
+A node belongs to the innermost module it was traced in. Nodes that were traced in none (constants, sizes) belong where their readers are: to
+the deepest module path that all of them share.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from fxcompress.program import Program
@@ -48,7 +49,7 @@ def regions(program: Program) -> Region:
     placed: dict[fx.Node, Path] = {}
     for node in reversed(list(program.graph.nodes)):
         if node.op != "output":
-            placed[node] = _own_path(node) or _shared_path(node, placed)
+            placed[node] = _own_path(node) if _is_traced(node) else _shared_path(node, placed)
     for node in program.graph.nodes:
         if node.op != "output":
             _region_at(placed[node], by_path, program).nodes.append(node)
@@ -59,6 +60,12 @@ def regions(program: Program) -> Region:
 def _own_path(node: fx.Node) -> Path:
     """The chain of module paths, outermost first, without the root."""
     return tuple(p for p in node.meta.get("module", ()) if p)
+
+
+def _is_traced(node: fx.Node) -> bool:
+    """Whether the module path says where the node was traced: constants have none, and export reads sizes at the root."""
+    is_size = isinstance(node.meta.get("val"), torch.SymInt)
+    return bool(_own_path(node)) or (node.op == "call_function" and "module" in node.meta and not is_size)
 
 
 def _shared_path(node: fx.Node, placed: dict[fx.Node, Path]) -> Path:

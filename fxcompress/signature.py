@@ -30,7 +30,10 @@ class Bound:
 
     def admits(self, given: Any) -> bool:
         """Whether the argument is the bound value, broadcast or not."""
-        return isinstance(given, Tensor) and given.dim() == self.value.dim() and bool((given == self.value).all())
+        if not isinstance(given, Tensor) or given.dim() != self.value.dim():
+            return False
+        fits = all(size in (1, n) for size, n in zip(self.value.shape, given.shape, strict=True))
+        return fits and bool((given == self.value).all())
 
 
 class Inputs:
@@ -86,9 +89,10 @@ class Signature:
                     do=f"compile again with {name} in example_inputs, or leave it out of the call",
                 )
             del given[name]
-        missing = [n for n in names if n not in given]
-        for name in missing:
-            given[name] = default_of(self.parameters, name)
+        captured = pytree.tree_unflatten(self.leaves, self.spec)
+        for name in [n for n in names if n not in given]:
+            bound = captured[name]
+            given[name] = bound.value if isinstance(bound, Bound) else default_of(self.parameters, name)
         return {name: given[name] for name in names}
 
     def _match(self, given: dict[str, Any]) -> list[Tensor]:

@@ -8,12 +8,14 @@ attention, dropout and asserts alive.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from fxcompress.dynamic import at_sizes
 from fxcompress.errors import InputError, VerifierError, nearest
 from fxcompress.functional import drop_dead
 from fxcompress.interpret import evaluate, run
@@ -30,8 +32,8 @@ aten = torch.ops.aten
 def specialise(program: Program, bindings: Mapping[str, Tensor]) -> Program:
     """The program with the named inputs bound. A dynamic axis of a bound input takes a value of size 1, which broadcasts.
 
-    Compared with the program on its example inputs, the bound values in place. Raises InputError for unknown names and values that don't
-    fit, VerifierError if the numbers differ.
+    Compared with the program on its example inputs and at another size of every dynamic axis, the bound values in place. Raises InputError
+    for unknown names and values that don't fit, VerifierError if the numbers differ.
     """
     _check_bindings(program, bindings)
     variant = program.copy()
@@ -80,20 +82,21 @@ def _move_sizes(program: Program, bound: Mapping[fx.Node, Tensor]) -> None:
 
 
 def _fold(program: Program, bound: Mapping[fx.Node, Tensor]) -> None:
-    """One walk: evaluate what only bound inputs, constants and sizes decide, and give its readers the value."""
-    known: dict[fx.Node, Any] = dict(bound)
+    """One walk: evaluate what only bound inputs and constants decide, whatever the dynamic sizes are, and give its readers the value."""
+    known: dict[fx.Node, tuple[Any, Any]] = {n: (v, _resized(v, n)) for n, v in bound.items()}  # with every dynamic size 1, and 2
     fixed: set[fx.Node] = {n for n in program.graph.nodes if n.op == "get_attr"}  # what no input decides
     for node in [n for n in program.graph.nodes if n.op == "call_function"]:
         sources = node.all_input_nodes
         if all(n in fixed for n in sources):
             fixed.add(node)
         elif any(n in known for n in sources) and all(n in known or n in fixed or _is_size(n) for n in sources):
-            values = {n: known[n] if n in known else _fixed_value(n, program) if n in fixed else 1 for n in sources}
-            if _stands_for((value := _attempt(node, values, program)), node):
-                known[node] = value
+            constant = {n: _fixed_value(n, program) for n in sources if n in fixed}
+            one, two = (_attempt(node, {n: _value_at(n, i, known, constant) for n in sources}, program) for i in (0, 1))
+            if _stands_for(one, node) and _is_same(one, two):
+                known[node] = (one, two)
         elif taken := _taken(node, known):
             node.replace_all_uses_with(taken)
-    for node, value in known.items():
+    for node, (value, _) in known.items():
         for reader in [u for u in node.users if u not in known]:
             _give(program, node, value, reader)
 
@@ -106,12 +109,40 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt)
 
 
+def _resized(value: Tensor, node: fx.Node) -> Tensor:
+    sizes = [_size_at(want, 2) if isinstance(want, torch.SymInt) else want for want in node.meta["val"].shape]
+    return value.expand(sizes)
+
+
+def _size_at(size: torch.SymInt, value: int) -> int:
+    """The size where every symbol has this value."""
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, value)))
+
+
+def _value_at(node: fx.Node, which: int, known: Mapping[fx.Node, tuple[Any, Any]], constant: Mapping[fx.Node, Any]) -> Any:
+    if node in known:
+        return known[node][which]
+    return constant[node] if node in constant else _size_at(node.meta["val"], which + 1)
+
+
 def _attempt(node: fx.Node, values: Mapping[fx.Node, Any], program: Program) -> Any:
-    """The node's value with every dynamic size taken as 1; None where it can't be computed so."""
+    """The node's value; None where it can't be computed at these sizes."""
     try:
         return evaluate(node, values, program.constants)
-    except (RuntimeError, IndexError):
+    except (RuntimeError, IndexError, ArithmeticError):
         return None
+
+
+def _is_same(one: Any, two: Any) -> bool:
+    """Whether the value at size 1 is the one at size 2, once broadcast: then it depends on no dynamic size."""
+    a, b = pytree.tree_leaves(one), pytree.tree_leaves(two)
+    return len(a) == len(b) and all(_is_broadcast(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(a, b, strict=True))
+
+
+def _is_broadcast(x: Tensor, y: Tensor) -> bool:
+    fits = x.dim() == y.dim() and all(m in (1, n) for m, n in zip(x.shape, y.shape, strict=True))
+    return fits and relative_error(x.expand_as(y), y) <= LIMIT.get(x.dtype, 5e-2)
 
 
 def _stands_for(value: Any, node: fx.Node) -> bool:
@@ -124,11 +155,11 @@ def _stands_for(value: Any, node: fx.Node) -> bool:
     return all(have == 1 if isinstance(want, torch.SymInt) else have == want for have, want in zip(value.shape, wanted.shape, strict=True))
 
 
-def _taken(node: fx.Node, known: Mapping[fx.Node, Any]) -> fx.Node | None:
+def _taken(node: fx.Node, known: Mapping[fx.Node, tuple[Any, Any]]) -> fx.Node | None:
     """The branch of where(c, a, b) that a known uniform condition takes, if it has the shape and dtype of the result."""
     if node.target is not aten.where.self or node.args[0] not in known:
         return None
-    condition = known[node.args[0]]  # type: ignore[index]
+    condition = known[node.args[0]][0]  # type: ignore[index]
     if not (condition.all() or not condition.any()):
         return None
     branch = node.args[1] if condition.all() else node.args[2]
@@ -209,8 +240,15 @@ def _bound_leaf(leaf: Any, name: str, bindings: Mapping[str, Tensor]) -> Any:
 
 
 def _compare(program: Program, variant: Program, bindings: Mapping[str, Tensor]) -> None:
-    full = [bindings[v.name].expand_as(t) if v.name in bindings else t for v, t in zip(program.inputs, program.example, strict=True)]
-    for value, a, b in zip(program.outputs, run(program, full), run(variant, variant.example), strict=True):
+    other = {s: min(max(low, 3), high) for s, (low, high) in program.symbols.items()}
+    for example in (program.example, at_sizes(program.example, [v.shape for v in program.inputs], other)):
+        _compare_on(example, program, variant, bindings)
+
+
+def _compare_on(example: Sequence[Tensor], program: Program, variant: Program, bindings: Mapping[str, Tensor]) -> None:
+    full = [bindings[v.name].expand_as(t) if v.name in bindings else t for v, t in zip(program.inputs, example, strict=True)]
+    free = [t for v, t in zip(program.inputs, example, strict=True) if v.name not in bindings]
+    for value, a, b in zip(program.outputs, run(program, full), run(variant, free), strict=True):
         limit = LIMIT.get(a.dtype, 5e-2)
         if not (error := relative_error(a, b)) <= limit:
             raise VerifierError(

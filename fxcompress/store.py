@@ -22,18 +22,16 @@ from torch import Tensor, fx
 
 from fxcompress.errors import ArtifactError, BackendRefusal, VerifierError
 from fxcompress.program import Program, State, Value
-from fxcompress.signature import INPUT, Signature
+from fxcompress.signature import INPUT, Bound, Signature
 from fxcompress.verify import verify
 
 GRAPH, CONSTANTS, EXAMPLE = "program.json", "constants.safetensors", "example.safetensors"
 NAMESPACES = ("aten", "fxc")
 ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod, operator.pow, operator.neg)
 COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge, operator.and_, operator.or_, operator.not_)
-FUNCTIONS = {
-    **{f"_operator.{f.__name__}": f for f in (*ARITHMETIC, *COMPARISONS, operator.getitem)},
-    **{f"math.{name}": value for name, value in vars(math).items() if callable(value) and not name.startswith("_")},
-    **{f"torch.{name}": value for name, value in vars(torch).items() if name.startswith("sym_")},
-}
+MATHS = tuple(value for name, value in vars(math).items() if callable(value) and not name.startswith("_"))
+SYMBOLIC = tuple(value for name, value in vars(torch).items() if name.startswith("sym_"))
+FUNCTIONS = {f"{f.__module__}.{f.__name__}": f for f in (*ARITHMETIC, *COMPARISONS, operator.getitem, *MATHS, *SYMBOLIC)}
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError)
 OUTPUT_LIBRARIES = ("transformers.", "diffusers.")
 
@@ -51,7 +49,7 @@ def save_graph(program: Program, folder: Path) -> None:
         "constants": {k: [str(t.dtype).removeprefix("torch."), list(t.shape)] for k, t in program.constants.items()},
         "signature": signature_to_json(program.signature),
     }
-    (folder / GRAPH).write_text(json.dumps(data, indent=0, sort_keys=True), encoding="utf-8")
+    (folder / GRAPH).write_text(json.dumps(data, indent=0), encoding="utf-8")
     _save_tensors({str(i): t for i, t in enumerate(program.example)}, folder / EXAMPLE)
 
 
@@ -162,7 +160,7 @@ def find_op(name: str) -> Any:
     head, _, rest = name.partition(".")
     packet, _, overload = rest.partition(".")
     found = FUNCTIONS.get(name)
-    if head in NAMESPACES and rest.replace(".", "").isidentifier():
+    if head in NAMESPACES and name.count(".") == 2:
         found = getattr(getattr(getattr(torch.ops, head), packet, None), overload, None)
         if not isinstance(found, torch._ops.OpOverload) or any(a.name == "filename" for a in found._schema.arguments):
             found = None
@@ -191,6 +189,8 @@ def _encode(value: Any) -> Any:
         return {"torch": str(value)}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
+    if isinstance(value, complex):
+        return {"complex": str(value)}
     if isinstance(value, slice):
         return {"slice": [_encode(v) for v in (value.start, value.stop, value.step)]}
     if value is None or isinstance(value, bool | int | float | str):
@@ -212,6 +212,7 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         "device": lambda: torch.device(inner),
         "torch": lambda: _NAMED[inner],
         "float": lambda: float(inner),
+        "complex": lambda: complex(inner),
         "slice": lambda: slice(*(_decode(v, nodes) for v in inner)),
     }
     return readers[kind]()
@@ -304,6 +305,8 @@ def _constant(value: Any) -> Any:
         return {"input": 1}
     if value is inspect.Parameter.empty:
         return {"empty": 1}
+    if isinstance(value, Bound):
+        return {"bound": [value.value.tolist(), str(value.value.dtype)]}
     try:
         return _encode(value)
     except TypeError:
@@ -313,6 +316,9 @@ def _constant(value: Any) -> Any:
 def _read_constant(value: Any) -> Any:
     if value == {"input": 1}:
         return INPUT
+    if isinstance(value, dict) and "bound" in value:
+        numbers, dtype = value["bound"]
+        return Bound(torch.tensor(numbers, dtype=_DTYPES[dtype]))
     if isinstance(value, dict) and "other" in value:
         return value["other"]
     return _decode(value, {})

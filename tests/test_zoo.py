@@ -46,6 +46,13 @@ def perturbed(inputs: Inputs) -> Iterator[tuple[str, Inputs]]:
             yield pytree.keystr(path), pytree.tree_unflatten(changed, spec)
 
 
+def all_moved(name: str, inputs: Inputs) -> Inputs:
+    """The inputs with every tensor leaf moved that may be."""
+    leaves, spec = pytree.tree_flatten_with_path(inputs)
+    free = [isinstance(value, Tensor) and (name, pytree.keystr(path)) not in STILL for path, value in leaves]
+    return pytree.tree_unflatten([moved(v) if f else v for f, (_, v) in zip(free, leaves, strict=True)], spec)  # type: ignore[no-any-return]
+
+
 def unused(model: nn.Module, inputs: Inputs) -> set[str]:
     """Parameters the outputs do not depend on: those that get no gradient."""
     model.zero_grad()

@@ -2,8 +2,9 @@
 
     python -m tools.capture_sweep [--table zoo|held-out|all] [--only NAME ...] [--limit SECONDS] [--json FILE]
 
-A row: nodes, CPU seconds of capture, dynamic sizes with their ranges, and the worst relative error against the model on inputs that capture
-never saw: other values, and other values at other sizes. Or the refusal. The exit code is 0 if at least 95 % of the models were captured.
+A row: nodes, CPU seconds of capture, the worst relative error against the model on inputs that capture never saw (other values, and other
+values at other sizes), dynamic sizes with their ranges, and sizes in range at which neither model nor program runs. Or the refusal. The
+exit code is 0 if at least 95 % of the models were captured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +75,23 @@ def row(name: str) -> dict[str, Any]:
     except FxcError as error:
         return {"name": name, "refused": error.what, "why": error.why, "where": error.where, "seconds": time.process_time() - start}
     seconds = time.process_time() - start
-    errors = dict(_errors(program, model, all_moved(name, inputs)))
-    found = {"name": name, "seconds": seconds, "symbols": dict(program.symbols), "notes": list(program.notes), "errors": errors}
-    if wrong := {what: error for what, error in errors.items() if isinstance(error, str) or not error <= LIMIT}:
+    checks = dict(_checks(program, model, all_moved(name, inputs)))
+    found = {"name": name, "seconds": seconds, "symbols": dict(program.symbols), "notes": list(program.notes)}
+    found["wide"] = [what for what, result in checks.items() if result is None]
+    if wrong := {what: r for what, r in checks.items() if isinstance(r, str) or (r is not None and not r <= LIMIT)}:
         return {**found, "refused": "captured, but", "why": "; ".join(f"at {k}: {v}" for k, v in wrong.items()), "where": ""}
-    return {**found, "nodes": len(program.graph.nodes)}
+    return {**found, "error": max(r for r in checks.values() if isinstance(r, float)), "nodes": len(program.graph.nodes)}
 
 
-def _errors(program: Any, model: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, float | str]]:
-    """The error on moved inputs at the example's sizes, then with each dynamic size at its least, a little and much more, and all at once."""
+def _checks(program: Any, model: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, float | str | None]]:
+    """The result of `_check` on moved inputs at the example's sizes, then with each dynamic size at its least, a little and much more, and all at once."""
     from fxcompress.dynamic import at_sizes
 
     tensors = program.signature.flatten(inputs)
     shapes = [v.shape for v in program.inputs]
-    yield "other values", _error(program, model, tensors)
+    yield "other values", _check(program, model, tensors)
     for sizes in _sizes(program, tensors):
-        yield ", ".join(f"{s}={n}" for s, n in sizes.items()), _error(program, model, at_sizes(tensors, shapes, sizes))
+        yield ", ".join(f"{s}={n}" for s, n in sizes.items()), _check(program, model, at_sizes(tensors, shapes, sizes))
 
 
 def _sizes(program: Any, tensors: list[Any]) -> Iterator[dict[str, int]]:
@@ -102,8 +104,8 @@ def _sizes(program: Any, tensors: list[Any]) -> Iterator[dict[str, int]]:
         yield {s: min(n + 2, ranges[s][1]) for s, n in example.items()}
 
 
-def _error(program: Any, model: Any, tensors: list[Any]) -> float | str:
-    """The worst relative error of an output; words where one of the two can't run at a size the program says is legal."""
+def _check(program: Any, model: Any, tensors: list[Any]) -> float | str | None:
+    """The worst relative error of an output; words where only one of the two can run; None where neither can: the range is too wide."""
     import torch
     from torch.utils import _pytree as pytree
 
@@ -113,19 +115,21 @@ def _error(program: Any, model: Any, tensors: list[Any]) -> float | str:
 
     signature, values = program.signature, iter(tensors)
     given = pytree.tree_unflatten([next(values) if leaf is INPUT else leaf for leaf in signature.leaves], signature.spec)
-    try:
-        with torch.no_grad():
-            wanted = [leaf for leaf in pytree.tree_leaves(model(**given, **signature.fixed)) if isinstance(leaf, torch.Tensor)]
-    except Exception as error:
-        return f"the model itself fails ({type(error).__name__}: {_first(error)})"
-    try:
-        return max(relative_error(a, b) for a, b in zip(wanted, run(program, tensors), strict=True))
-    except Exception as error:
-        return f"the program fails ({type(error).__name__}: {_first(error)})"
+    with torch.no_grad():
+        wanted = _tried(lambda: pytree.tree_leaves(model(**given, **signature.fixed)))
+        got = _tried(lambda: run(program, tensors))
+    if isinstance(wanted, str) or isinstance(got, str):
+        return (
+            None if isinstance(wanted, str) and isinstance(got, str) else f"only the {'program' if isinstance(wanted, str) else 'model'} runs"
+        )
+    return max(relative_error(a, b) for a, b in zip((w for w in wanted if isinstance(w, torch.Tensor)), got, strict=True))
 
 
-def _first(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:120]
+def _tried(call: Callable[[], list[Any]]) -> list[Any] | str:
+    try:
+        return call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _in_process(name: str, limit: float) -> dict[str, Any]:
@@ -147,7 +151,8 @@ def _line(found: dict[str, Any]) -> str:
         where = f"  ({found['where']})" if found["where"] else ""
         return f"{found['name']:22}      - {seconds}  REFUSED {found['refused']}: {found['why']}{where}"
     sizes = " ".join(f"{name}={low}..{high if high < 2**31 - 1 else ''}" for name, (low, high) in found["symbols"].items())
-    return f"{found['name']:22} {found['nodes']:6} {seconds}  {max(found['errors'].values()):.0e}  {sizes or 'fixed'}"
+    wide = f"  TOO WIDE: neither runs at {'; '.join(found['wide'])}" if found["wide"] else ""
+    return f"{found['name']:22} {found['nodes']:6} {seconds}  {found['error']:.0e}  {sizes or 'fixed'}{wide}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,17 +11,21 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 
 from fxcompress import registry
 from fxcompress.capture import capture
 from fxcompress.interpret import run as interpret
 from fxcompress.manager import CheckMode, Manager
 from fxcompress.measure import relative_error
-from fxcompress.program import Program
+from fxcompress.program import Program, Value
 from fxcompress.recipe import Step, Where
 from fxcompress.report import PassReport
 from fxcompress.rewrite import Pass
 from fxcompress.target import Target
+from tests.zoo import ZOO
+
+aten = torch.ops.aten
 
 
 def run(
@@ -89,16 +95,25 @@ def function(body: Callable[..., Any], *inputs: Any, dynamic: Any = None, **para
     return captured(_Function(body, parameters), *inputs, dynamic=dynamic)
 
 
+@functools.cache
+def zoo(name: str) -> Program:
+    """A small real model by its name in tests/zoo.py, captured once; passes run on copies."""
+    model, inputs = ZOO[name]()
+    return capture(model, inputs)
+
+
 class _Function(nn.Module):
     def __init__(self, body: Callable[..., Any], parameters: dict[str, Tensor]) -> None:
         super().__init__()
-        self.body, self.names = body, tuple(parameters)
         for name, value in parameters.items():
             self.register_buffer(name, value)
+        taken = [p for name, p in inspect.signature(body).parameters.items() if name not in parameters]
 
-    def forward(self, *inputs: Tensor) -> Any:
-        """The body on the inputs and the constants."""
-        return self.body(*inputs, **{n: getattr(self, n) for n in self.names})
+        def forward(*inputs: Tensor, **named: Tensor) -> Any:
+            return body(*inputs, **named, **{n: getattr(self, n) for n in parameters})
+
+        forward.__signature__ = inspect.Signature(taken)  # type: ignore[attr-defined]
+        self.forward = forward
 
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -125,9 +140,6 @@ def unchanged_by_second_run(program: Program, name: str, **options: Any) -> None
     assert twice.constants.keys() == once.constants.keys()
 
 
-Fault = Callable[..., Any]
-
-
 def planted(monkeypatch: pytest.MonkeyPatch, module: Any, helper: str, fault: Callable[[Any], Any]) -> None:
     """From now on the module's helper returns what `fault` makes of its result."""
     right = getattr(module, helper)
@@ -137,3 +149,59 @@ def planted(monkeypatch: pytest.MonkeyPatch, module: Any, helper: str, fault: Ca
 def mapped(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
     """The change applied to every tensor of a result."""
     return lambda result: pytree.tree_map_only(Tensor, change, result)
+
+
+class Builder:
+    """A program built node by node, without capture. Values are fake, as capture leaves them."""
+
+    def __init__(self, **inputs: Tensor) -> None:
+        self.graph, self.constants, self.mode = fx.Graph(), dict[str, Tensor](), FakeTensorMode()
+        self.nodes: dict[str, fx.Node] = {}
+        self.inputs, self.example = tuple(inputs), tuple(inputs.values())
+        for name, value in inputs.items():
+            node = self.graph.placeholder(name)
+            node.meta = {"val": self.mode.from_tensor(value), "module": ("",)}
+            self.nodes[name] = node
+
+    def __getattr__(self, name: str) -> fx.Node:
+        """An input's node."""
+        return self.nodes[name]
+
+    def constant(self, name: str, value: Tensor) -> fx.Node:
+        """A node reading a constant."""
+        self.constants[name] = value
+        node = self.graph.create_node("get_attr", name)
+        node.meta = {"val": self.mode.from_tensor(value), "module": ("",)}
+        return node
+
+    def op(self, target: Any, *args: Any, module: str = "") -> fx.Node:
+        """An op node in a module."""
+        node = self.graph.call_function(target, args)
+        values = fx.node.map_arg(args, lambda n: n.meta["val"])
+        with self.mode:
+            node.meta = {"val": target(*values), "module": (module,)}
+        return node
+
+    def program(self, *results: fx.Node) -> Program:
+        """The program that returns these nodes."""
+        self.graph.output(results)
+        inputs = tuple(Value(n, tuple(v.shape), v.dtype) for n, v in zip(self.inputs, self.example, strict=True))
+        outputs = tuple(Value(f"out_{i}", tuple(r.meta["val"].shape), r.meta["val"].dtype, "output") for i, r in enumerate(results))
+        return Program(self.graph, self.constants, inputs, outputs, None, example=self.example)
+
+
+def chain(layers: int, width: int = 8) -> Program:
+    """layers of x + relu(W x), 4 nodes each, every layer in a module of its own."""
+    built = Builder(x=seeded(4, width))
+    value = built.x
+    for i in range(layers):
+        weight = built.constant(f"layer.{i}.weight", seeded(width, width, seed=i) / width**0.5)
+        hidden = built.op(aten.linear.default, value, weight, module=f"layer.{i}")
+        value = built.op(aten.add.Tensor, value, built.op(aten.relu.default, hidden, module=f"layer.{i}"), module=f"layer.{i}")
+    return built.program(value)
+
+
+def snapshot(program: Program) -> list[Any]:
+    """Everything an edit may change: nodes with name, op, arguments, readers and value; constants by name, order and identity."""
+    nodes = [(n, n.name, n.op, n.target, n.args, dict(n.kwargs), set(n.users), id(n.meta.get("val"))) for n in program.graph.nodes]
+    return [nodes, [(name, id(t)) for name, t in program.constants.items()]]

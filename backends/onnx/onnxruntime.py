@@ -1,0 +1,171 @@
+"""The onnxruntime backend: model.onnx with its weights, run by ONNX Runtime on CPU.
+
+Weight-only formats of 2, 4 and 8 bits run in ONNX Runtime's n-bit kernels from the packed bytes. Measured on one AVX-512 VNNI thread,
+[M, 576] x [576, 1536], against float32, for M = 1 and M = 64: 4 bits in groups of 128 2.6 x and 1.4 x, of 32 2.0 x and 1.1 x; 8 bits
+2.3 x and 1.5 x; 2 bits 1.8 x and 0.9 x, all with `activation_rounding: int8`. With "off": 0.8 x at 4 bits, 0.03 x at 2 and 8 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from fxcompress.backend import Backend, Session
+from fxcompress.backends.onnx.bind import FLOAT_KERNEL, INT8_KERNEL, bind
+from fxcompress.backends.onnx.blocks import GROUPS
+from fxcompress.backends.onnx.files import read_graph, write_model
+from fxcompress.backends.onnx.macs import macs
+from fxcompress.backends.onnx.outline import outline
+from fxcompress.backends.onnx.session import OnnxSession
+from fxcompress.backends.onnx.translate import translate
+from fxcompress.contract import EXACT_LIMIT
+from fxcompress.dataflow import weight_uses
+from fxcompress.errors import BackendRefusal
+from fxcompress.interpret import run
+from fxcompress.measure import relative_error
+from fxcompress.numerics.noise import sqnr
+from fxcompress.program import Program, module_path
+from fxcompress.report import BackendReport, FloatSite
+from fxcompress.rewrite import Options
+from fxcompress.target import Target, WeightKernel
+
+IN_FLOAT = "fxc.in_float"
+NBIT_KERNELS = ("MatMulNBits", "GatherBlockQuantized")
+
+
+class OnnxRuntimeOptions(Options):
+    """activation_rounding: "int8" lets the n-bit kernels round each block of activations to int8, which is what makes them fast; "off" keeps
+    float activations. What it costs in accuracy is measured and reported."""
+
+    activation_rounding: Literal["int8", "off"] = "int8"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program as an ONNX model that shares its constants. in_float: quantised readers (node names) without n-bit kernel, with the reason."""
+
+    model: ir.Model
+    in_float: Mapping[str, str]
+
+
+def _kernels() -> tuple[WeightKernel, ...]:
+    names = {bits: (f"int{bits}", f"uint{bits}") for bits in GROUPS}
+    return tuple(
+        WeightKernel(families=("linear", "embedding"), formats=names[bits], least_group=min(groups), power_of_two=True)
+        for bits, groups in GROUPS.items()
+    )
+
+
+class OnnxRuntimeBackend(Backend):
+    """ONNX Runtime on CPU."""
+
+    name = "onnxruntime"
+    Options = OnnxRuntimeOptions
+    target = Target(name="onnxruntime", kernels=_kernels())
+
+    def lower(self, program: Program) -> Lowered:
+        """The program as ONNX. BackendRefusal for what ONNX or ONNX Runtime can't say."""
+        level = INT8_KERNEL if self.options.activation_rounding == "int8" else FLOAT_KERNEL
+        bound = bind(translate(program), program.constants, level)
+        bound.model.metadata_props[IN_FLOAT] = json.dumps(bound.in_float)
+        return Lowered(bound.model, bound.in_float)
+
+    def write(self, program: Program, folder: Path) -> None:
+        """model.onnx and weights.bin. The model runs in plain ONNX Runtime, without this package."""
+        write_model(self.lower(program).model, folder)
+
+    def open(self, folder: Path, threads: int | None = None) -> Session:
+        """A session over model.onnx."""
+        return OnnxSession(read_graph(folder), folder, threads)
+
+    def report(self, program: Program, folder: Path, probe: Sequence[Tensor]) -> BackendReport:
+        """Shares from the optimised graph, parity with the interpreter (limit: that of exact rewrites) and what int8 activations cost."""
+        model = read_graph(folder)
+        shipped, kernels = _session_and_kernels(model, folder)
+        shapes: dict[fx.Node, Sequence[int]] = {}
+        wanted = run(program, probe, lambda node, value: shapes.update({node: value.shape} if isinstance(value, Tensor) else {}))
+        rounded = shipped.run(probe)
+        exact = rounded if self.options.activation_rounding == "off" else OnnxSession(_without_rounding(model), folder).run(probe)
+        work = {n: macs(n, shapes) for n in outline(program).nodes}
+        sites = _quantised_sites(program)
+        covered = {n for n in sites if kernels.get(n.name) in NBIT_KERNELS}
+        reasons = json.loads(next((p.value for p in model.metadata_props if p.key == IN_FLOAT), "{}"))
+        return BackendReport(
+            name=self.name,
+            options=self.options.model_dump(mode="json"),
+            opset=next(o.version for o in model.opset_import if o.domain == ""),
+            integer_share=_share(covered, work, work),
+            quantised_share=_share(covered, sites, work),
+            in_float=tuple(
+                FloatSite(site=n.name, module=module_path(n), macs=work[n], reason=_reason(n, reasons, kernels))
+                for n in sites
+                if n not in covered
+            ),
+            parity=_parity(program, wanted, exact),
+            rounding_sqnr=min((sqnr(a, b) for a, b in zip(exact, rounded, strict=True) if a.is_floating_point()), default=None),
+            file_bytes=sum(f.stat().st_size for f in folder.iterdir()),
+        )
+
+
+def _session_and_kernels(model: onnx.ModelProto, folder: Path) -> tuple[OnnxSession, dict[str, str]]:
+    """A session, and the op by node name in the graph that ONNX Runtime made of the model and runs there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "optimized.onnx")
+        session = OnnxSession(model, folder, optimized=path)
+        optimized = onnx.load(str(path), load_external_data=False)
+    return session, {node.name: node.op_type for node in optimized.graph.node}
+
+
+def _quantised_sites(program: Program) -> list[fx.Node]:
+    outlined = outline(program)
+    sites: dict[fx.Node, None] = {}
+    for place, index in outlined.places.items():
+        leaf = outlined.leaves[index]
+        if leaf.quantised is not None:
+            uses, others = weight_uses(place, torch.empty(leaf.shape, device="meta"))
+            sites.update(dict.fromkeys([*(u.node for u in uses), *others]))
+    return [n for n in outlined.nodes if n in sites]
+
+
+def _share(part: Any, whole: Any, work: Mapping[fx.Node, int]) -> float | None:
+    total = sum(work[n] for n in whole)
+    return sum(work[n] for n in part) / total if total else None
+
+
+def _reason(node: fx.Node, reasons: Mapping[str, str], kernels: Mapping[str, str]) -> str:
+    default = f"ONNX Runtime runs it as {kernels[node.name]}" if node.name in kernels else "no node of its own is left in the optimised graph"
+    return reasons.get(node.name, default)
+
+
+def _without_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for node in changed.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = FLOAT_KERNEL
+    return changed
+
+
+def _parity(program: Program, wanted: Sequence[Tensor], given: Sequence[Tensor]) -> float:
+    worst = 0.0
+    for value, a, b in zip(program.outputs, wanted, given, strict=True):
+        error, limit = relative_error(a, b), EXACT_LIMIT.get(a.dtype, 0.0)
+        if not error <= limit:
+            raise BackendRefusal(
+                "onnxruntime gives other numbers than the program",
+                where=f"output {value.name}",
+                why=f"relative error {error:.1e} on the probe inputs, limit {limit:.0e}",
+                do='backend="reference" runs it; please report the model',
+            )
+        worst = max(worst, error)
+    return worst

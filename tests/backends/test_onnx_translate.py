@@ -1,0 +1,206 @@
+"""Programs as ONNX graphs: numbers at every size, one translation for many recipes, refusals with their text."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxcompress import dynamic
+from fxcompress.backends.onnx import translate as module
+from fxcompress.backends.onnx.outline import fingerprint, outline
+from fxcompress.backends.onnx.translate import translate
+from fxcompress.capture import capture
+from fxcompress.errors import BackendRefusal
+from tests.backends.onnx_helpers import EXACT, LIMIT, error, ops, program_of, quantised
+from tests.zoo import ZOO
+
+QUICK = ("llama", "gpt2", "mixtral", "vit", "dit", "bert")
+SINES = {"flux": 5e-5}  # sines of angles up to 1e3, where float32 leaves 1e-5
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ZOO])
+def test_real_models_give_the_interpreters_numbers_at_other_sizes(name):
+    model, example = ZOO[name]()
+    program = capture(model, example)
+    sizes = {symbol: min(greatest, least + 2) for symbol, (least, greatest) in program.symbols.items()}
+    other = dynamic.at_sizes(program.example, [v.shape for v in program.inputs], sizes) if name not in ("flux",) else program.example
+    limit = SINES.get(name, LIMIT)
+    assert error(program, program.example) < limit
+    assert error(program, other) < limit
+
+
+class Attention(nn.Module):
+    """Attention as it stands in torch, with the options under test."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, mask, **self.options)
+
+
+def _heads(heads: int, keys: int, length: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(2, heads, length, 8), torch.randn(2, keys, 7, 8), torch.randn(2, keys, 7, 6)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"is_causal": True}], ids=str)
+def test_attention_without_mask(options):
+    inputs = _heads(4, 4)
+    assert error(program_of(Attention(**options), *inputs), inputs) < LIMIT
+
+
+def test_attention_with_fewer_key_heads():
+    inputs = _heads(6, 2)
+    assert error(program_of(Attention(enable_gqa=True), *inputs), inputs) < LIMIT
+
+
+def test_attention_of_three_axes():
+    q, k, v = (t[:, 0] for t in _heads(1, 1))
+    assert error(program_of(Attention(), q, k, v), [q, k, v]) < LIMIT
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "infinite"])
+def test_a_row_that_sees_no_key_is_zero(kind):
+    """torch gives zeros there; finite float masks hide nothing entirely, so that row is the mean of the values."""
+    seen = torch.ones(2, 1, 5, 7, dtype=torch.bool)
+    seen[0, :, 2, 3:], seen[1, :, 1] = False, False
+    mask = {"bool": seen, "float": torch.where(seen, 0.0, torch.finfo(torch.float32).min), "infinite": torch.where(seen, 0.0, -math.inf)}[kind]
+    inputs = [*_heads(4, 4), mask]
+    program = program_of(Attention(), *inputs)
+    assert error(program, inputs) < LIMIT
+    (result,) = torch.unbind(Attention()(*inputs)[1:2, :, 1])
+    assert (result == 0).all() == (kind != "float")
+
+
+def test_inputs_and_outputs_keep_names_and_symbols():
+    program = program_of(nn.Linear(8, 4), torch.randn(3, 8))
+    graph = translate(program).model.graph
+    assert [(v.name, [getattr(d, "value", d) for d in v.shape]) for v in graph.inputs] == [("input", ["batch", 8])]
+    assert [v.name for v in graph.outputs] == [program.outputs[0].name]
+
+
+def test_an_output_named_like_an_input_is_told_apart():
+    class Same(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"x": x + 1}
+
+    graph = translate(program_of(Same(), torch.randn(2, 3))).model.graph
+    assert [v.name for v in (*graph.inputs, *graph.outputs)] == ["x", "out_x"]
+
+
+def test_an_input_returned_and_a_result_returned_twice():
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y = x + 1
+            return x, y, y
+
+    x = torch.randn(2, 3)
+    assert error(program_of(Plain(), x), [x]) == 0
+
+
+def test_recipes_of_one_model_share_one_translation(monkeypatch):
+    calls = []
+    exported = module._exported
+    monkeypatch.setattr(module, "_exported", lambda *a: calls.append(a) or exported(*a))
+    x = torch.randn(5, 48)
+    program = program_of(nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 16)), x)
+    variants = [program, quantised(program, "0.weight", "int4", (1, 16)), quantised(program, "2.weight", "int8", (1, -1), symmetric=False)]
+    assert all(error(p, [x]) < LIMIT for p in variants)
+    assert len(calls) == 1
+
+
+def test_the_fingerprint_sees_wiring_arguments_and_shapes_but_no_values():
+    class Two(nn.Module):
+        def __init__(self, swap: bool, scale: float = 2.0) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+            self.swap, self.scale = swap, scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x - self.a
+            return (self.b - y if self.swap else y - self.b) * self.scale
+
+    def print_of(model: nn.Module, x: Tensor) -> str:
+        return fingerprint(outline(program_of(model, x)))
+
+    x = torch.randn(3, 4)
+    base = print_of(Two(False), x)
+    assert base == print_of(Two(False), x)
+    assert len({base, print_of(Two(True), x), print_of(Two(False, 3.0), x), print_of(Two(False), torch.randn(3, 2, 4))}) == 4
+
+
+def test_dead_ops_and_their_constants_are_not_translated():
+    x = torch.randn(3, 8)
+    program = program_of(nn.Linear(8, 8), x)
+    weight = next(n for n in program.graph.nodes if n.op == "get_attr")
+    with program.graph.inserting_after(weight):
+        program.graph.call_function(torch.ops.aten.neg.default, (weight,)).meta["val"] = weight.meta["val"]
+    assert "Neg" not in ops(program)
+
+
+def test_an_unknown_op_is_refused_with_its_place():
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.cholesky(x @ x.mT + 9 * torch.eye(4))
+
+    with pytest.raises(BackendRefusal) as refused:
+        translate(program_of(nn.Sequential(Inner()), torch.randn(2, 4, 4)))
+    assert str(refused.value) == (
+        "aten.linalg_cholesky.default has no ONNX form\n"
+        "  where 0  (linalg_cholesky)\n"
+        "  why   it decomposes into aten.linalg_cholesky_ex.default, which has no translation in torch.onnx\n"
+        '  do    backend="reference" runs it; or replace the op in the model'
+    )
+
+
+def test_bfloat16_is_refused_with_the_remedy():
+    with pytest.raises(BackendRefusal) as refused:
+        translate(program_of(nn.Linear(4, 4).bfloat16(), torch.randn(2, 4).bfloat16()))
+    assert str(refused.value) == (
+        "onnxruntime has no bfloat16 kernels on CPU\n"
+        "  where the root module  (input)\n"
+        "  why   input computes in bfloat16\n"
+        "  do    model.float() before compile"
+    )
+
+
+def test_an_unfinished_quantiser_is_refused_with_the_remedy():
+    x = torch.randn(2, 4)
+    program = program_of(nn.Linear(4, 4), x)
+    graph = program.graph
+    linear = next(n for n in graph.nodes if n.name == "linear")
+    program.constants["s"] = torch.ones(1, 1)
+    with graph.inserting_before(linear):
+        scale = graph.create_node("get_attr", "s")
+        codes = graph.call_function(torch.ops.fxc.quantize.default, (linear.args[0], scale, None, "int8", [-1, -1]))
+        scale.meta["val"], codes.meta["val"] = program.constants["s"], linear.args[0].meta["val"].to(torch.int8)
+    linear.args = (codes, *linear.args[1:])
+    with pytest.raises(BackendRefusal, match=r"(?s)fxc\.quantize\.default has no ONNX form.*- quant\.finalize"):
+        translate(program)
+
+
+def test_a_familiar_graph_is_not_traced_again(monkeypatch):
+    """The one trick that makes lowering fast."""
+
+    def traced(*_: object) -> None:
+        raise AssertionError("run_decompositions was called")
+
+    model, example = ZOO["llama"]()
+    program = capture(model, example)
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", traced)
+    module._SKELETONS.clear()
+    translate(program)
+
+
+def test_constants_are_shared_with_the_model():
+    x = torch.randn(3, 64)
+    program = program_of(nn.Linear(64, 64), x)
+    weight = EXACT.lower(program).model.graph.initializers["weight"].const_value
+    assert isinstance(weight, ir.tensor_adapters.TorchTensor)
+    assert weight.raw.data_ptr() == program.constants["weight"].data_ptr()

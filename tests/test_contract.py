@@ -1,0 +1,350 @@
+"""contract.check: what is held, broken and unverified, which site is blamed, and what the walk costs."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from fxcompress import contract as contracts
+from fxcompress.contract import Bounded, Contract, Exact, Lossy, Measured, check
+from fxcompress.edit import Edit, Step
+from fxcompress.numerics import formats, noise
+from fxcompress.program import Program
+from tests.passes.helpers import Builder, chain, node, seeded
+
+aten = torch.ops.aten
+Change = Callable[[Edit, fx.Node], fx.Node]  # makes the node that takes the place of one
+
+
+def one_op(target: Any, x: Tensor, *args: Any) -> Program:
+    """One op on the input."""
+    built = Builder(x=x)
+    return built.program(built.op(target, built.x, *args))
+
+
+def measured(program: Program, change: Change, contract: Contract, at: str | None = None) -> Measured:
+    """The one measurement of a change to the result, or to another node."""
+    old = program.results()[0] if at is None else node(program, at)
+    edit = Edit(program)
+    with edit.site(old):
+        edit.replace(old, change(edit, old))
+    (result,) = check(program, edit, contract, program.example)
+    return result
+
+
+def other(target: Any, *args: Any) -> Change:
+    """Another op on the first operand."""
+    return lambda edit, old: edit.insert(target, old.args[0], *args, like=old)
+
+
+X = seeded(4, 8)
+RMS = X.square().mean().sqrt().item()
+
+
+def test_held() -> None:
+    result = measured(one_op(aten.mul.Tensor, X, 2), lambda e, n: e.insert(aten.add.Tensor, n.args[0], n.args[0], like=n), Exact())
+    assert result == Measured("<root>  (mul_tensor)", "add_tensor", 0.0, 1e-4, "held")
+
+
+def test_broken_by_the_figure_of_its_definition() -> None:
+    result = measured(one_op(aten.mul.Tensor, X, 2), other(aten.mul.Tensor, 2.001), Exact())
+    assert result.verdict == "broken"
+    assert result.figure == pytest.approx(0.001 * X.abs().max().item() / (2 * RMS), rel=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-9), (torch.float32, 1e-4), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)])
+def test_the_limit_follows_the_precision(dtype: torch.dtype, limit: float) -> None:
+    program = one_op(aten.mul.Tensor, X.to(dtype), 2)
+    assert measured(program, other(aten.mul.Tensor, 2), Exact()).limit == limit
+
+
+FORMS: dict[str, tuple[Any, tuple[Any, ...], Any, tuple[Any, ...]]] = {
+    "other shape": (aten.mul.Tensor, (2,), aten.sum.default, ()),
+    "other dtype": (aten.to.dtype, (torch.float32,), aten.to.dtype, (torch.float64,)),
+    "tuple in place of a tensor": (aten.mul.Tensor, (2,), aten.split.Tensor, (2,)),
+    "not a number": (aten.mul.Tensor, (2,), aten.mul.Tensor, (math.nan,)),
+    "infinite": (aten.mul.Tensor, (2,), aten.mul.Tensor, (math.inf,)),
+    "integers off by one": (aten.argmax.default, (1,), aten.argmin.default, (1,)),
+    "booleans": (aten.gt.Scalar, (0.0,), aten.ge.Scalar, (X.max().item(),)),
+}
+
+
+@pytest.mark.parametrize("contract", [Exact(), Exact(limit=1e9), Bounded(limit=0.0), Bounded(limit=-1e9)], ids=repr)
+@pytest.mark.parametrize(("old", "args", "new", "new_args"), [pytest.param(*f, id=i) for i, f in FORMS.items()])
+def test_another_form_is_always_broken(contract: Contract, old: Any, args: Any, new: Any, new_args: Any) -> None:
+    assert measured(one_op(old, X, *args), other(new, *new_args), contract).verdict == "broken"
+
+
+def test_infinities_that_stay_count_nothing() -> None:
+    """Masked scores: -inf in the same places, the rest off by a thousandth."""
+    x = X.masked_fill(X > 0, -math.inf)
+    for contract, figure in ((Exact(), 0.001 * 3), (Bounded(limit=20.0), 60.0)):
+        result = measured(one_op(aten.mul.Tensor, x, 1.0), other(aten.mul.Tensor, 1.001), contract)
+        assert result.figure == pytest.approx(figure, rel=0.3)
+
+
+UNSEEN: dict[str, tuple[Program, Change, str]] = {
+    "all zero": (one_op(aten.mul.Tensor, X, 0), other(aten.mul.Tensor, 0), "x could change sign unseen"),
+    "zero operand": (
+        one_op(aten.relu.default, torch.zeros(4, 8)),
+        lambda e, n: n.args[0],  # type: ignore[return-value]
+        "the value could change sign unseen",
+    ),
+    "even": (one_op(aten.abs.default, X), other(aten.abs.default), "x could change sign unseen"),
+}
+
+
+@pytest.mark.parametrize(("program", "change", "why"), [pytest.param(*u, id=i) for i, u in UNSEEN.items()])
+def test_unverified_where_a_sign_is_not_seen(program: Program, change: Change, why: str) -> None:
+    result = measured(program, change, Exact())
+    assert (result.verdict, result.why, result.figure) == ("unverified", why, 0.0)
+
+
+def test_unverified_where_one_operand_is_too_small_to_see() -> None:
+    built = Builder(x=X)
+    tiny = built.constant("tiny", torch.full((8,), 1e-7))
+    program = built.program(built.op(aten.add.Tensor, built.x, tiny))
+    result = measured(program, lambda e, n: e.insert(aten.add.Tensor, *n.args, like=n), Exact())
+    assert (result.verdict, result.why) == ("unverified", "tiny could change sign unseen")
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.bool)])
+def test_integers_are_seen_even_as_zeros(x: Tensor) -> None:
+    result = measured(one_op(aten.clone.default, x), lambda e, n: n.args[0], Exact(limit=0.0))  # type: ignore[arg-type, return-value]
+    assert result.verdict == "held"
+
+
+def quantised_pair(scale: Tensor, format: str = "int8") -> Change:
+    """The value through a quantiser of one scale a row."""
+
+    def change(edit: Edit, old: fx.Node) -> fx.Node:
+        at: dict[str, Any] = {"like": old, "before": old.next}
+        grid = (edit.constant("s", scale, **at), None, format, [1, -1])
+        codes = edit.insert(torch.ops.fxc.quantize.default, old, *grid, **at)
+        return edit.insert(torch.ops.fxc.dequantize.default, codes, *grid, **at)
+
+    return change
+
+
+def weight_program() -> Program:
+    built = Builder(x=X)
+    return built.program(built.op(aten.linear.default, built.x, built.constant("w", seeded(5, 8))))
+
+
+def row_scale(bits: int) -> Tensor:
+    return seeded(5, 8).abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+
+
+def test_bounded_holds_what_its_format_can() -> None:
+    result = measured(weight_program(), quantised_pair(row_scale(8)), Bounded(), at="w")
+    assert result.verdict == "held"
+    assert result.limit == noise.ideal_sqnr(seeded(5, 8), formats.format_of("int8"), (1, -1), symmetric=True) - 3
+    assert result.limit < result.figure < result.limit + 12
+
+
+BAD_SCALES: dict[str, Tensor] = {
+    "twice too coarse": row_scale(8) * 2,
+    "clipping": row_scale(8) / 1.5,
+    "rows swapped": row_scale(8).roll(1, 0),
+    "one scale off": row_scale(8) * torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0]).view(5, 1),
+}
+
+
+@pytest.mark.parametrize("scale", [pytest.param(s, id=i) for i, s in BAD_SCALES.items()])
+def test_bounded_is_broken_by_a_worse_scale(scale: Tensor) -> None:
+    assert measured(weight_program(), quantised_pair(scale), Bounded(), at="w").verdict == "broken"
+
+
+def test_bounded_needs_a_limit_for_other_ops() -> None:
+    program = one_op(aten.mul.Tensor, X, 2)
+    with pytest.raises(ValueError, match="mul_tensor_1 is no dequantize"):
+        measured(program, other(aten.mul.Tensor, 2.1), Bounded())
+    result = measured(one_op(aten.mul.Tensor, X, 2), other(aten.mul.Tensor, 2.1), Bounded(limit=20.0))
+    assert (result.verdict, result.figure) == ("held", pytest.approx(20 * math.log10(20), abs=1e-3))
+
+
+def test_lossy_is_measured_and_not_limited() -> None:
+    result = measured(one_op(aten.mul.Tensor, X, 2), other(aten.mul.Tensor, 1), Lossy())
+    assert (result.verdict, result.figure) == ("held", pytest.approx(20 * math.log10(2), abs=1e-3))
+    assert measured(one_op(aten.mul.Tensor, X, 2), other(aten.mul.Tensor, math.nan), Lossy()).verdict == "broken"
+
+
+def three_scales(first: float, second: float) -> list[Measured]:
+    """x 2 3 5 with the product of two neighbours put in place twice, the second over the first: each site's own fault."""
+    built = Builder(x=X)
+    a = built.op(aten.mul.Tensor, built.x, 2.0)
+    b = built.op(aten.mul.Tensor, a, 3.0)
+    program = built.program(built.op(aten.mul.Tensor, b, 5.0))
+    edit = Edit(program)
+    with edit.site(b):
+        edit.replace(b, edit.insert(aten.mul.Tensor, built.x, 6.0 * first, like=b))
+    c = program.results()[0]
+    merged = c.args[0]
+    with edit.site(c):
+        edit.replace(c, edit.insert(aten.mul.Tensor, merged, 5.0 * second, like=c))
+    return check(program, edit, Exact(), program.example)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdicts"),
+    [(1, 1, ["held", "held"]), (1.5, 1, ["broken", "held"]), (1, 1.5, ["held", "broken"]), (1.5, 1 / 1.5, ["broken", "broken"])],
+)
+def test_overlapping_sites_are_each_measured_from_old_values(first: float, second: float, verdicts: list[str]) -> None:
+    """Two faults that cancel are two faults; one fault is one site's, whoever reads it."""
+    assert [m.verdict for m in three_scales(first, second)] == verdicts
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_a_later_site_replaces_a_helper_node_of_an_earlier_one(factor: float) -> None:
+    """The helper stands for no old value; a fault in it shows where the earlier site ends."""
+    program = one_op(aten.mul.Tensor, X, 6.0)
+    old, x = program.results()[0], program.placeholders()[0]
+    edit = Edit(program)
+    with edit.site(old):
+        helper = edit.insert(aten.mul.Tensor, x, 2.0, like=old)
+        edit.replace(old, edit.insert(aten.mul.Tensor, helper, 3.0, like=old))
+    with edit.site(old):
+        edit.replace(helper, edit.insert(aten.mul.Tensor, x, 2.0 * factor, like=helper))
+    (result,) = check(program, edit, Exact(), program.example)
+    assert (result.value, result.verdict) == ("mul_tensor_2", "held" if factor == 1 else "broken")
+
+
+def test_a_chain_of_replacements_of_one_value() -> None:
+    program = one_op(aten.mul.Tensor, X, 6.0)
+    old, x = program.results()[0], program.placeholders()[0]
+    edit = Edit(program)
+    current = old
+    for factor in (6.0, 9.0, 6.0):
+        with edit.site(old):
+            new = edit.insert(aten.mul.Tensor, x, factor, like=old)
+            edit.replace(current, new)
+            current = new
+    assert [m.verdict for m in check(program, edit, Exact(), program.example)] == ["held", "broken", "held"]
+
+
+def test_a_value_replaced_by_another_old_value() -> None:
+    built = Builder(x=X)
+    a, b = built.op(aten.mul.Tensor, built.x, 2.0), built.op(aten.mul.Tensor, built.x, 2.0)
+    program = built.program(a, b)
+    assert measured(program, lambda e, n: b, Exact()).verdict == "held"
+
+
+def folded(tensor: Tensor, which: str = "layer.1.weight") -> list[Measured]:
+    """A chain of three layers with another weight in one."""
+    program = chain(3)
+    edit = Edit(program)
+    constant = node(program, which.replace(".", "_"))
+    with edit.site(constant):
+        edit.fold(constant, tensor)
+    return check(program, edit, Exact(), program.example)
+
+
+def test_a_folded_constant_is_measured_at_its_readers() -> None:
+    weight = chain(3).constants["layer.1.weight"]
+    assert [(m.value, m.verdict) for m in folded(weight.clone())] == [("linear_default_1", "held")]
+    for fault in (-weight, weight * 1.5, weight.t().contiguous(), weight.roll(1, 0)):
+        assert [(m.value, m.verdict) for m in folded(fault)] == [("linear_default_1", "broken")]
+
+
+def test_changed_arguments_are_measured() -> None:
+    program = one_op(aten.mul.Tensor, X, 2.0)
+    op, x = program.results()[0], program.placeholders()[0]
+    edit = Edit(program)
+    with edit.site(op):
+        edit.update(op, x, -2.0)
+    assert [m.verdict for m in check(program, edit, Exact(), program.example)] == ["broken"]
+
+
+def remade(program: Program, fault: Callable[[int, Edit, fx.Node], fx.Node]) -> Edit:
+    """Every linear layer replaced by one that `fault` makes from its number."""
+    edit = Edit(program)
+    layers = [n for n in program.graph.nodes if n.target is aten.linear.default]
+    for number, old in enumerate(layers):
+        with edit.site(old):
+            edit.replace(old, fault(number, edit, old))
+    return edit
+
+
+def anew(edit: Edit, old: fx.Node) -> fx.Node:
+    return edit.insert(aten.linear.default, *old.args, like=old, val=old.meta["val"])
+
+
+@pytest.mark.parametrize("guilty", [0, 117, 199])
+@pytest.mark.parametrize("factor", [-1.0, 1.5, 1.001])
+def test_one_fault_among_two_hundred_is_named(guilty: int, factor: float) -> None:
+    def change(number: int, edit: Edit, old: fx.Node) -> fx.Node:
+        new = anew(edit, old)
+        return edit.insert(aten.mul.Tensor, new, factor, like=old, val=old.meta["val"]) if number == guilty else new
+
+    program = chain(200)
+    result = check(program, remade(program, change), Exact(), program.example)
+    name = f"linear_default_{guilty}" if guilty else "linear_default"
+    assert len(result) == 200
+    assert [m.site for m in result if m.verdict != "held"] == [f"layer.{guilty}  ({name})"]
+
+
+def test_memory_of_the_walk_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old values are freed, without the garbage collector, once everything that compares with them has: a layer's worth is alive."""
+    made: list[weakref.ref[Tensor]] = []
+    most = 0
+    evaluate = contracts._evaluate
+
+    def counting(step: Step, *rest: Any) -> Tensor:
+        nonlocal most
+        value: Tensor = evaluate(step, *rest)
+        if step.node.op == "call_function":
+            made.append(weakref.ref(value))
+            most = max(most, sum(r() is not None for r in made))
+        return value
+
+    program = chain(100)
+    monkeypatch.setattr(contracts, "_evaluate", counting)
+    gc.disable()
+    try:
+        result = check(program, remade(program, lambda number, e, n: anew(e, n)), Exact(), program.example)
+    finally:
+        gc.enable()
+    assert len(result) == 100
+    assert len(made) == 298  # all but the last relu and sum, which nothing reads
+    assert most <= 4
+
+
+def test_only_what_the_sites_need_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    evaluate = contracts._evaluate
+    monkeypatch.setattr(contracts, "_evaluate", lambda step, *rest: seen.append(step.node.name) or evaluate(step, *rest))
+    program = chain(50)
+    edit = remade(program, lambda number, e, n: anew(e, n) if number < 2 else n)
+    edit.sites[2:] = []
+    check(program, edit, Exact(), program.example)
+    assert [n for n in seen if "weight" not in n] == ["linear_default", "relu_default", "add_tensor", "linear_default_1"]
+
+
+def test_sites_on_constants_run_no_forward() -> None:
+    program = weight_program()
+    program.graph.inserting_before(program.output_node)
+    edit, w = Edit(program), node(program, "w")
+    with edit.site(w):
+        edit.replace(w, edit.constant("copy", program.constants["w"].clone(), like=w, before=w.next))
+    (result,) = check(program, edit, Exact(limit=0.0), ())
+    assert result.verdict == "held"
+
+
+def test_deep_diamonds_are_measured_in_linear_time() -> None:
+    """Sixty levels of y/4 + 3y/4 made at one site: a walk that revisits would take 2^60 steps."""
+
+    def doubled(edit: Edit, old: fx.Node) -> fx.Node:
+        value = old.args[0]
+        for _ in range(60):
+            quarter = edit.insert(aten.mul.Tensor, value, 0.25, like=old)
+            value = edit.insert(aten.add.Tensor, quarter, edit.insert(aten.mul.Tensor, value, 0.75, like=old), like=old)
+        return value  # type: ignore[return-value]
+
+    assert measured(one_op(aten.mul.Tensor, X, 1.0), doubled, Exact()).verdict == "held"
