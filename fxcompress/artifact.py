@@ -126,7 +126,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _lists_files(files: Any) -> bool:
     return isinstance(files, dict) and all(
-        Path(name).name == name and name != ".." and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+        Path(name).name == name and name not in ("", "..") and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
         for name, entry in files.items()
     )
 

@@ -1,13 +1,15 @@
 """Contracts: what a pass may do to the numbers, and how it is measured on the user's own model.
 
 Checked edge by edge. Every replaced value is recomputed by its new nodes from the OLD values around them and compared with the OLD value, so
-errors don't add up, overlapping edits don't mix, and the guilty node is named. A comparison that can't bite (an operand of the new node could
+errors don't add up, overlapping edits don't mix, and the guilty node is named. Where an edit records that values change (`Edit.carry`), old
+values are taken under their recorded changes on both sides. A comparison that can't bite (an operand of the new node could
 change sign unseen) is `unverified`, never passed.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -126,6 +128,7 @@ class _Checker:
         self.position = {s.node: i for i, s in enumerate(edit.before)}
         self.origin = self._origins()
         self.touched = {n for site in edit.sites for n in site.touched}
+        self.carried = _first_sites(edit, self.touched)
         self.old: dict[fx.Node, Any] = {}
 
     def run(self, probe: Sequence[Tensor]) -> Iterator[Measured]:
@@ -149,6 +152,8 @@ class _Checker:
             for old, new in [*site.replaced.items(), *((n, n) for n in site.touched)]:
                 if old in self.steps or old in self.origin:
                     yield _Pair(site, self._root(old), new, self._frontier(new))
+        for node, site in self.carried.items():
+            yield _Pair(site, node, node, self._frontier(node))
 
     def _origins(self) -> dict[fx.Node, fx.Node]:
         """New node -> the old node whose value it stands for. What replaces a helper node of another site stands for none."""
@@ -183,7 +188,7 @@ class _Checker:
         return found
 
     def _is_old(self, node: fx.Node) -> bool:
-        return node in self.steps and node not in self.touched
+        return node in self.steps and node not in self.touched and node not in self.carried
 
     def _walk(self, wanted: set[fx.Node], probe: Sequence[Tensor]) -> Iterator[fx.Node]:
         """Evaluate the old graph as far as `wanted` needs; keep wanted values in self.old."""
@@ -213,16 +218,29 @@ class _Checker:
         return seen
 
     def _compare(self, pair: _Pair) -> Measured:
-        before = self.old[pair.old]
+        before = self._changed(pair.old)
         after, flips = self._fresh(pair)
         bound = self.contract.bound(_leaves(before)[0], pair.new)
         figure = self._figure(before, after)
         why = ""
-        if (verified := self.contract.holds(figure, bound)) and math.isfinite(bound):
+        if (verified := self.contract.holds(figure, bound)) and math.isfinite(bound) and pair.new not in self.carried:
             unseen = [operand for operand, flipped in flips if self.contract.holds(self._figure(before, flipped), bound)]
             why = f"{unseen[0]} could change sign unseen" if unseen else ""
         verdict: Verdict = "broken" if not verified else "unverified" if why else "held"
         return Measured(pair.site.name, pair.new.name, figure, bound, verdict, why)
+
+    def _changed(self, node: fx.Node) -> Any:
+        """An old value under the change recorded for it; a tuple under those of the values taken out of it."""
+        value = self.old[node]
+        if isinstance(value, tuple | list):
+            taken = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+            return type(value)(self._applied(taken[i], v) if i in taken else v for i, v in enumerate(value))
+        return self._applied(node, value)
+
+    def _applied(self, node: fx.Node, value: Any) -> Any:
+        for change in self.edit.changes.get(node, ()):
+            value = change(value)
+        return value
 
     def _figure(self, old: Any, new: Any) -> float:
         """The worst figure over the tensors of a value; a value of another form is infinitely far."""
@@ -235,7 +253,7 @@ class _Checker:
     def _fresh(self, pair: _Pair) -> tuple[Any, Iterator[tuple[str, Any]]]:
         """The new node's value from old values, and the same with each of its float operands negated in turn."""
         new = pair.new
-        env = {node: self.old[root] for node, root in pair.frontier.items()}
+        env = {node: self._changed(root) for node, root in pair.frontier.items()}
         if self._is_old(new):
             return env[new], iter([("the value", _negated(env[new]))])
         for node in self._between(new, env):
@@ -255,6 +273,17 @@ class _Checker:
                 found[stack.pop()] = None
         del found[new]
         return list(found)
+
+
+def _first_sites(edit: Edit, touched: set[fx.Node]) -> dict[fx.Node, Site]:
+    """Nodes that only carry changes, each with the first site that says so."""
+    found: dict[fx.Node, Site] = {}
+    gone = {old for site in edit.sites for old in site.replaced}
+    for site in edit.sites:
+        for node in site.carried:
+            if node not in touched and node not in gone:
+                found.setdefault(node, site)
+    return found
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Nodes are never removed while an edit is open: a replaced node only loses its re
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Site:
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)  # old value -> the value its readers get now
     inserted: list[fx.Node] = field(default_factory=list)
     touched: list[fx.Node] = field(default_factory=list)  # old nodes that compute the same value in another way: new weights, new arguments
+    carried: list[fx.Node] = field(default_factory=list)  # old nodes that compute as before, from or to values that carry a change
     constants: list[str] = field(default_factory=list)
     erased: list[str] = field(default_factory=list)
 
@@ -57,6 +59,7 @@ class Edit:
         self.sites: list[Site] = []
         self.before: list[Step] = []  # filled when the first site is opened
         self.constants_before: dict[str, Tensor] = {}
+        self.changes: dict[fx.Node, list[Callable[[Any], Any]]] = {}  # per old value what happens to it, one after the other; else nothing
         self._undo: list[Callable[[], None]] = []
         self._erased: dict[fx.Node, None] = {}
         self._open: Site | None = None
@@ -114,6 +117,14 @@ class Edit:
         self._site().constants.append(name)
         readers = [constant if u.op == "output" else u for u in constant.users]
         self._site().touched.extend(u for u in readers if u not in self._site().touched)
+
+    def carry(self, node: fx.Node, change: Callable[[Any], Any]) -> None:
+        """Record that the node's value is another one from now on: `change` of the old. The ops around it are checked under the record."""
+        self.changes.setdefault(node, []).append(change)
+        self._undo.append(lambda: _drop_last(self.changes, node))
+        made = node.args[0] if node.target is operator.getitem else node  # a tuple is checked whole
+        around = [n for n in (made, *node.users) if isinstance(n, fx.Node) and n.op == "call_function"]
+        self._site().carried.extend(n for n in around if n not in self._site().carried)
 
     def update(self, node: fx.Node, *args: Any, **kwargs: Any) -> None:
         """The op computes its value from other arguments."""
@@ -208,6 +219,12 @@ def fake_value(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
 
 def _faked(value: Any, mode: Any) -> Any:
     return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) and not hasattr(value, "fake_mode") else value
+
+
+def _drop_last(changes: dict[fx.Node, list[Any]], node: fx.Node) -> None:
+    changes[node].pop()
+    if not changes[node]:
+        del changes[node]
 
 
 def _set(node: fx.Node, args: Any, kwargs: Any) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor, fx
 import fxcompress.ops  # noqa: F401 - registers the fxc:: ops a loaded program may call
 from fxcompress.program import Program
 
-Visit = Callable[[fx.Node, Any], None]
+Visit = Callable[[fx.Node, Any], Any]
 
 
 @torch.no_grad()
 def run(program: Program, inputs: Sequence[Tensor], visit: Visit | None = None) -> list[Any]:
-    """The program's outputs on its flat inputs. visit(node, value) sees every value once, as it is made."""
+    """The program's outputs on its flat inputs. visit(node, value) sees every value as it is made; what it returns, if anything, replaces it."""
     return walk(program.graph.nodes, program.constants, inputs, program.results(), visit)
 
 
@@ -43,7 +43,8 @@ def walk(
             continue
         env[node] = next(values) if node.op == "placeholder" else evaluate(node, env, constants)
         if visit is not None:
-            visit(node, env[node])
+            seen = visit(node, env[node])
+            env[node] = env[node] if seen is None else seen
         for dead in last.get(node, ()):
             if dead not in kept:
                 del env[dead]

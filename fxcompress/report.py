@@ -1,18 +1,22 @@
-"""Report: what a compilation did, as frozen data with a published JSON schema (docs/report.schema.json). Viewers are built on it.
+"""Report: what a compilation did, as frozen data with a published JSON schema. Viewers are built on it.
+
+The schema is docs/report.schema.json: python -m fxcompress.report > docs/report.schema.json
 
 Figures that JSON can't hold (an SQNR of infinity) are null. `SCHEMA_VERSION` grows with every change that a reader of old reports would notice.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 SCHEMA_VERSION = 1
 
-Figure = Annotated[float | None, BeforeValidator(lambda v: v if v is None or math.isfinite(v) else None)]
+Figure = Annotated[float | None, BeforeValidator(lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)]
 
 
 class Frozen(BaseModel):
@@ -101,7 +105,7 @@ class BackendReport(Frozen):
     """What the backend made of the program. Shares are of MACs on the example inputs, read back from the runtime's own optimised graph.
 
     integer_share: of all MACs, in integer or n-bit kernels. quantised_share: of the MACs in quantised sites. parity: max relative error of the
-    outputs against the interpreter, kernel-internal rounding off. rounding_sqnr: lowest output SQNR in dB between the session as shipped and
+    outputs against the interpreter, kernel-internal rounding off. site_parity: the same, worst over quantised sites on identical inputs. rounding_sqnr: lowest output SQNR in dB between the session as shipped and
     the one without that rounding.
     """
 
@@ -112,6 +116,7 @@ class BackendReport(Frozen):
     quantised_share: Figure = None
     in_float: tuple[FloatSite, ...] = ()
     parity: Figure = None
+    site_parity: Figure = None
     rounding_sqnr: Figure = None
     file_bytes: int | None = None
 
@@ -140,3 +145,12 @@ class Report(Frozen):
     output_sqnr: Figure
     passes: tuple[PassReport, ...]
     backend: BackendReport | None = None
+
+
+def schema() -> str:
+    """The published JSON schema of a report, as text."""
+    return json.dumps(Report.model_json_schema(), indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(schema())

@@ -1,4 +1,4 @@
-"""Capture: the program gives the model's own numbers, on inputs and sizes it never saw, for real architectures; what can't be captured says why."""
+"""Capture: the program gives the model's own numbers, on inputs and sizes it never saw, for real architectures; refusals say why."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -80,6 +81,22 @@ FORMS: dict[str, tuple[Any, tuple[Any, ...], Any, tuple[Any, ...]]] = {
 @pytest.mark.parametrize(("old", "args", "new", "new_args"), [pytest.param(*f, id=i) for i, f in FORMS.items()])
 def test_another_form_is_always_broken(contract: Contract, old: Any, args: Any, new: Any, new_args: Any) -> None:
     assert measured(one_op(old, X, *args), other(new, *new_args), contract).verdict == "broken"
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_tuple_is_as_good_as_its_worst_part(part: int) -> None:
+    fault = torch.ones(8)
+    fault[4 * part] = 1.5
+    built = Builder(x=X)
+    parts = built.op(aten.split.Tensor, built.x, 4, 1)
+    program = built.program(built.op(operator.getitem, parts, 0), built.op(operator.getitem, parts, 1))
+
+    def change(edit: Edit, old: fx.Node) -> fx.Node:
+        product = edit.insert(aten.mul.Tensor, old.args[0], edit.constant("fault", fault, like=old), like=old)
+        return edit.insert(aten.split.Tensor, product, 4, 1, like=old)
+
+    for contract in (Exact(), Bounded(limit=30.0)):
+        assert measured(program, change, contract, at="split_tensor").verdict == "broken"
 
 
 def test_infinities_that_stay_count_nothing() -> None:

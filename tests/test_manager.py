@@ -162,10 +162,23 @@ def test_violation_says_all_there_is_to_say() -> None:
     assert float(figure) > 1
 
 
-def test_violation_names_the_worst_of_several() -> None:
-    error = violation(factor=1.5)
-    assert error.what == "test.remake breaks its exact contract at 4 of 4 sites"
-    assert error.where.endswith("   and 3 more")
+class Uneven(Remake):
+    """Layers 0, 1, 2 off by a tenth, three tenths, two tenths."""
+
+    def apply(self, match: Any, edit: Edit) -> None:
+        """Insert the layer and its product."""
+        old = match.node
+        factor = {"layer.0": 1.1, "layer.1": 1.3, "layer.2": 1.2}[old.meta["module"][-1]]
+        with edit.site(old):
+            edit.replace(old, edit.insert(aten.mul.Tensor, edit.insert(old.target, *old.args, like=old), factor, like=old))
+
+
+@pytest.mark.parametrize("contract", [Exact(), Bounded(limit=30.0)], ids=repr)
+def test_violation_names_the_worst(monkeypatch: pytest.MonkeyPatch, contract: Contract) -> None:
+    monkeypatch.setattr(Uneven, "contract", contract)
+    with pytest.raises(ContractViolation) as caught:
+        managed(positive_chain(3), Uneven())
+    assert caught.value.where == "layer.1  (linear_default_1)   and 2 more"
 
 
 def test_the_remedy_of_a_violation_works() -> None:

@@ -50,14 +50,14 @@ def all_moved(name: str, inputs: Inputs) -> Inputs:
     """The inputs with every tensor leaf moved that may be."""
     leaves, spec = pytree.tree_flatten_with_path(inputs)
     free = [isinstance(value, Tensor) and (name, pytree.keystr(path)) not in STILL for path, value in leaves]
-    return pytree.tree_unflatten([moved(v) if f else v for f, (_, v) in zip(free, leaves, strict=True)], spec)  # type: ignore[no-any-return]
+    return pytree.tree_unflatten([moved(v) if f else v for f, (_, v) in zip(free, leaves, strict=True)], spec)
 
 
 def unused(model: nn.Module, inputs: Inputs) -> set[str]:
     """Parameters the outputs do not depend on: those that get no gradient."""
     model.zero_grad()
     leaves = [leaf for leaf in pytree.tree_leaves(model(**inputs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    sum((leaf.float() * torch.randn_like(leaf.float())).sum() for leaf in leaves).backward()  # type: ignore[union-attr]
+    sum((leaf.float() * torch.randn_like(leaf.float())).sum() for leaf in leaves).backward()
     return {name for name, value in model.named_parameters() if value.requires_grad and value.grad is None}
 
 
@@ -134,7 +134,7 @@ def test_two_builds_are_the_same_model_on_the_same_inputs() -> None:
 
 def test_redraw_is_what_opens_a_model_and_the_checks_see_it() -> None:
     model, inputs = ZOO["dit"]()
-    fresh = type(model).from_config(model.config).eval()  # type: ignore[attr-defined]
+    fresh = type(model).from_config(model.config).eval()
     nn.init.zeros_(fresh.transformer_blocks[0].norm1.linear.weight)  # as DiT starts its training: every gate shut
     assert "transformer_blocks.0.norm1.linear.weight" in degenerate(fresh, inputs)
     assert degenerate(redraw(fresh, seed=3), inputs) == []
@@ -142,7 +142,7 @@ def test_redraw_is_what_opens_a_model_and_the_checks_see_it() -> None:
 
 def test_an_input_that_is_ignored_is_seen() -> None:
     model, inputs = ZOO["dit"]()
-    for block in model.transformer_blocks:  # type: ignore[union-attr]
+    for block in model.transformer_blocks:
         nn.init.zeros_(block.norm1.emb.class_embedder.embedding_table.weight)
     assert shares("dit", model, inputs)["['class_labels']"] <= 1e-3
 

@@ -84,7 +84,7 @@ def row(name: str) -> dict[str, Any]:
 
 
 def _checks(program: Any, model: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, float | str | None]]:
-    """The result of `_check` on moved inputs at the example's sizes, then with each dynamic size at its least, a little and much more, and all at once."""
+    """`_check` on moved inputs at the example's sizes, then with each dynamic size at its least, a little and much more, and all at once."""
     from fxcompress.dynamic import at_sizes
 
     tensors = program.signature.flatten(inputs)
@@ -118,10 +118,10 @@ def _check(program: Any, model: Any, tensors: list[Any]) -> float | str | None:
     with torch.no_grad():
         wanted = _tried(lambda: pytree.tree_leaves(model(**given, **signature.fixed)))
         got = _tried(lambda: run(program, tensors))
-    if isinstance(wanted, str) or isinstance(got, str):
-        return (
-            None if isinstance(wanted, str) and isinstance(got, str) else f"only the {'program' if isinstance(wanted, str) else 'model'} runs"
-        )
+    if isinstance(wanted, str):
+        return None if isinstance(got, str) else f"only the program runs, the model fails with {wanted}"
+    if isinstance(got, str):
+        return f"only the model runs, the program fails with {got}"
     return max(relative_error(a, b) for a, b in zip((w for w in wanted if isinstance(w, torch.Tensor)), got, strict=True))
 
 
@@ -129,7 +129,7 @@ def _tried(call: Callable[[], list[Any]]) -> list[Any] | str:
     try:
         return call()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}" if str(error).strip() else type(error).__name__
 
 
 def _in_process(name: str, limit: float) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from torch import Tensor
 from fxcompress.backends.onnx.blocks import Blocks, blocks_of, matrix_of
 from fxcompress.backends.onnx.build import CONTRIB, Builder
 from fxcompress.backends.onnx.dense import dense
+from fxcompress.backends.onnx.exported import FX_INDEX, leaf_name
 from fxcompress.backends.onnx.outline import Leaf, Outline
-from fxcompress.backends.onnx.translate import FX_INDEX, Skeleton, leaf_name
+from fxcompress.backends.onnx.translate import Skeleton
 
 FLOAT_KERNEL, INT8_KERNEL = 1, 4  # accuracy_level of MatMulNBits: activations as they are, or rounded to int8 in the kernel
 

@@ -19,10 +19,11 @@ class Builder:
         self.model, self.graph = model, model.graph
         self.early: list[ir.Node] = []
         self.tensors: dict[str, Tensor] = {}
+        self.taken = {v.name for v in self.graph.inputs} | {v.name for node in self.graph for v in node.outputs}
 
     def constant(self, name: str, tensor: Tensor) -> ir.Value:
-        """The initializer of that name, or of the next free name where another tensor has it."""
-        while name in self.tensors and not _same(self.tensors[name], tensor):
+        """The initializer of that name, or of the next free name where another tensor or value has it."""
+        while name in self.taken or (name in self.tensors and not _same(self.tensors[name], tensor)):
             name = f"{name}_"
         if name not in self.tensors:
             self.tensors[name] = tensor

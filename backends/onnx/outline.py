@@ -22,6 +22,15 @@ from fxcompress.program import Program
 DEQUANTIZE = torch.ops.fxc.dequantize.default
 UNPACK = torch.ops.fxc.unpack.default
 
+SAME_OP: Mapping[Any, Any] = {  # the first has no translation, or asks for strides that a leaf doesn't have
+    torch.ops.aten.__and__.Tensor: torch.ops.aten.bitwise_and.Tensor,
+    torch.ops.aten.__or__.Tensor: torch.ops.aten.bitwise_or.Tensor,
+    torch.ops.aten.__xor__.Tensor: torch.ops.aten.bitwise_xor.Tensor,
+    torch.ops.aten.min.other: torch.ops.aten.minimum.default,
+    torch.ops.aten.max.other: torch.ops.aten.maximum.default,
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+}
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -72,7 +81,7 @@ def fingerprint(outlined: Outline) -> str:
     names |= {n: f"#{i}" for n, i in outlined.places.items()}
     lines = [f"{n.target} {_type(n)}" for n in outlined.inputs]
     lines += [f"{leaf.shape} {leaf.dtype}" for leaf in outlined.leaves]
-    lines += [f"{n.target} {fx.node.map_arg((n.args, n.kwargs), names.__getitem__)}" for n in outlined.nodes]
+    lines += [f"{SAME_OP.get(n.target, n.target)} {fx.node.map_arg((n.args, n.kwargs), names.__getitem__)}" for n in outlined.nodes]
     lines += [names[n] for n in outlined.results]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -1,8 +1,7 @@
 """Program -> ONNX skeleton: the graph in standard ops, every constant an initializer without values.
 
-The translation itself is `torch.onnx.export` on an ExportedProgram made of the outline. That program hands itself out when asked to
-decompose: its ops are already those torch.onnx translates, and tracing them again is most of an export's time (22 s against 4 s for a
-30-layer Llama). Only where an op turns out to have no translation is the real decomposition run.
+The translation itself is `torch.onnx.export`. It is made without decomposing anything; only where an op turns out to have no translation the
+real decomposition is run. Names in a skeleton are those of the program it is for, whichever program it was first made for.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,41 +18,19 @@ from typing import Any
 import onnx_ir as ir
 import onnx_ir.passes.common as cleanup
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
-from torch.export import ExportedProgram
-from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
-from torch.export.graph_signature import (
-    ArgumentSpec,
-    ExportGraphSignature,
-    InputKind,
-    InputSpec,
-    OutputKind,
-    OutputSpec,
-    TensorArgument,
-)
 
-from fxcompress.backends.onnx.forms import forms
+from fxcompress.backends.onnx.exported import FX_INDEX, Exported, exported_program
+from fxcompress.backends.onnx.forms import FORMS
 from fxcompress.backends.onnx.outline import Leaf, Outline, fingerprint, outline
 from fxcompress.errors import BackendRefusal
 from fxcompress.program import Program, module_path
 
 LOWEST_OPSET, GREATEST_OPSET = 18, 20  # torch.onnx's lowest; from 21 on GroupNormalization has no CPU kernel
 FLOAT8_OPSET = 19
-FX_INDEX = "fxc.node"
+_IS_RESULT = "fxc.result"
 _KEPT = 4
 _SKELETONS: OrderedDict[tuple[str, int], ir.Model] = OrderedDict()
-
-_ATEN = torch.ops.aten
-_SAME_OP = {  # the first has no translation, or asks for strides that a leaf doesn't have
-    _ATEN.__and__.Tensor: _ATEN.bitwise_and.Tensor,
-    _ATEN.__or__.Tensor: _ATEN.bitwise_or.Tensor,
-    _ATEN.__xor__.Tensor: _ATEN.bitwise_xor.Tensor,
-    _ATEN.min.other: _ATEN.minimum.default,
-    _ATEN.max.other: _ATEN.maximum.default,
-    _ATEN.view.default: _ATEN.reshape.default,
-}
-_COPIES = (_ATEN.to.dtype, _ATEN.to.device, _ATEN.to.dtype_layout, _ATEN.to.other)
 
 
 _CLEANUP = (
@@ -72,11 +49,6 @@ class Skeleton:
     outline: Outline
 
 
-def leaf_name(index: int) -> str:
-    """The name of a leaf's initializer in a skeleton."""
-    return f"leaf_{index}"
-
-
 def translate(program: Program) -> Skeleton:
     """The program's skeleton, a fresh copy that may be edited; translated once for all programs of one structure.
 
@@ -92,7 +64,7 @@ def translate(program: Program) -> Skeleton:
     while len(_SKELETONS) > _KEPT:
         _SKELETONS.popitem(last=False)
     model = _SKELETONS[key].clone()
-    _name_values(model, program)
+    _name_values(model, program, outlined)
     return Skeleton(model, outlined)
 
 
@@ -122,9 +94,11 @@ def _translated(outlined: Outline, opset: int) -> ir.Model:
     raise _refusal(error, graph, outlined) from error
 
 
-def _exported(exported: ExportedProgram, opset: int) -> ir.Model:
+def _exported(exported: Exported, opset: int) -> ir.Model:
     with _quiet():
-        result = torch.onnx.export(exported, dynamo=True, optimize=False, opset_version=opset, verbose=False, custom_translation_table=forms())
+        result = torch.onnx.export(
+            exported, dynamo=True, optimize=False, opset_version=opset, verbose=False, custom_translation_table=dict(FORMS)
+        )
     assert result is not None
     return result.model
 
@@ -144,86 +118,12 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-class _Exported(ExportedProgram):
-    """Decomposes itself only if told so. `translated`: what it handed out for translation."""
-
-    is_decomposed = False
-
-    def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
-        self.translated = super().run_decompositions(*args, **kwargs) if self.is_decomposed else self
-        return self.translated
-
-
-def exported_program(outlined: Outline, decomposed: bool = False) -> _Exported:
-    """The outline as an ExportedProgram whose leaves are buffers of one element seen at full size: nothing is copied or traced."""
-    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-    mode = outlined.inputs[0].meta["val"].fake_mode
-    buffers = [_buffer(graph, i, leaf, mode) for i, leaf in enumerate(outlined.leaves)]
-    env.update({node: buffers[i] for node, i in outlined.places.items()})
-    for node in outlined.inputs:
-        env[node] = _copied(graph, graph.placeholder(node.name), node)
-    for index, node in enumerate(outlined.nodes):
-        if _does_nothing(node):
-            env[node] = env[node.args[0]]  # type: ignore[index]
-            continue
-        env[node] = _copied(graph, _respelled(graph, node, env), node)
-        env[node].meta["custom"] = {FX_INDEX: index}
-    graph.output(tuple(env[r] for r in outlined.results))
-    inputs = [InputSpec(InputKind.BUFFER, TensorArgument(b.name), b.name, persistent=True) for b in buffers]
-    inputs += [InputSpec(InputKind.USER_INPUT, TensorArgument(env[n].name), None) for n in outlined.inputs]
-    outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(env[n].name), None) for n in outlined.results]
-    values = {b.name: torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) for b, leaf in zip(buffers, outlined.leaves, strict=True)}
-    signature = ExportGraphSignature(inputs, outputs)
-    calls = [_calls(inputs[len(buffers) :], outputs)]
-    exported = _Exported(torch.nn.Module(), graph, signature, values, _ranges(outlined), calls, constants={})
-    exported.is_decomposed, exported.translated = decomposed, exported
-    return exported
-
-
-def _does_nothing(node: fx.Node) -> bool:
-    """A squeeze of an axis longer than 1, which ONNX refuses."""
-    return node.target is _ATEN.squeeze.dim and node.meta["val"].dim() == node.args[0].meta["val"].dim() > 0  # type: ignore[union-attr]
-
-
-def _respelled(graph: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    if node.target in _COPIES:
-        return graph.call_function(_ATEN._to_copy.default, (env[node.args[0]],), {"dtype": node.meta["val"].dtype})  # type: ignore[index]
-    new = graph.node_copy(node, env.__getitem__)
-    new.target = _SAME_OP.get(node.target, node.target)  # type: ignore[call-overload]
-    return new
-
-
-def _buffer(graph: fx.Graph, index: int, leaf: Leaf, mode: Any) -> fx.Node:
-    node = graph.placeholder(leaf_name(index))
-    with mode:
-        node.meta["val"] = torch.empty(leaf.shape, dtype=leaf.dtype)
-    return node
-
-
-def _copied(graph: fx.Graph, new: fx.Node, old: fx.Node) -> fx.Node:
-    new.name = old.name
-    new.meta = {"val": old.meta["val"], "nn_module_stack": {"": ("", "")}}
-    return new
-
-
-def _ranges(outlined: Outline) -> dict[Any, Any]:
-    sizes = [size for node in outlined.inputs for size in node.meta["val"].shape if isinstance(size, torch.SymInt)]
-    return {s: size.node.shape_env.var_to_range[s] for size in sizes for s in size.node.expr.free_symbols}
-
-
-def _calls(inputs: list[InputSpec], outputs: list[OutputSpec]) -> ModuleCallEntry:
-    takes: list[ArgumentSpec] = [spec.arg for spec in inputs]
-    gives: list[ArgumentSpec] = [spec.arg for spec in outputs]
-    in_spec = pytree.tree_structure((tuple(0 for _ in takes), {}))
-    return ModuleCallEntry("", ModuleCallSignature(takes, gives, in_spec, pytree.tree_structure(tuple(0 for _ in gives))))
-
-
 def _clean(model: ir.Model) -> ir.Model:
-    """Merge equal nodes (two thirds of an export are repeated constants and shape sums), drop dead ones and all text but the fx index."""
-    indices = {node: _fx_index(node) for node in model.graph}
+    """Merge equal nodes (two thirds of an export are repeated constants and shape sums), drop dead ones and all text but where from."""
+    origins = {node: _origin(node) for node in model.graph}
     cleanup.ClearMetadataAndDocStringPass()(model)
-    for node, index in indices.items():
-        node.metadata_props[FX_INDEX] = index
+    for node, origin in origins.items():
+        node.metadata_props.update(origin)
     for value in model.graph.initializers.values():
         value.const_value = None
     for step in _CLEANUP:
@@ -231,21 +131,35 @@ def _clean(model: ir.Model) -> ir.Model:
     return model
 
 
-def _fx_index(node: ir.Node) -> str:
-    origin = node.meta.get("node")
-    return str(origin.meta.get("custom", {}).get(FX_INDEX, "")) if origin is not None else ""
+def _origin(node: ir.Node) -> dict[str, str]:
+    """The number of the fx node it comes from, and whether it makes that node's own value."""
+    source = node.meta.get("node")
+    index = None if source is None else source.meta.get("custom", {}).get(FX_INDEX)
+    if source is None or index is None:
+        return {}
+    return {FX_INDEX: str(index), **({_IS_RESULT: ""} if node.outputs[0].name == source.name else {})}
 
 
-def _name_values(model: ir.Model, program: Program) -> None:
+def _name_values(model: ir.Model, program: Program, outlined: Outline) -> None:
+    """Symbols, inputs and outputs by their names in the program; an fx node's result by its name, what leads there by name and number."""
     symbols = _symbols(program)
     for value in _values(model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(d, symbols) for d in value.shape])
+    results = {node.metadata_props[FX_INDEX]: node for node in model.graph if _IS_RESULT in node.metadata_props}
+    counts: Counter[str] = Counter()
+    for node in model.graph:
+        index = node.metadata_props.get(FX_INDEX)
+        origin = outlined.nodes[int(index)].name if index else "node"
+        for value in node.outputs:
+            node.name = f"{origin}.{counts[origin]}"
+            value.name = origin if index and results.get(index) is node else node.name
+            counts[origin] += 1
     ports = (*model.graph.inputs, *model.graph.outputs)
-    taken = {value.name for value in _values(model.graph)} - {value.name for value in ports}
-    for value, declared in zip(ports, (*program.inputs, *program.outputs), strict=True):
-        value.name = _free(declared.name, taken)
-        taken.add(value.name)
+    taken = {value.name for value in _values(model.graph) if value not in ports}
+    for port, declared in zip(ports, (*program.inputs, *program.outputs), strict=True):
+        port.name = _free(declared.name, taken)
+        taken.add(port.name)
 
 
 def _free(name: str, taken: set[str | None]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from pydantic import field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, fx
 
 from fxcompress.contract import Bounded
@@ -33,7 +33,7 @@ class WeightOnlyOptions(Options):
 
     weights: str = "int8/channel"
     embeddings: str | None = None
-    symmetric: bool = True
+    symmetric: bool = Field(default=True, validate_default=True)
     range: Literal["minmax", "mse"] = "mse"
 
     @field_validator("weights", "embeddings")
@@ -41,9 +41,24 @@ class WeightOnlyOptions(Options):
     def _is_known(cls, value: str | None) -> str | None:
         if value is not None:
             try:
-                parse(value)
+                format, granularity = parse(value)
             except RecipeError as error:
                 raise ValueError(f"{error.what}; {error.why or error.do}") from None
+            if format.bits > 8:
+                raise ValueError(f"codes of {format} are wider than a byte and can't be packed")
+            if granularity == "token":
+                raise ValueError("a weight has no tokens; one of tensor, channel, group:64")
+        return value
+
+    @field_validator("symmetric")
+    @classmethod
+    def _is_held(cls, value: bool, info: ValidationInfo) -> bool:
+        for text in filter(None, (info.data.get("weights"), info.data.get("embeddings"))):
+            format = parse(text)[0]
+            if value and not format.signed:
+                raise ValueError(f"{format} holds nothing below 0 without zero points; say symmetric: false")
+            if not value and format.kind == "float":
+                raise ValueError(f"{format} has no zero points; say symmetric: true")
         return value
 
 
@@ -88,12 +103,12 @@ class WeightOnly(Rewrite):
         return next((r for r in refusals if r), None)
 
     def apply(self, match: Any, edit: Edit) -> None:
-        """Insert the pair after the constant; every reader reads the pair."""
+        """Insert the pair before the constant's first reader, so that its value lives no longer than it must; every reader reads the pair."""
         search = mse_range if self.options.range == "mse" else minmax_range
         scale, zero = search(match.tensor, match.format, self.options.symmetric, match.block)
         leaf, name = match.leaf, str(match.leaf.target)
         with edit.site(match.node, f"{match.format.name} in blocks of {list(match.block)}"):
-            at = {"like": match.node, "before": leaf.next}
+            at = {"like": match.node, "before": min(leaf.users)}
             scale_node = edit.constant(f"{name}.scale", scale, **at)
             zero_node = None if zero is None else edit.constant(f"{name}.zero_point", zero, **at)
             grid = (scale_node, zero_node, match.format.name, list(match.block))

@@ -78,6 +78,21 @@ def test_a_row_that_sees_no_key_is_zero(kind):
     assert (result == 0).all() == (kind != "float")
 
 
+class Pieces(nn.Module):
+    """The ops with several results."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        even, odd = torch.unbind(x.reshape(-1, 2, 7), 1)
+        return (*torch.split(x, 3, dim=1), *torch.split(x, [2, 5], -1), *x.chunk(2, 1), even * odd)
+
+
+def test_pieces_are_slices_not_sequences():
+    x = torch.randn(4, 7)
+    program = program_of(Pieces(), x)
+    assert error(program, [x]) == 0
+    assert not [op for op in ops(program) if "Sequence" in op]
+
+
 def test_inputs_and_outputs_keep_names_and_symbols():
     program = program_of(nn.Linear(8, 4), torch.randn(3, 8))
     graph = translate(program).model.graph
@@ -92,6 +107,19 @@ def test_an_output_named_like_an_input_is_told_apart():
 
     graph = translate(program_of(Same(), torch.randn(2, 3))).model.graph
     assert [v.name for v in (*graph.inputs, *graph.outputs)] == ["x", "out_x"]
+
+
+def test_a_constant_named_like_an_input_is_told_apart():
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.x
+
+    x = torch.randn(2, 3)
+    assert error(program_of(Same(), x), [x]) == 0
 
 
 def test_an_input_returned_and_a_result_returned_twice():

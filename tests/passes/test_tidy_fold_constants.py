@@ -115,8 +115,16 @@ def test_a_second_copy_of_a_large_weight_is_declined() -> None:
     after, report = run(before, "tidy.fold_constants")
     assert text(after) == text(before)
     assert [r for _, r in declined(report)] == ["t would store 2.0 MiB in place of 0.0 MiB"]
-    once, _ = run(function(lambda x, w: x @ w.t(), seeded(2, 4), w=big), "tidy.fold_constants")
+    once, report = run(function(lambda x, w: x @ w.t(), seeded(2, 4), w=big), "tidy.fold_constants")
+    assert report.fired == 1
     assert weight_bytes(once) == weight_bytes(before)
+
+
+@pytest.mark.parametrize(("times", "fired"), [(4, 1), (5, 0)])
+def test_up_to_four_times_what_goes_may_be_stored(times: int, fired: int) -> None:
+    before = function(lambda x, w: x + w.repeat(times), seeded(times * BIG), w=seeded(BIG), dynamic=False)
+    _, report = run(before, "tidy.fold_constants")
+    assert report.fired == fired
 
 
 def test_inside_a_declined_cone_the_largest_legal_one_is_folded() -> None:

@@ -115,6 +115,11 @@ def test_causal_at_other_lengths() -> None:
         assert error(before, after, inputs) < 1e-5
 
 
+def test_a_scale_of_1_is_no_product() -> None:
+    after, _ = run(attention(Q, K, V, scale=1.0), NAME)
+    assert ops(after) == ["transpose.int", "matmul", "softmax.int", "matmul"]
+
+
 def test_keys_of_shared_heads_are_repeated_in_blocks() -> None:
     after, _ = run(attention(Q, FEW, FEW + 1, enable_gqa=True), NAME)
     assert "repeat_interleave_self_int = repeat_interleave.self_int(k, 2, 1)" in text(after)

@@ -1,0 +1,89 @@
+"""Parity of a model in ONNX Runtime with its program: site by site on identical inputs, and end to end.
+
+Each quantised site gets, in torch, the input that ONNX Runtime itself computed there, and the two results are compared: errors can't add up
+and the guilty site is named. End to end rounding adds up, so there the limit is a multiple of what rounding alone does to this program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx
+from torch import Tensor, fx
+
+from fxcompress.contract import EXACT_LIMIT
+from fxcompress.errors import BackendRefusal
+from fxcompress.interpret import evaluate
+from fxcompress.measure import relative_error
+from fxcompress.noise import jittered
+from fxcompress.program import Program, module_path
+
+NOISE_TIMES = 8  # measured: ONNX Runtime and torch differ by 0.2 to 3 times the jitter of a program
+KERNEL_INPUT = {"MatMulNBits": 0, "GatherBlockQuantized": 1}
+
+Run = Callable[[onnx.ModelProto, Sequence[Tensor]], list[Tensor]]
+
+
+def end_to_end(program: Program, probe: Sequence[Tensor], wanted: Sequence[Any], given: Sequence[Tensor]) -> float:
+    """Worst relative error over the outputs. BackendRefusal above the limit of exact rewrites and 8 times the program's own rounding noise."""
+    worst = 0.0
+    for value, a, b, c in zip(program.outputs, wanted, given, jittered(program, probe), strict=True):
+        error, limit = relative_error(a, b), max(EXACT_LIMIT.get(a.dtype, 0.0), NOISE_TIMES * relative_error(a, c))
+        if not error <= limit:
+            raise _refusal(f"output {value.name}", error, limit)
+        worst = max(worst, error)
+    return worst
+
+
+def site_by_site(program: Program, sites: Sequence[fx.Node], model: onnx.ModelProto, run: Run, probe: Sequence[Tensor]) -> dict[str, float]:
+    """Relative error of each quantised site that has a kernel, by node name. BackendRefusal naming the first above the limit."""
+    kernels = {n.name: n for n in model.graph.node if n.op_type in KERNEL_INPUT}
+    made = {name for n in model.graph.node for name in n.output}
+    compared = [s for s in sites if s.name in kernels and s.name in made]
+    if not compared:
+        return {}
+    read = {s: kernels[s.name].input[KERNEL_INPUT[kernels[s.name].op_type]] for s in compared}
+    seen = dict(zip((v.name for v in model.graph.input), probe, strict=True))
+    names = [n for n in dict.fromkeys([*read.values(), *(s.name for s in compared)]) if n not in seen]
+    seen.update(zip(names, run(_exposing(model, names), probe), strict=True))
+    errors = {s.name: relative_error(_in_torch(program, s, seen[read[s]]), seen[s.name]) for s in compared}
+    for site in compared:
+        if not errors[site.name] <= (limit := EXACT_LIMIT.get(seen[site.name].dtype, 0.0)):
+            raise _refusal(f"{module_path(site) or 'the root module'}  ({site.name})", errors[site.name], limit)
+    return errors
+
+
+def _in_torch(program: Program, site: fx.Node, value: Tensor) -> Tensor:
+    """The site's result on this input; its other operands are constants."""
+    env: dict[fx.Node, Any] = {}
+    for node in site.all_input_nodes:
+        env[node] = _constant(program, node) if _is_constant(node) else value
+    result: Tensor = evaluate(site, env, program.constants)
+    return result
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(_is_constant(n) for n in node.all_input_nodes))
+
+
+def _constant(program: Program, node: fx.Node) -> Any:
+    return evaluate(node, {n: _constant(program, n) for n in node.all_input_nodes}, program.constants)
+
+
+def _exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """The model with these values as its only outputs."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    del changed.graph.output[:]
+    changed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return changed
+
+
+def _refusal(where: str, error: float, limit: float) -> BackendRefusal:
+    return BackendRefusal(
+        "onnxruntime gives other numbers than the program",
+        where=where,
+        why=f"relative error {error:.1e} on the probe inputs, limit {limit:.1e}",
+        do='backend="reference" runs it; please report the model',
+    )

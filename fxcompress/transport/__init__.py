@@ -1,0 +1,44 @@
+"""Transport: changes of variables on channels, pushed through the graph until constants absorb them.
+
+    engine = Transport(program)
+    plan = engine.solve(Kind.SCALE, Seed(x, (2,), power=-1))     # symbolic: what may change together, what is pinned and why
+    plan.apply(edit, vector)                                     # numbers: one entry per free class
+
+Nothing is looked up by name: a change is a label on a value, every op has one relation between the labels of its operands and its result
+(`relations/`), and a worklist runs them to a fixed point. A weight is a value like any other, so a fold is a label that has reached one.
+Run dead-code elimination and constant folding before: dead readers pin, and values made in the graph can't absorb.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from fxcompress.program import Program
+from fxcompress.transport.facts import Facts
+from fxcompress.transport.labels import Kind, Label, Stop
+from fxcompress.transport.plan import Plan, solved
+from fxcompress.transport.solver import Extra, Seed, Solver
+
+__all__ = ["Extra", "Kind", "Label", "Plan", "Seed", "Stop", "Transport", "transport"]
+
+
+class Transport:
+    """Plans on one program as it stands; facts about it are computed once. After an edit that changes its graph, make a new one."""
+
+    def __init__(self, program: Program) -> None:
+        self.facts = Facts(program)
+
+    def solve(self, kind: Kind, *seeds: Seed, choices: Mapping[fx.Node, str] | None = None, shuffle: int | None = None) -> Plan:
+        """The plan of a change that starts at the seeds, one vector for all. choices: routes to take where there is a choice. shuffle: a seed
+        for the order of work, which the result doesn't depend on. ValueError for a seed axis of dynamic size."""
+        solver = Solver(self.facts, Kind(kind), dict(choices or {}), shuffle)
+        for seed in seeds:
+            solver.seed(seed)
+        return solved(solver)
+
+
+def transport(program: Program, kind: Kind, *seeds: Seed) -> Plan:
+    """One plan on a program."""
+    return Transport(program).solve(kind, *seeds)

@@ -1,0 +1,135 @@
+"""A plan with numbers, put into an edit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.edit import Edit, Site
+from fxcompress.interpret import evaluate
+from fxcompress.transport.change import Change, applied
+from fxcompress.transport.facts import is_getitem
+from fxcompress.transport.labels import Kind, Label
+from fxcompress.transport.plan import Plan
+from fxcompress.transport.solver import Extra
+
+aten = torch.ops.aten
+BIAS_ARGUMENT = {aten.layer_norm.default: 3, aten.group_norm.default: 3, aten.linear.default: 2}  # else the third, as of convolutions
+GAIN_ARGUMENT = {aten.layer_norm.default: 2, aten.rms_norm.default: 2, aten.group_norm.default: 2}
+
+
+class Applied:
+    """One application of a plan."""
+
+    def __init__(self, plan: Plan, edit: Edit, vector: Any) -> None:
+        self.plan, self.edit, self.program = plan, edit, edit.program
+        self.numbers, self.changes = plan.numbers(vector), plan.changes(vector)
+
+    def run(self, reason: str) -> Site:
+        """Constants, extras, records, in one site at the first seed."""
+        start = self.plan.seeds[0][0].node
+        with self.edit.site(start, reason or f"a {self.plan.kind} of {self.plan.count} channels") as site:
+            for node, change in self.changes.items():
+                if node.op == "get_attr":
+                    self._fold(node, change)
+                else:
+                    self.edit.carry(node, change)
+            for extra in self.plan.extras:
+                getattr(self, f"_{extra.role}")(extra)
+        return site
+
+    def _fold(self, node: fx.Node, change: Change) -> None:
+        tensor = self.program.constants[str(node.target)]
+        self.edit.carry(node, change)
+        self.edit.fold(node, change(tensor.double() if not tensor.is_complex() else tensor).to(tensor.dtype).contiguous())
+
+    def _number(self, extra: Extra) -> Tensor:
+        """The change on the extra's operand, as it acts on 1 or on 0."""
+        label = Label(extra.index, extra.power)
+        base = torch.zeros(extra.index.shape) if self.plan.kind == Kind.SHIFT else torch.ones(extra.index.shape)
+        return applied(self.plan.kind, base.double(), label, self.numbers)
+
+    def _literal(self, extra: Extra) -> None:
+        """c -> c v: the number added becomes a vector."""
+        node, factor = extra.node, self._number(extra)
+        if bool((factor == 1).all()):
+            return
+        number = next(a for a in node.args[:2] if not isinstance(a, fx.Node))
+        vector = self._constant(node, "constant", number * factor)
+        self.edit.update(node, *(vector if a is number else a for a in node.args), **node.kwargs)
+
+    def _bias(self, extra: Extra) -> None:
+        """A bias where there was none."""
+        delta = self._number(extra)
+        if not delta.any():
+            return
+        node = extra.node
+        self._set(node, BIAS_ARGUMENT.get(node.target, 2), self._constant(node, "bias", delta))  # type: ignore[arg-type]
+
+    def _gain(self, extra: Extra) -> None:
+        """A gain where there was none."""
+        factor = self._number(extra)
+        if bool((factor == 1).all()):
+            return
+        self._set(extra.node, GAIN_ARGUMENT[extra.node.target], self._constant(extra.node, "weight", factor))  # type: ignore[index]
+
+    def _input(self, extra: Extra) -> None:
+        """b -> b - W z for an input shifted by z."""
+        port = extra.port
+        weight = self._value(port.node).double()
+        if port.split:
+            axis, groups = port.split
+            weight = weight.unflatten(axis, (groups, -1))
+        z = self._number(extra)
+        if not z.any():
+            return
+        axes = [a for a, letter in enumerate(port.letters) if letter not in ("group", "out")]
+        self._add_bias(extra.node, -(weight * z).sum(axes).flatten())
+
+    def _add_bias(self, node: fx.Node, delta: Tensor) -> None:
+        if node.target in (aten.mm.default, aten.matmul.default):
+            self._insert_add(node, delta)
+            return
+        place = 0 if node.target is aten.addmm.default else BIAS_ARGUMENT.get(node.target, 2)  # type: ignore[arg-type]
+        bias: Any = node.args[place] if len(node.args) > place else node.kwargs.get("bias")
+        if bias is None:
+            self._set(node, place, self._constant(node, "bias", delta))
+            return
+        old = self.program.constants[str(bias.target)]
+        new = (old.double() + delta.reshape(-1)).to(old.dtype)
+        if len(bias.users) == 1 and new.shape == old.shape:
+            self.edit.fold(bias, new)
+        else:
+            self._set(node, place, self.edit.constant(str(bias.target), new, like=node))
+
+    def _insert_add(self, node: fx.Node, delta: Tensor) -> None:
+        place = node.next
+        product = self.edit.insert(node.target, *node.args, like=node, before=place, val=node.meta.get("val"), **node.kwargs)  # type: ignore[arg-type]
+        bias = self._constant(node, "bias", delta, place)
+        self.edit.replace(node, self.edit.insert(aten.add.Tensor, product, bias, like=node, before=place, val=node.meta.get("val")))
+
+    def _constant(self, node: fx.Node, name: str, value: Tensor, before: fx.Node | None = None) -> fx.Node:
+        module = node.meta.get("module", ("",))[-1]
+        dtype = self.plan.facts.value(node).dtype
+        return self.edit.constant(f"{module}.{name}" if module else f"{node.name}.{name}", value.to(dtype), like=node, before=before)
+
+    def _set(self, node: fx.Node, place: int, value: fx.Node) -> None:
+        schema = node.target._schema  # type: ignore[union-attr]
+        name = schema.arguments[place].name
+        if name in node.kwargs or len(node.args) < place:
+            self.edit.update(node, *node.args, **{**node.kwargs, name: value})
+        else:
+            self.edit.update(node, *node.args[:place], value, *node.args[place + 1 :], **node.kwargs)
+
+    def _value(self, node: fx.Node) -> Tensor:
+        """A constant, or what views make of one."""
+        if node.op == "get_attr":
+            return self.program.constants[str(node.target)]
+        source = node.all_input_nodes[0]
+        value: Tensor = evaluate(node, {source: self._value(source)}, self.program.constants)
+        return value
+
+
+__all__ = ["Applied", "is_getitem"]

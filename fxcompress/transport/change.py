@@ -1,0 +1,161 @@
+"""Changes in numbers: what the value at a label becomes under given numbers, in float64, cast back once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxcompress.transport.labels import UNSET, Index, Kind, Label, as_tensor
+
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Elementwise:
+    """x v^power or x + power v. numbers: one per parameter, and the identity at its end for UNSET."""
+
+    kind: Kind
+    labels: tuple[Label, ...]
+    numbers: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The value changed."""
+        wide = x.to(torch.complex128 if x.is_complex() else torch.float64)
+        for label in self.labels:
+            wide = applied(self.kind, wide, label, self.numbers)
+        return wide.to(x.dtype)
+
+    def is_identity(self) -> bool:
+        """Whether nothing changes."""
+        rest = self.numbers[-1]
+        return all(bool((self.numbers[as_tensor(label.index)] == rest).all()) for label in self.labels)
+
+
+def applied(kind: Kind, wide: Tensor, label: Label, numbers: Tensor) -> Tensor:
+    """One label's change."""
+    v = numbers[as_tensor(label.index)]
+    return wide + label.power * v if kind == Kind.SHIFT else wide * v**label.power
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """Positions of the slot, flattened, in another order or fewer. places: per new position the old one; sizes: the slot's new sizes."""
+
+    labels: tuple[Label, ...]
+    places: tuple[Index, ...]
+    sizes: tuple[tuple[int, ...], ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The value rearranged."""
+        for label, places, sizes in zip(self.labels, self.places, self.sizes, strict=True):
+            x = _on_slot(x, label, lambda flat, p=places: flat[..., as_tensor(p)], sizes)
+        return x
+
+    def is_identity(self) -> bool:
+        """Whether nothing moves."""
+        return all(len(p) == label.index.size and (p == np.arange(len(p))).all() for p, label in zip(self.places, self.labels, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Rotated:
+    """x R on sets of positions of the slot. mixes: per label pairs of (positions [copies, n], matrix [n, n])."""
+
+    labels: tuple[Label, ...]
+    mixes: tuple[tuple[tuple[Index, Tensor], ...], ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The value rotated."""
+        wide = x.to(torch.float64)
+        for label, mixes in zip(self.labels, self.mixes, strict=True):
+            wide = _on_slot(wide, label, lambda flat, m=mixes: _mixed(flat, m), tuple(label.index.shape[a] for a in label.slot))
+        return wide.to(x.dtype)
+
+    def is_identity(self) -> bool:
+        """Whether nothing is mixed."""
+        return not any(self.mixes)
+
+
+def _mixed(flat: Tensor, mixes: Sequence[tuple[Index, Tensor]]) -> Tensor:
+    flat = flat.clone()
+    for positions, matrix in mixes:
+        at = as_tensor(positions)
+        flat[..., at] = flat[..., at] @ matrix
+    return flat
+
+
+def _on_slot(x: Tensor, label: Label, act: Callable[[Tensor], Tensor], sizes: Sequence[int]) -> Tensor:
+    """act on the slot's axes, flattened into the last one."""
+    slot = label.slot
+    back = tuple(range(-len(slot), 0))
+    moved = x.movedim(slot, back)
+    flat = act(moved.reshape(*moved.shape[: moved.dim() - len(slot)], -1))
+    return flat.reshape(*flat.shape[:-1], *sizes).movedim(back, slot)
+
+
+def permuted(labels: tuple[Label, ...], source: Index) -> Gathered:
+    """source: per parameter the one whose content it gets. The q-th occurrence of a parameter gets that of its source."""
+    places = tuple(_sources(label.index, source) for label in labels)
+    return Gathered(labels, places, tuple(tuple(label.index.shape[a] for a in label.slot) for label in labels))
+
+
+def _sources(index: Index, source: Index) -> Index:
+    flat = index.ravel()
+    order = np.argsort(flat, kind="stable")
+    starts = np.searchsorted(flat[order], flat)
+    occurrence = np.empty_like(flat)
+    occurrence[order] = np.arange(len(flat)) - np.searchsorted(flat[order], flat[order])
+    wanted = np.where(flat == UNSET, UNSET, source[flat])
+    places = order[np.searchsorted(flat[order], wanted) + occurrence]
+    assert (flat[places] == wanted).all() and len(starts) == len(places), "a block whose channels don't occur equally often"
+    return places
+
+
+def removed(labels: tuple[Label, ...], keep: Index) -> Gathered:
+    """keep: per parameter whether it stays, the last entry for UNSET. ValueError if the rest is no block of axes."""
+    kept = [keep[label.index] for label in labels]
+    places = tuple(np.flatnonzero(k.ravel()) for k in kept)
+    return Gathered(labels, places, tuple(_rest(label, k) for label, k in zip(labels, kept, strict=True)))
+
+
+def _rest(label: Label, kept: Index) -> tuple[int, ...]:
+    """Sizes of the slot's axes when the dropped positions are gone: whole rows, and equally many of the last axis in every other row."""
+    lines = kept.reshape([kept.shape[a] for a in label.slot])
+    counts = lines.sum(-1)
+    rows = counts > 0
+    if len(set(counts[rows].ravel())) > 1:
+        raise ValueError("rows would lose different numbers of channels")
+    sizes = []
+    for axis in range(rows.ndim):
+        alive = rows.any(tuple(a for a in range(rows.ndim) if a != axis)) if rows.ndim > 1 else rows
+        sizes.append(int(alive.sum()))
+    if int(np.prod(sizes)) != int(rows.sum()):
+        raise ValueError("the rows that stay are no block of axes")
+    return (*sizes, int(counts[rows].ravel()[0]) if rows.any() else 0)
+
+
+def rotated(labels: tuple[Label, ...], classes: Index, blocks: Index, matrices: Mapping[int, Tensor]) -> Rotated:
+    """classes: per parameter, UNSET if pinned. A class's members rotate each with its like in the other classes of the block."""
+    mixes = []
+    for label in labels:
+        found: list[tuple[Index, Tensor]] = []
+        for block, matrix in matrices.items():
+            positions = _copies(label.index, classes, np.flatnonzero(blocks == block))
+            if positions is not None:
+                found.append((positions, matrix.to(torch.float64)))
+        mixes.append(tuple(found))
+    return Rotated(labels, tuple(mixes))
+
+
+def _copies(index: Index, classes: Index, members: Index) -> Index | None:
+    """[copies, classes of the block]: where they stand on the flattened slot."""
+    flat = index.ravel()
+    of = np.where(flat == UNSET, UNSET, classes[flat])
+    where = [np.flatnonzero(of == c) for c in members]
+    if not any(len(w) for w in where):
+        return None
+    where = [w[np.argsort(flat[w], kind="stable")] for w in where]
+    return np.stack(where, axis=1)

@@ -1,0 +1,135 @@
+"""What the rules ask about a program again and again: shapes, arguments by name, how a reshape groups axes. Computed once per program."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from fxcompress.edit import fake_value
+from fxcompress.program import Program
+
+Dim = Any  # an int, or a sympy expression where dynamic
+Shape = tuple[Dim, ...]
+Groups = list[tuple[list[int], list[int]]]  # per group: axes before, axes after, of equal product
+
+
+class Facts:
+    """Lazily computed facts about one program as it stands."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.results = frozenset(program.results())
+        self.ranks: dict[tuple[str, fx.Node], int] = {}  # filled by the policy
+        self._values: dict[fx.Node, Any] = {}
+        self._shapes: dict[fx.Node, Shape] = {}
+        self._arguments: dict[fx.Node, dict[str, Any]] = {}
+        self._groups: dict[fx.Node, Groups] = {}
+        self._anchor = next((n for n in program.graph.nodes if hasattr(n.meta.get("val"), "fake_mode")), None)
+
+    def value(self, node: fx.Node) -> Any:
+        """The node's fake value; None if there is none."""
+        if node not in self._values:
+            known = node.meta.get("val")
+            self._values[node] = self._faked(node) if known is None and node.op == "call_function" else known
+        return self._values[node]
+
+    def shape(self, node: fx.Node) -> Shape | None:
+        """Sizes: ints, expressions where dynamic; None if the value is no tensor."""
+        if node not in self._shapes:
+            value = self.value(node)
+            if not isinstance(value, Tensor):
+                return None
+            self._shapes[node] = tuple(_dim(d) for d in value.shape)
+        return self._shapes[node]
+
+    def arguments(self, node: fx.Node) -> dict[str, Any]:
+        """Arguments by the schema's names, defaults filled in."""
+        if node not in self._arguments:
+            self._arguments[node] = arguments(node)
+        return self._arguments[node]
+
+    def groups(self, node: fx.Node, source: fx.Node) -> Groups:
+        """How a reshape of source groups axes."""
+        if node not in self._groups:
+            before, after = self.shape(source), self.shape(node)
+            assert before is not None and after is not None
+            self._groups[node] = grouped(before, after)
+        return self._groups[node]
+
+    def is_constant(self, node: Any) -> bool:
+        """Whether a value is a constant or made from constants alone by views and casts."""
+        while isinstance(node, fx.Node):
+            if node.op == "get_attr":
+                return True
+            if node.op != "call_function" or len(node.all_input_nodes) != 1:
+                return False
+            node = node.all_input_nodes[0]
+        return False
+
+    def _faked(self, node: fx.Node) -> Any:
+        for source in node.all_input_nodes:
+            if source.meta.get("val") is None:
+                source.meta["val"] = self.value(source)
+        try:
+            return fake_value(node.target, node.args, dict(node.kwargs), self._anchor)  # type: ignore[arg-type]
+        except Exception:
+            return None
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an op node by name: given by position, by keyword, or the schema's default."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {str(i): a for i, a in enumerate(node.args)}
+    given = {**{a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}, **node.kwargs}
+    return {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether the node takes a tensor out of a tuple."""
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def outputs(node: fx.Node) -> dict[int, fx.Node]:
+    """The nodes that take tensors out of a tuple, by position."""
+    return {int(u.args[1]): u for u in node.users if is_getitem(u)}  # type: ignore[arg-type]
+
+
+def _dim(size: Any) -> Dim:
+    if isinstance(size, torch.SymInt):
+        expr = size.node.expr
+        return int(expr) if expr.is_number else expr
+    return int(size)
+
+
+def grouped(before: Shape, after: Shape) -> Groups:
+    """Split two shapes of one product into minimal groups of equal product; axes of size 1 belong to none."""
+    left = [a for a, n in enumerate(before) if n != 1]
+    right = [a for a, n in enumerate(after) if n != 1]
+    groups: Groups = []
+    while left or right:
+        mine, theirs = left[:1], right[:1]
+        del left[:1], right[:1]
+        while (a := _product(before, mine)) != (b := _product(after, theirs)) and (left or right):
+            side, own = (left, mine) if left and (not right or _divides(a, b)) else (right, theirs)
+            own.append(side.pop(0))
+        groups.append((mine, theirs))
+    return groups
+
+
+def _product(shape: Shape, axes: list[int]) -> Dim:
+    total: Dim = 1
+    for axis in axes:
+        total = total * shape[axis]
+    return sympy.expand(total) if isinstance(total, sympy.Expr) else total
+
+
+def _divides(a: Dim, b: Dim) -> bool:
+    """Whether a grows towards b: a is smaller, or divides it where sizes are dynamic."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a < b
+    return bool(sympy.fraction(sympy.cancel(sympy.sympify(b) / a))[1] == 1)

@@ -1,0 +1,560 @@
+"""Products summed over axes: linear layers, matrix products, convolutions, attention, einsum.
+
+All are einsums of two operands: every axis has a letter. Letters of both operands that the result lacks are summed over; of both and the
+result, batch; of one operand and the result, free; of one value alone, windows (a kernel's extent, an image's), along which nothing can vary.
+A change of a summed letter is undone by the other operand; one of a free letter is the result's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxcompress.transport.labels import Index, Kind, Label
+from fxcompress.transport.relations.pointwise import is_flat
+from fxcompress.transport.solver import Solver
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Port:
+    """A value with a letter per axis. split: (axis, groups): that axis is seen as two, groups first. repeat: (axis, times): seen repeated."""
+
+    node: Any
+    letters: tuple[str, ...]
+    split: tuple[int, int] | None = None
+    repeat: tuple[int, int] | None = None
+
+    def sizes(self, s: Solver) -> tuple[Any, ...]:
+        """The size of every letter."""
+        shape = s.shape(self.node)
+        if self.split is None:
+            return shape
+        axis, groups = self.split
+        return (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
+
+    def read(self, s: Solver) -> list[Label]:
+        """Labels with one axis per letter."""
+        return [Label(self._forth(label.index), label.power) for label in s.labels(self.node)]
+
+    def put(self, s: Solver, index: Index, power: float) -> None:
+        """A label with one axis per letter."""
+        s.put(self.node, self._back(s, index), power)
+
+    def _forth(self, index: Index) -> Index:
+        if self.split:
+            axis, groups = self.split
+            size = index.shape[axis]
+            index = index.reshape(*index.shape[:axis], *((groups, size // groups) if size > 1 else (1, 1)), *index.shape[axis + 1 :])
+        if self.repeat and index.shape[self.repeat[0]] > 1:
+            index = index.repeat(self.repeat[1], self.repeat[0])
+        return index
+
+    def _back(self, s: Solver, index: Index) -> Index:
+        if self.repeat and index.shape[self.repeat[0]] > 1:
+            axis, times = self.repeat
+            parted = index.reshape(*index.shape[:axis], -1, times, *index.shape[axis + 1 :])
+            index = s.coarsen(parted, [axis + 1]).squeeze(axis + 1)
+        if self.split:
+            axis, groups = self.split
+            pair = index.shape[axis : axis + 2]
+            if max(pair) > 1:
+                full = (*index.shape[:axis], groups, self._inner(s, axis, groups), *index.shape[axis + 2 :])
+                index = np.broadcast_to(index, full)
+            index = index.reshape(*index.shape[:axis], -1, *index.shape[axis + 2 :])
+        return index
+
+    def _inner(self, s: Solver, axis: int, groups: int) -> int:
+        return int(s.shape(self.node)[axis]) // groups
+
+
+@dataclass(frozen=True)
+class Product:
+    """out[lo] = sum over letters of a[la] b[lb] + bias. bias_at: the letters of the bias; shifts: whether an op for shifts of an input exists."""
+
+    node: fx.Node
+    a: Port
+    b: Port
+    out: Port
+    bias: Any = None
+    bias_letters: tuple[str, ...] = ()
+    bias_split: int | None = None
+    no_shift: str = ""  # why a shift of an input can't become a bias
+    roles: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        la, lb, lo = (frozenset(p.letters) for p in (self.a, self.b, self.out))
+        self.roles.update(summed=(la & lb) - lo, batch=la & lb & lo, a=(la & lo) - lb, b=(lb & lo) - la)
+
+    def free(self, port: Port) -> frozenset[str]:
+        """The letters of an operand that go on to the result."""
+        return self.roles["a" if port is self.a else "b"]
+
+
+def contract(s: Solver, product: Product) -> None:
+    """Push labels between the operands and the result of a product."""
+    for port, partner in ((product.a, product.b), (product.b, product.a)):
+        for label in port.read(s):
+            _operand(s, product, port, partner, label)
+    for label in product.out.read(s):
+        _result(s, product, label)
+    if product.bias is not None:
+        port = _bias_port(product)
+        for label in port.read(s):
+            product.out.put(s, _moved(label.index, port, product.out), label.power)
+
+
+def _operand(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
+    letters = _letters(port, label.index)
+    summed, free, batch = product.roles["summed"], product.free(port), product.roles["batch"]
+    if letters & summed:
+        index = _only(s, port, label.index, summed | batch)
+        port.put(s, index, label.power)
+        _undone(s, product, port, partner, Label(index, label.power))
+    elif letters & free:
+        index = _only(s, port, label.index, free | batch)
+        port.put(s, index, label.power)
+        if s.kind == Kind.SHIFT:
+            return _averaged(s, product, port, partner, Label(index, label.power))
+        product.out.put(s, _moved(index, port, product.out), label.power)
+        _refine(s, product, port, index)
+    elif letters & batch:
+        _batched(s, product, port, partner, label)
+    else:
+        port.put(s, _only(s, port, label.index, ()), label.power)
+
+
+def _undone(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
+    """A change of a summed letter, by the other operand."""
+    index = _moved(label.index, port, partner)
+    if s.kind == Kind.SHIFT:
+        return _shifted_input(s, product, port, partner, label)
+    partner.put(s, index, label.power if s.kind.is_mixing else -label.power)
+    _refine(s, product, port, label.index)
+
+
+def _shifted_input(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
+    """(x + z) W = x W + z W: a bias if W is constant; nothing if all scores of a row move alike before a softmax."""
+    node = product.node
+    fixed = product.bias is None or product.bias.op == "get_attr"
+    if s.facts.is_constant(partner.node) and product.bias_letters and fixed and not product.no_shift:
+        return s.extra(node, "input", _moved(label.index, port, partner), label.power, partner)
+    if port is product.b and _reaches_softmax(s, node, product):
+        return None
+    return s.stop(node, label.index, product.no_shift or f"{node.name}: a shift of {port.node.name} times {partner.node.name} varies with it")
+
+
+def _averaged(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
+    """A shift of the values of attention is one of the result, since the weights of a row sum to one."""
+    if port is product.b and _is_softmax(partner.node, len(partner.letters)):
+        return product.out.put(s, _moved(label.index, port, product.out), label.power)
+    return s.stop(product.node, label.index, f"{product.node.name}: rows of {partner.node.name} aren't known to sum to one")
+
+
+def _result(s: Solver, product: Product, label: Label) -> None:
+    out, batch = product.out, product.roles["batch"]
+    letters = _letters(out, label.index)
+    side = _side(s, product, letters)
+    if side is None and letters & (product.roles["a"] | product.roles["b"]):
+        return s.stop(product.node, label.index, f"{product.node.name} can't give a change of rows and columns at once to its operands")
+    if side is None and letters & batch:
+        _put_bias(s, product, label)
+        return _batched(s, product, out, out, label)
+    index = _only(s, out, label.index, (product.free(side) if side else frozenset()) | batch)
+    out.put(s, index, label.power)
+    if side is None:
+        return None
+    if s.kind == Kind.SHIFT:
+        return _shifted_result(s, product, side, Label(index, label.power))
+    side.put(s, _moved(index, out, side), label.power)
+    _refine(s, product, out, index)
+    return _put_bias(s, product, Label(index, label.power))
+
+
+def _side(s: Solver, product: Product, letters: frozenset[str]) -> Port | None:
+    """The operand a label of the result belongs to; the constant one if it varies along letters of both."""
+    mine, theirs = letters & product.roles["a"], letters & product.roles["b"]
+    if mine and theirs:
+        return next((p for p in (product.b, product.a) if s.facts.is_constant(p.node)), None)
+    return product.a if mine else product.b if theirs else None
+
+
+def _shifted_result(s: Solver, product: Product, side: Port, label: Label) -> None:
+    other = product.a if side is product.b else product.b
+    if product.bias is not None:
+        return _put_bias(s, product, label)
+    if product.bias_letters and side is product.b and s.facts.is_constant(side.node):
+        return _new_bias(s, product, label)
+    if side is product.b and _is_softmax(other.node, len(other.letters)):
+        return side.put(s, _moved(label.index, product.out, side), label.power)
+    return s.stop(product.node, label.index, f"{product.node.name} has no bias, and rows of {other.node.name} aren't known to sum to one")
+
+
+def _put_bias(s: Solver, product: Product, label: Label) -> None:
+    if product.bias is None:
+        return
+    index = _only(s, product.out, label.index, product.bias_letters)
+    if (index != label.index).any() if index.shape == label.index.shape else True:
+        product.out.put(s, index, label.power)
+    port = _bias_port(product)
+    port.put(s, _moved(index, product.out, port), label.power)
+
+
+def _bias_port(product: Product) -> Port:
+    return Port(product.bias, product.bias_letters, None if product.bias_split is None else (0, product.bias_split))
+
+
+def _new_bias(s: Solver, product: Product, label: Label) -> None:
+    """The op gains a bias."""
+    port = _bias_port(product)
+    index = _moved(_only(s, product.out, label.index, product.bias_letters), product.out, port)
+    weight = product.b
+    sizes = weight.sizes(s)
+    full = [sizes[weight.letters.index(x)] for x in product.bias_letters]
+    s.extra(product.node, "bias", np.broadcast_to(index, full).reshape(-1), label.power)
+
+
+def _batched(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
+    """A label on batch letters alone: a product of entries, as in `products`."""
+    if s.kind.is_mixing:
+        for other in (product.a, product.b, product.out):
+            if other is not port and not _is_flat(s, other, port, label.index):
+                other.put(s, _moved(_only(s, port, label.index, other.letters), port, other), label.power)
+        return None
+    if s.kind == Kind.SHIFT:
+        return _batched_shift(s, product, port, partner, label)
+    constant = next((p for p in (product.b, product.a) if s.facts.is_constant(p.node)), None)
+    if constant is None or port is constant:
+        target = product.out if port is not product.out else None
+        if target is None or (port is constant and not _came_from_elsewhere(s, product, port)):
+            return None if port is constant else s.stop(product.node, label.index, f"{product.node.name}: a {s.kind} per batch entry")
+        return target.put(s, _moved(label.index, port, target), label.power)
+    return constant.put(s, _moved(label.index, port, constant), label.power if port is product.out else -label.power)
+
+
+def _batched_shift(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
+    if port is product.out:
+        if product.bias is None and product.bias_letters:
+            _new_bias(s, product, label)
+        elif product.bias is None:
+            s.stop(product.node, label.index, f"{product.node.name} has no bias")
+        return None
+    return _shifted_input(s, product, port, partner, label)
+
+
+def _came_from_elsewhere(s: Solver, product: Product, port: Port) -> bool:
+    """Whether a weight is labelled while neither the input nor the result is: another reader of it is."""
+    return not any(s.labels(p.node) for p in (product.a, product.b, product.out) if p is not port)
+
+
+def _refine(s: Solver, product: Product, port: Port, index: Index) -> None:
+    """Channels of different batch entries may not mix."""
+    if not s.kind.is_mixing:
+        return
+    sizes = [n if letter in product.roles["batch"] else 1 for letter, n in zip(port.letters, index.shape, strict=True)]
+    if max(sizes) > 1:
+        s.classes.refine((product.node, port.letters), index, np.arange(int(np.prod(sizes))).reshape(sizes))
+
+
+def _is_flat(s: Solver, other: Port, port: Port, index: Index) -> bool:
+    """Whether the other value has one position along all letters the label varies on."""
+    shape = s.shape(other.node)
+    if other.split is not None:
+        return False
+    varying = _letters(port, index)
+    return all(letter not in varying or shape[a] == 1 for a, letter in enumerate(other.letters))
+
+
+def _letters(port: Port, index: Index) -> frozenset[str]:
+    return frozenset(letter for letter, n in zip(port.letters, index.shape, strict=True) if n > 1)
+
+
+def _only(s: Solver, port: Port, index: Index, letters: Iterable[str]) -> Index:
+    """One parameter along every other letter."""
+    return s.coarsen(index, [a for a, letter in enumerate(port.letters) if letter not in set(letters)])
+
+
+def _moved(index: Index, source: Port, target: Port) -> Index:
+    """The index with the target's axes; letters that only the source has are of size 1."""
+    shared = [x for x in target.letters if x in source.letters]
+    dropped = [a for a, x in enumerate(source.letters) if x not in target.letters]
+    assert all(index.shape[a] == 1 for a in dropped)
+    index = index.squeeze(tuple(dropped))
+    kept = [x for x in source.letters if x in target.letters]
+    index = index.transpose([kept.index(x) for x in shared])
+    sizes = dict(zip(shared, index.shape, strict=True))
+    return index.reshape([sizes.get(x, 1) for x in target.letters])
+
+
+def _lead(count: int) -> tuple[str, ...]:
+    """Batch letters of the last `count` axes before the matrix."""
+    return tuple(f"batch{i}" for i in range(count - 1, -1, -1))
+
+
+def linear_product(s: Solver, node: fx.Node) -> Product:
+    """x W^T + b; W is [out, in]."""
+    given = s.args(node)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    rows = tuple(f"row{i}" for i in range(len(s.shape(x)) - 1))
+    return Product(node, Port(x, (*rows, "in")), Port(weight, ("out", "in")), Port(node, (*rows, "out")), bias, ("out",))
+
+
+def matmul_product(s: Solver, node: fx.Node) -> Product:
+    """a b over the last two axes, the others broadcast. A vector operand has one letter."""
+    given = s.args(node)
+    a, b = given["self"], given.get("other", given.get("mat2"))
+    ranks = [len(s.shape(x)) for x in (a, b)]
+    left = ("in",) if ranks[0] == 1 else (*_lead(ranks[0] - 2), "row", "in")
+    right = ("in",) if ranks[1] == 1 else (*_lead(ranks[1] - 2), "in", "out")
+    result = (*_lead(max(*ranks, 2) - 2), *(["row"] if ranks[0] > 1 else []), *(["out"] if ranks[1] > 1 else []))
+    return Product(node, Port(a, left), Port(b, right), Port(node, result), None, ("out",) if ranks[1] == 2 else ())
+
+
+def addmm_product(s: Solver, node: fx.Node) -> Product:
+    """bias + a b."""
+    given = s.args(node)
+    bias = given["self"]
+    letters = ("row", "out")[-len(s.shape(bias)) :]
+    plain = given["beta"] == 1 and given["alpha"] == 1
+    assert plain, "checked by its relation"
+    return Product(node, Port(given["mat1"], ("row", "in")), Port(given["mat2"], ("in", "out")), Port(node, ("row", "out")), bias, letters)
+
+
+def conv_product(s: Solver, node: fx.Node) -> Product:
+    """A convolution, grouped or transposed: channels in groups, windows, and images."""
+    given = s.args(node)
+    x, weight, bias, groups = given["input"], given["weight"], given.get("bias"), given["groups"]
+    transposed = given.get("transposed", "transpose" in str(node.target))
+    space = len(s.shape(weight)) - 2
+    image, window, result = (tuple(f"{name}{i}" for i in range(space)) for name in ("at", "window", "to"))
+    lead = ("batch_",) if len(s.shape(x)) == space + 2 else ()
+    axis = len(lead)
+    kernel = ("group", "in", "out", *window) if transposed else ("group", "out", "in", *window)
+    return Product(
+        node,
+        Port(x, (*lead, "group", "in", *image), split=(axis, groups)),
+        Port(weight, kernel, split=(0, groups)),
+        Port(node, (*lead, "group", "out", *result), split=(axis, groups)),
+        bias,
+        ("group", "out"),
+        groups,
+        _padding(node, given, transposed),
+    )
+
+
+def _padding(node: fx.Node, given: Mapping[str, Any], transposed: bool) -> str:
+    padding = given.get("padding", 0)
+    if transposed:
+        return f"{node.name} is transposed: how many taps meet varies over the image"
+    zeros = padding == "same" or (not isinstance(padding, str) and any(padding if isinstance(padding, list | tuple) else [padding]))
+    return f"{node.name} pads with zeros, which a shift would have to change" if zeros else ""
+
+
+def einsum_product(s: Solver, node: fx.Node) -> Product | None:
+    """Two operands by their equation; None for any other number."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    assert isinstance(operands, list | tuple)
+    terms, _, result = equation.partition("->")
+    parts = terms.split(",")
+    if len(parts) != 2 or "." in equation or not _ or any(len(set(p)) != len(p) for p in (*parts, result)):
+        return None
+    a, b = (Port(x, tuple(p)) for x, p in zip(operands, parts, strict=True))
+    return Product(node, a, b, Port(node, tuple(result)))
+
+
+def einsum(s: Solver, node: fx.Node) -> None:
+    """Two operands: a product. One: its axes in another order, if none is summed."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    assert isinstance(operands, list | tuple)
+    terms, arrow, result = equation.partition("->")
+    if len(operands) == 1 and arrow and sorted(terms) == sorted(result) and len(set(terms)) == len(terms):
+        source, target = Port(operands[0], tuple(terms)), Port(node, tuple(result))
+        for port, other in ((source, target), (target, source)):
+            for label in s.labels(port.node):
+                s.put(other.node, _moved(label.index, port, other), label.power)
+        return None
+    product = einsum_product(s, node)
+    if product is None:
+        return s.stop_all(node, [*operands, node], f"{node.name}: unknown op, an einsum {equation}")
+    return contract(s, product)
+
+
+def simple(of: Any) -> Any:
+    """The relation of an op that is one product."""
+
+    def relation(s: Solver, node: fx.Node) -> None:
+        contract(s, of(s, node))
+
+    return relation
+
+
+def addmm(s: Solver, node: fx.Node) -> None:
+    """bias + a b, with factors of 1."""
+    given = s.args(node)
+    if given["beta"] != 1 or given["alpha"] != 1:
+        return s.stop_all(node, [*node.all_input_nodes, node], f"{node.name} weighs its terms")
+    return contract(s, addmm_product(s, node))
+
+
+def attention(s: Solver, node: fx.Node) -> None:
+    """softmax(q k^T c + mask) v: q against k, v to the result, heads alike. Heads of k and v may serve several of q."""
+    given = s.args(node)
+    q, k, v, mask = (given[n] for n in ("query", "key", "value", "attn_mask"))
+    if given["dropout_p"]:
+        return s.stop_all(node, [q, k, v, mask, node], f"{node.name} drops at random")
+    lead = _lead(len(s.shape(q)) - 2)
+    query, result = Port(q, (*lead, "row", "in")), Port(node, (*lead, "row", "out"))
+    key = Port(k, (*lead, "place", "in"), repeat=_shared(s, q, k, given))
+    value = Port(v, (*lead, "place", "out"), repeat=_shared(s, q, v, given))
+    for port, partner, own in ((query, key, "in"), (key, query, "in"), (value, result, "out"), (result, value, "out")):
+        for label in port.read(s):
+            _attended(s, node, port, partner, own, label, [query, key, value, result], mask)
+    if s.kind.is_mixing:
+        _masked(s, node, mask, query)
+    elif mask is not None:
+        s.stop_all(node, [mask], f"{node.name}: the mask can't change")
+    return None
+
+
+def _shared(s: Solver, q: Any, other: Any, given: dict[str, Any]) -> tuple[int, int] | None:
+    axis = len(s.shape(q)) - 3
+    heads = [s.shape(x)[axis] for x in (q, other)] if axis >= 0 else [1, 1]
+    known = all(isinstance(n, int) for n in heads)
+    return (axis, heads[0] // heads[1]) if given["enable_gqa"] and known and heads[0] != heads[1] else None
+
+
+def _attended(
+    s: Solver, node: fx.Node, port: Port, partner: Port, own: str, label: Label, ports: list[Port], mask: Any
+) -> None:
+    lead = tuple(x for x in port.letters if x.startswith("batch"))
+    index = _only(s, port, label.index, (*lead, own))
+    port.put(s, index, label.power)
+    letters = _letters(port, index)
+    if not letters:
+        return
+    if own not in letters:
+        return _per_head(s, node, port, partner, Label(index, label.power), ports, mask)
+    if s.kind == Kind.SHIFT and own == "in":
+        if port.letters[-2] == "row":
+            s.stop(node, index, f"{node.name}: a shift of the queries moves scores by different amounts")
+        return
+    if s.kind == Kind.SHIFT and (reason := _may_hide_rows(s, node, mask)):
+        return s.stop(node, index, reason)
+    inverse = own == "in" and not s.kind.is_mixing
+    partner.put(s, _moved(index, port, partner), -label.power if inverse else label.power)
+    if s.kind.is_mixing:
+        sizes = [n if x in lead else 1 for x, n in zip(port.letters, index.shape, strict=True)]
+        if max(sizes) > 1:
+            s.classes.refine((node, port.letters), index, np.arange(int(np.prod(sizes))).reshape(sizes))
+
+
+def _per_head(s: Solver, node: fx.Node, port: Port, partner: Port, label: Label, ports: list[Port], mask: Any) -> None:
+    """A label on heads alone: moved together with all of a head's values, scaled with its partner."""
+    if s.kind == Kind.ROTATE:
+        return s.stop(node, label.index, f"{node.name} would mix heads")
+    if not s.kind.is_mixing:
+        if s.kind == Kind.SHIFT and port.letters[-1] == "in":
+            return None if port.letters[-2] == "place" else s.stop(node, label.index, f"{node.name}: a shift of the queries")
+        if s.kind == Kind.SHIFT and (reason := _may_hide_rows(s, node, mask)):
+            return s.stop(node, label.index, reason)
+        power = -label.power if port.letters[-1] == "in" else label.power
+        return partner.put(s, _moved(label.index, port, partner), power)
+    for other in ports:
+        if other is not port:
+            other.put(s, _moved(label.index, port, other), label.power)
+    if mask is not None and not is_flat(s, mask, label.index):
+        s.put(mask, label.index, label.power)
+    return None
+
+
+def _may_hide_rows(s: Solver, node: fx.Node, mask: Any) -> str:
+    """A row that sees no key gives 0 and not the shift; only a constant mask is known to have none."""
+    if mask is None:
+        return ""
+    tensor = s.facts.program.constant(mask)
+    if tensor is None:
+        return f"{node.name}: the mask {mask.name} may hide all keys from a row, which then gives 0"
+    seen = tensor if tensor.dtype == torch.bool else tensor > -torch.inf
+    return "" if bool(seen.any(-1).all()) else f"{node.name}: the mask {mask.name} hides all keys from a row"
+
+
+def _masked(s: Solver, node: fx.Node, mask: Any, query: Port) -> None:
+    for label in s.labels(mask):
+        index = s.coarsen(label.index, [label.index.ndim - 1, label.index.ndim - 2])
+        s.put(mask, index, label.power)
+        s.put(query.node, index, label.power)
+
+
+def _reaches_softmax(s: Solver, node: fx.Node, product: Product) -> bool:
+    """Whether scores go nowhere but into a softmax over their last axis, on a way that keeps a shift of whole rows whole."""
+    if not product.out.letters or product.out.letters[-1] != "out":
+        return False
+    stack, rank = [node], len(s.shape(node))
+    while stack:
+        value = stack.pop()
+        for user in value.users:
+            if user.target in SOFTMAX and s.args(user)["dim"] % rank == rank - 1:
+                continue
+            if not _keeps_rows(s, value, user, rank):
+                return False
+            stack.append(user)
+        if not value.users:
+            return False
+    return True
+
+
+def _keeps_rows(s: Solver, value: fx.Node, user: fx.Node, rank: int) -> bool:
+    if len(s.shape(user)) != rank:
+        return False
+    if user.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
+        other = user.args[1] if user.args[0] is value else user.args[0]
+        return user.args[0] is value and (not isinstance(other, fx.Node) or (s.shape(other) or (1,))[-1] == 1)
+    if user.target in (aten.add.Tensor, aten.sub.Tensor):
+        return user.args[0] is value or user.target is aten.add.Tensor
+    return user.target in (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.dropout.default)
+
+
+def _is_softmax(value: Any, rank: int) -> bool:
+    """Whether a value is a softmax over its last axis."""
+    while isinstance(value, fx.Node):
+        if value.target in SOFTMAX:
+            dim = value.args[1]
+            return isinstance(dim, int) and dim % rank == rank - 1
+        if value.target is aten.dropout.default and value.args[2]:
+            return False
+        if value.target not in (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.dropout.default):
+            return False
+        value = value.args[0]
+    return False
+
+
+def outer(s: Solver, node: fx.Node) -> None:
+    """Every entry of one vector times every one of another: a label on either is one of the result's axes."""
+    given = s.args(node)
+    contract(s, Product(node, Port(given["self"], ("row",)), Port(given["vec2"], ("out",)), Port(node, ("row", "out"))))
+
+
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_CONVS = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.convolution.default),
+)
+PRODUCTS: Mapping[Any, Any] = {
+    aten.linear.default: linear_product,
+    **dict.fromkeys((aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default), matmul_product),
+    aten.addmm.default: addmm_product,
+    **dict.fromkeys(_CONVS, conv_product),
+}
+TABLE: Mapping[Any, Any] = {
+    **{op: simple(of) for op, of in PRODUCTS.items()},
+    aten.addmm.default: addmm,
+    aten.einsum.default: einsum,
+    aten.scaled_dot_product_attention.default: attention,
+    aten.outer.default: outer,
+}

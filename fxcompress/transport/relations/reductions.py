@@ -1,0 +1,190 @@
+"""Ops that sum, average, normalise or pool along axes, and lookups by computed indices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxcompress.transport.labels import Index, Kind
+from fxcompress.transport.relations.pointwise import spread_over
+from fxcompress.transport.solver import Solver
+
+aten = torch.ops.aten
+
+
+def reduced(s: Solver, node: fx.Node) -> None:
+    """mean, sum, vector norm over axes."""
+    x: Any = node.args[0]
+    rank = len(s.shape(x))
+    dims = s.args(node).get("dim")
+    axes = sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank))})
+    kept = len(s.shape(node)) == rank
+    if node.target in NORMS and s.kind in (Kind.SIGN, Kind.SHIFT, Kind.ROTATE):
+        return _length(s, node, axes)
+    for label in s.labels(x):
+        if set(label.slot) & set(axes):
+            _within(s, node, label.index, axes, label.slot)
+        else:
+            s.put(node, label.index if kept else np.squeeze(label.index, tuple(axes)), _factor(s, node, axes) * label.power)
+    for label in s.labels(node):
+        s.put(x, label.index if kept else np.expand_dims(label.index, tuple(axes)), label.power / _factor(s, node, axes))
+
+
+def _factor(s: Solver, node: fx.Node, axes: list[int]) -> float:
+    """What a shift is multiplied by: the number of terms of a sum."""
+    if s.kind != Kind.SHIFT or node.target not in SUMS:
+        return 1.0
+    x: Any = node.args[0]
+    count = float(np.prod([n if isinstance(n, int) else np.nan for n in (s.shape(x)[a] for a in axes)]))
+    if not count > 0:
+        s.stop_all(node, [x, node], f"{node.name} sums a dynamic number of terms")
+    return count if count > 0 else 1.0
+
+
+def _within(s: Solver, node: fx.Node, index: Index, axes: list[int], slot: tuple[int, ...]) -> None:
+    """A label along a reduced axis: swallowed where the result can't see order, or length under a rotation."""
+    outside = [a for a in slot if a not in axes]
+    if s.kind == Kind.PERMUTE:
+        shape = [n if a in outside else 1 for a, n in enumerate(index.shape)]
+        s.classes.refine(node, index, np.arange(int(np.prod(shape))).reshape(shape))
+        return
+    s.stop(node, index, f"{node.name} sums over the channels that a {s.kind} would change")
+
+
+def _length(s: Solver, node: fx.Node, axes: list[int]) -> None:
+    """A norm sees no sign, and a Euclidean one no rotation of all that it sums."""
+    for label in s.labels(node.args[0]):
+        unseen = s.kind == Kind.SIGN or (s.kind == Kind.ROTATE and set(label.slot) <= set(axes) and _is_euclidean(node))
+        if not unseen:
+            s.stop(node, label.index, f"{node.name} measures the channels that a {s.kind} would change")
+    s.stop_all(node, [node], f"{node.name} is a length, which no {s.kind} of its operand changes")
+
+
+def _is_euclidean(node: fx.Node) -> bool:
+    return len(node.args) < 2 or node.args[1] == 2
+
+
+def softmax(s: Solver, node: fx.Node) -> None:
+    """exp over its sum along one axis: a shift that is equal along it is not seen, order elsewhere is kept."""
+    x: Any = node.args[0]
+    axis = s.args(node)["dim"] % len(s.shape(node))
+    if s.kind == Kind.PERMUTE or (s.kind == Kind.REMOVE and not _varies(s, [x, node], axis)):
+        return spread_over(s, [x, node])
+    labels = s.labels(x)
+    s.stop_all(node, [node], f"{node.name} doesn't commute with a {s.kind}")
+    for label in labels:
+        if s.kind != Kind.SHIFT or axis in label.slot:
+            s.stop(node, label.index, f"{node.name} doesn't commute with a {s.kind} along its axis")
+
+
+def _varies(s: Solver, values: list[Any], axis: int) -> bool:
+    return any(axis in label.slot for v in values for label in s.labels(v))
+
+
+def pool(s: Solver, node: fx.Node) -> None:
+    """Windows over trailing axes, all channels alike."""
+    x: Any = node.args[0]
+    window = POOLS[node.target]
+    reason = _pooled_wrong(s, node)
+    if reason:
+        return s.stop_all(node, [x, node], f"{node.name} {reason}")
+    for port, other in ((x, node), (node, x)):
+        for label in s.labels(port):
+            rank = label.index.ndim
+            index = s.coarsen(label.index, range(rank - window, rank))
+            s.put(port, index, label.power)
+            s.put(other, index, label.power)
+
+
+def _pooled_wrong(s: Solver, node: fx.Node) -> str:
+    name, given = str(node.target), s.args(node)
+    if "max_pool" in name and s.kind in (Kind.SIGN, Kind.ROTATE):
+        return "takes the greatest value"
+    counted = given.get("count_include_pad", False) and any(given.get("padding") or ())
+    return "counts zeros from outside the image" if s.kind == Kind.SHIFT and "avg_pool" in name and counted else ""
+
+
+def cumulated(s: Solver, node: fx.Node) -> None:
+    """Running sums: channels may not lie along their axis."""
+    x: Any = node.args[0]
+    axis = s.args(node)["dim"] % len(s.shape(node))
+    if s.kind == Kind.SHIFT or _varies(s, [x, node], axis):
+        return s.stop_all(node, [x, node], f"{node.name} adds up along the channels" if s.kind != Kind.SHIFT else f"{node.name} adds up shifts")
+    spread_over(s, [x, node])
+
+
+def index(s: Solver, node: fx.Node) -> None:
+    """x[..., i, j, ...] with computed positions: along those axes one parameter acts everywhere."""
+    x: Any = node.args[0]
+    picked = list(s.args(node)["indices"])
+    at = [a for a, i in enumerate(picked) if i is not None]
+    if at != list(range(at[0], at[-1] + 1)) or any(_is_mask(s, picked[a]) for a in at):
+        return s.stop_all(node, [x, node], f"{node.name} picks by a mask or along separated axes")
+    rank, result = len(s.shape(x)), len(s.shape(node))
+    width = result - rank + len(at)  # axes of the broadcast positions
+    for label in s.labels(x):
+        i = s.coarsen(label.index, at)
+        s.put(x, i, label.power)
+        s.put(node, i.reshape(*i.shape[: at[0]], *(1,) * width, *i.shape[at[-1] + 1 :]), label.power)
+    for label in s.labels(node):
+        i = s.coarsen(label.index, range(at[0], at[0] + width))
+        s.put(x, i.reshape(*i.shape[: at[0]], *(1,) * len(at), *i.shape[at[0] + width :]), label.power)
+    s.stop_all(node, [p for p in picked if p is not None], f"{node.name} uses the value as a position")
+
+
+def _is_mask(s: Solver, value: Any) -> bool:
+    known = s.facts.value(value)
+    return known is None or known.dtype == torch.bool
+
+
+def index_put(s: Solver, node: fx.Node) -> None:
+    """Values written at computed positions of the leading axes: the rest of the axes keep their labels."""
+    given = s.args(node)
+    x, picked, values = given["self"], list(given["indices"]), given["values"]
+    if None in picked or any(_is_mask(s, i) for i in picked):
+        return s.stop_all(node, [x, values, node], f"{node.name} writes by a mask or along later axes")
+    depth = len(picked)
+    for port in (x, node):
+        for label in s.labels(port):
+            i = s.coarsen(label.index, range(depth))
+            for other in (x, node):
+                s.put(other, i, label.power)
+            s.put(values, i.reshape(i.shape[depth:]), label.power)
+    for label in s.labels(values):
+        lead = len(s.shape(values)) - (len(s.shape(x)) - depth)
+        i = s.coarsen(label.index, range(lead))
+        s.put(node, i.reshape(*(1,) * depth, *i.shape[lead:]), label.power)
+
+
+def embedding(s: Solver, node: fx.Node) -> None:
+    """Rows of a table by number."""
+    table, numbers = node.args[:2]
+    for label in s.labels(table):
+        s.put(node, s.coarsen(label.index, [0])[0], label.power)
+    for label in s.labels(node):
+        s.put(table, s.coarsen(label.index, [a for a in label.slot if a < label.index.ndim - 1]).reshape(1, -1), label.power)
+    s.stop_all(node, [numbers], f"{node.name} uses the value as a row number")
+
+
+SUMS = (aten.sum.dim_IntList, aten.sum.default)
+NORMS = (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
+POOLS: Mapping[Any, int] = {
+    **dict.fromkeys((aten.avg_pool1d.default, aten.max_pool1d.default, aten.adaptive_avg_pool1d.default, aten.upsample_nearest1d.vec), 1),
+    **dict.fromkeys((aten.avg_pool2d.default, aten.max_pool2d.default, aten.adaptive_avg_pool2d.default, aten.upsample_nearest2d.vec), 2),
+    **dict.fromkeys((aten.avg_pool3d.default, aten.max_pool3d.default, aten.adaptive_avg_pool3d.default, aten.upsample_nearest3d.vec), 3),
+    **dict.fromkeys((aten.upsample_linear1d.vec,), 1),
+    **dict.fromkeys((aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec), 2),
+}
+TABLE: Mapping[Any, Any] = {
+    **dict.fromkeys((aten.mean.dim, aten.mean.default, *SUMS, *NORMS), reduced),
+    **dict.fromkeys((aten.softmax.int, aten._softmax.default, aten.log_softmax.int), softmax),
+    **dict.fromkeys(POOLS, pool),
+    aten.cumsum.default: cumulated,
+    aten.index.Tensor: index,
+    aten.index_put.default: index_put,
+    aten.embedding.default: embedding,
+}

@@ -1,0 +1,107 @@
+"""Ops that arrange axes: an index array goes through them as the value does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxcompress.transport.labels import Index
+from fxcompress.transport.solver import Solver
+
+aten = torch.ops.aten
+
+
+def mapped(s: Solver, node: fx.Node, source: Any, forth: Callable[[Index], Index], back: Callable[[Index], Index]) -> None:
+    """The value's labels through `forth`, the result's through `back`."""
+    for label in s.labels(source):
+        s.put(node, forth(label.index), label.power)
+    for label in s.labels(node):
+        s.put(source, back(label.index), label.power)
+
+
+def permute(s: Solver, node: fx.Node) -> None:
+    """Axes in another order."""
+    x, order = node.args[0], _order(s, node)
+    mapped(s, node, x, lambda i: i.transpose(order), lambda i: i.transpose(np.argsort(order)))
+
+
+def _order(s: Solver, node: fx.Node) -> list[int]:
+    rank = len(s.shape(node))
+    if node.target is aten.permute.default:
+        return [a % rank for a in node.args[1]]  # type: ignore[union-attr, operator]
+    order = list(range(rank))
+    if rank > 1:
+        a, b = node.args[1:3] if len(node.args) == 3 else (-2, -1)
+        order[a % rank], order[b % rank] = order[b % rank], order[a % rank]  # type: ignore[operator]
+    return order
+
+
+def reshape(s: Solver, node: fx.Node) -> None:
+    """Axes split and merged: within a group of axes of equal product positions keep their order."""
+    x: Any = node.args[0]
+    groups = s.facts.groups(node, x)
+    before, after = s.shape(x), s.shape(node)
+    swapped = [(b, a) for a, b in groups]
+    mapped(s, node, x, lambda i: reshaped(s, i, groups, before, after), lambda i: reshaped(s, i, swapped, after, before))
+
+
+def reshaped(s: Solver, index: Index, groups: Any, before: Any, after: Any) -> Index:
+    """The index in the other shape. Along a group that holds a dynamic size one parameter acts everywhere."""
+    full, target = [1] * len(before), [1] * len(after)
+    for mine, theirs in groups:
+        if not any(index.shape[a] > 1 for a in mine):
+            continue
+        if all(isinstance(n, int) for n in (*(before[a] for a in mine), *(after[a] for a in theirs))):
+            for a in mine:
+                full[a] = before[a]
+            for a in theirs:
+                target[a] = after[a]
+        else:
+            index = s.coarsen(index, mine)
+    return np.broadcast_to(index, full).reshape(target)
+
+
+def expand(s: Solver, node: fx.Node) -> None:
+    """Repetition along axes of size 1: the value knows one parameter for all copies."""
+    mapped(s, node, node.args[0], lambda i: i, lambda i: i)
+
+
+def as_complex(s: Solver, node: fx.Node) -> None:
+    """Real and imaginary part share a parameter."""
+    if not _is_linear_in_pairs(s, node, node.args[0]):
+        return
+    mapped(s, node, node.args[0], lambda i: s.coarsen(i, [i.ndim - 1])[..., 0], lambda i: i[..., None])
+
+
+def as_real(s: Solver, node: fx.Node) -> None:
+    """Real and imaginary part share a parameter."""
+    if not _is_linear_in_pairs(s, node, node.args[0]):
+        return
+    mapped(s, node, node.args[0], lambda i: i[..., None], lambda i: s.coarsen(i, [i.ndim - 1])[..., 0])
+
+
+def _is_linear_in_pairs(s: Solver, node: fx.Node, x: Any) -> bool:
+    if s.kind in ("shift", "rotate"):
+        s.stop_all(node, [x, node], f"{node.name} pairs real numbers into complex ones")
+        return False
+    return True
+
+
+TABLE: Mapping[Any, Any] = {
+    **dict.fromkeys((aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.swapaxes.default), permute),
+    **dict.fromkeys(
+        (
+            *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.view_as.default, aten.reshape_as.default),
+            *(aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default),
+            *(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
+        ),
+        reshape,
+    ),
+    **dict.fromkeys((aten.expand.default, aten.expand_as.default, aten.broadcast_to.default), expand),
+    aten.view_as_complex.default: as_complex,
+    aten.view_as_real.default: as_real,
+}
