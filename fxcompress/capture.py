@@ -46,7 +46,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic:
     notes: list[str] = list(call.notes)
     for last, (what, axes) in _with_last(attempts):
         try:
-            program = _capture(call, axes, notes)
+            program = _capture(call, axes, notes, tied=not isinstance(dynamic, Mapping))
         except CaptureError as error:
             if last or error.final:
                 raise
@@ -101,6 +101,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.model, self.takes, self.spec, self.leaves = model, parameters, spec, leaves
         self.fixed: dict[str, Any] = {}
+        self.tied: tuple[int, ...] = ()  # inputs whose axis 0 is the batch: export is told that they agree, which few models' code says
         self.positional = 0  # how many arguments an exported program insists on getting by position
         self.training = False  # only of the adapter: the model stays as it is
 
@@ -121,6 +122,9 @@ class Adapter(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors of the result, in order."""
+        if torch.compiler.is_exporting():
+            for index in self.tied[1:]:
+                torch._check(tensors[index].shape[0] == tensors[self.tied[0]].shape[0])
         return tuple(leaf for leaf in pytree.tree_leaves(self.call(tensors)) if isinstance(leaf, Tensor))
 
     def settle(self, tensors: Sequence[Tensor]) -> tuple[str, ...]:
@@ -202,9 +206,9 @@ def _attempts(call: Call, dynamic: Dynamic) -> list[tuple[str, axes_of.Axes]]:
     return [step for i, step in enumerate(ladder) if i == 0 or step[1] != ladder[i - 1][1]]
 
 
-def _capture(call: Call, axes: axes_of.Axes, notes: list[str]) -> Program:
+def _capture(call: Call, axes: axes_of.Axes, notes: list[str], tied: bool) -> Program:
     tensors = axes_of.widened(call.tensors, axes)
-    exported = call.exported or _export(call, tensors, axes)
+    exported = call.exported or _export(call, tensors, axes, tied)
     strip = "" if call.exported else "model."
     try:
         graph, constants, results = flat_graph(exported, strip)
@@ -218,7 +222,8 @@ def _capture(call: Call, axes: axes_of.Axes, notes: list[str]) -> Program:
     return _checked(program, call)
 
 
-def _export(call: Call, tensors: list[Tensor], axes: axes_of.Axes) -> ExportedProgram:
+def _export(call: Call, tensors: list[Tensor], axes: axes_of.Axes, tied: bool) -> ExportedProgram:
+    call.eager.tied = axes_of.batched(tensors) if tied else ()
     shapes = tuple(dict.fromkeys(sorted(dims), Dim.AUTO) or None for dims in axes)
     try:
         with warnings.catch_warnings():
@@ -235,7 +240,7 @@ def _export(call: Call, tensors: list[Tensor], axes: axes_of.Axes) -> ExportedPr
 
 def _program(call: Call, graph: torch.fx.Graph, constants: dict[str, Tensor], exported: ExportedProgram) -> Program:
     places = [n for n in graph.nodes if n.op == "placeholder"]
-    names = _symbol_names(places, call.signature.input_names)
+    names = _symbol_names(places, call.signature.input_names, axes_of.batched(call.tensors))
     for node, name in zip(places, call.signature.input_names, strict=True):
         node.name, node.target = _free_name(graph, node, name), name
     inputs = tuple(
@@ -256,12 +261,13 @@ def _free_name(graph: torch.fx.Graph, node: torch.fx.Node, name: str) -> str:
     return name if name not in taken and name.isidentifier() else node.name
 
 
-def _symbol_names(places: Sequence[torch.fx.Node], inputs: Sequence[str]) -> dict[str, str]:
+def _symbol_names(places: Sequence[torch.fx.Node], inputs: Sequence[str], batched: Sequence[int]) -> dict[str, str]:
     names: dict[str, str] = {}
-    for node, name in zip(places, inputs, strict=True):
+    for index, (node, name) in enumerate(zip(places, inputs, strict=True)):
         for axis, size in enumerate(getattr(node.meta["val"], "shape", ())):
+            is_batch = axis == 0 and index in batched and "batch" not in names.values()
             for symbol in sorted(size.node.expr.free_symbols, key=str) if isinstance(size, torch.SymInt) else ():
-                names.setdefault(str(symbol), "batch" if axis == 0 and "batch" not in names.values() else f"{name}_{axis}")
+                names.setdefault(str(symbol), "batch" if is_batch else f"{name}_{axis}")
     return names
 
 

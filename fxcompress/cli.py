@@ -97,14 +97,15 @@ def list_passes(name: Annotated[str | None, typer.Argument(help="one pass, with 
 
 
 @app.command("recipes")
-def list_recipes(name: Annotated[str | None, typer.Argument(help="one recipe, whole")] = None, as_json: Json = False) -> None:
+def list_recipes(name: Annotated[str | None, typer.Argument(help="one recipe or .yaml file, whole")] = None, as_json: Json = False) -> None:
     """List shipped recipes, or print one."""
     from fxcompress.recipe import load_recipe, shipped
 
     with failing(as_json):
         found = {n: load_recipe(n) for n in ([name] if name else shipped())}
     if name:
-        text = (resources.files("fxcompress.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+        file = resources.files("fxcompress.recipes") / f"{name}.yaml" if name in shipped() else Path(name)
+        text = file.read_text(encoding="utf-8")
         show(found[name].model_dump(mode="json"), as_json, lambda: [text])
     else:
         rows = [{"recipe": n, "what": r.description} for n, r in found.items()]
@@ -254,9 +255,9 @@ def failing(as_json: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback that draws a bar with an estimate on standard error."""
+    """A progress callback that draws a bar with an estimate on standard error, if that is a terminal."""
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as drawn:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as drawn:
         task = drawn.add_task("capture", total=None)
         yield lambda name, done, total: drawn.update(task, description=name or "done", completed=done, total=total)
 

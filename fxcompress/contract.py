@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from fxcompress.edit import Edit, Site, Step
+from fxcompress.edit import LOOSE, Edit, Site, Step
 from fxcompress.interpret import evaluate
 from fxcompress.measure import relative_error
 from fxcompress.numerics import formats, noise
@@ -78,9 +78,9 @@ class Bounded:
         """10 log10 (sum old² / sum (new - old)²). NaN where one is not finite and the other not the same; -inf for unequal integers."""
         if not old.is_floating_point():
             return math.inf if torch.equal(old, new) else -math.inf
+        if not math.isnan(plain := noise.sqnr(old, new)):
+            return plain
         odd = ~(old.isfinite() & new.isfinite())
-        if not odd.any():
-            return noise.sqnr(old, new)
         if relative_error(old[odd], new[odd]) > 0:
             return math.nan
         return noise.sqnr(old.masked_fill(odd, 0), new.masked_fill(odd, 0))
@@ -129,6 +129,10 @@ class _Checker:
         self.origin = self._origins()
         self.touched = {n for site in edit.sites for n in site.touched}
         self.carried = _first_sites(edit, self.touched)
+        self.taken: dict[Any, dict[Any, fx.Node]] = {}  # per tuple, the changed values that are taken out of it
+        for node in edit.changes:
+            if node.target is operator.getitem:
+                self.taken.setdefault(self.steps[node].args[0], {})[self.steps[node].args[1]] = node
         self.old: dict[fx.Node, Any] = {}
 
     def run(self, probe: Sequence[Tensor]) -> Iterator[Measured]:
@@ -222,6 +226,7 @@ class _Checker:
         after, flips = self._fresh(pair)
         bound = self.contract.bound(_leaves(before)[0], pair.new)
         figure = self._figure(before, after)
+        del after  # a decoded weight may be large, and the flipped ones are as large
         why = ""
         if (verified := self.contract.holds(figure, bound)) and math.isfinite(bound) and pair.new not in self.carried:
             unseen = [operand for operand, flipped in flips if self.contract.holds(self._figure(before, flipped), bound)]
@@ -233,7 +238,7 @@ class _Checker:
         """An old value under the change recorded for it; a tuple under those of the values taken out of it."""
         value = self.old[node]
         if isinstance(value, tuple | list):
-            taken = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+            taken = self.taken.get(node, {})
             return type(value)(self._applied(taken[i], v) if i in taken else v for i, v in enumerate(value))
         return self._applied(node, value)
 
@@ -257,10 +262,10 @@ class _Checker:
         if self._is_old(new):
             return env[new], iter([("the value", _negated(env[new]))])
         for node in self._between(new, env):
-            env[node] = evaluate(node, env, self.program.constants)
+            env[node] = _loosely(node, env, self.program.constants)
         floats = [n for n in new.all_input_nodes if isinstance(env[n], Tensor) and env[n].is_floating_point()]
-        flips = ((n.name, evaluate(new, {**env, n: -env[n]}, self.program.constants)) for n in floats)
-        return evaluate(new, env, self.program.constants), flips
+        flips = ((n.name, _loosely(new, {**env, n: -env[n]}, self.program.constants)) for n in floats)
+        return _loosely(new, env, self.program.constants), flips
 
     def _between(self, new: fx.Node, env: Mapping[fx.Node, Any]) -> list[fx.Node]:
         """Constants and inserted nodes the new node is computed from, in order."""
@@ -313,6 +318,14 @@ def _negated_leaf(v: Any) -> Any:
     if isinstance(v, Tensor):
         return -v if v.is_floating_point() or v.is_complex() else ~v
     return -v - 1
+
+
+def _loosely(node: fx.Node, env: Mapping[fx.Node, Any], constants: Mapping[str, Tensor]) -> Any:
+    """The node's value, views as the reshapes that commit makes of them: a changed operand may lie otherwise in memory."""
+    if node.target not in LOOSE:
+        return evaluate(node, env, constants)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+    return LOOSE[node.target](*args, **kwargs)  # type: ignore[index]
 
 
 def _evaluate(step: Step, values: Mapping[fx.Node, Any], constants: Mapping[str, Tensor]) -> Any:

@@ -16,15 +16,22 @@ Axes = tuple[frozenset[int], ...]  # per input: the axes to be dynamic
 
 
 def default_axes(tensors: Sequence[Tensor]) -> Axes:
-    """Axis 0 of every input that has the batch's size, and the sequence: every other axis of an integer or boolean input, and axis 1 of a
-    float matrix or sequence of vectors. What the model's code fixes after all (channels) is found by export."""
+    """Axis 0 of every input that has the batch's size, and the sequence: every other axis of an integer or boolean input, axis 1 of a float
+    matrix or sequence of vectors, axis 0 of an input without a batch. What the model's code fixes after all (channels) is found by export.
+    """
+    with_batch = set(batched(tensors))
+    return tuple(_sequence(t) | {0} if i in with_batch else _unbatched(t) for i, t in enumerate(tensors))
+
+
+def batched(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """The inputs whose axis 0 is the batch: those with the commonest size there."""
     sizes = Counter(t.shape[0] for t in tensors if t.dim())
     batch = sizes.most_common(1)[0][0] if sizes else 0
-    return tuple(_batch(t, batch) | _sequence(t) for t in tensors)
+    return tuple(i for i, t in enumerate(tensors) if t.dim() and t.shape[0] == batch)
 
 
-def _batch(tensor: Tensor, batch: int) -> frozenset[int]:
-    return frozenset([0] if tensor.dim() and tensor.shape[0] == batch else [])
+def _unbatched(tensor: Tensor) -> frozenset[int]:
+    return _sequence(tensor) | frozenset([0] if tensor.dim() and tensor.shape[0] > 1 else [])
 
 
 def _sequence(tensor: Tensor) -> frozenset[int]:

@@ -107,13 +107,15 @@ class Edit:
             self._rewire(reader, old, new)
         site.replaced[old] = new
 
-    def fold(self, constant: fx.Node, tensor: Tensor) -> None:
-        """The constant gets another value of the same shape and dtype; its readers are checked with it."""
+    def fold(self, constant: fx.Node, tensor: Tensor, resized: bool = False) -> None:
+        """The constant gets another value of the same dtype and, unless it is said to be resized, shape; its readers are checked with it."""
         name, old = str(constant.target), self.program.constants[str(constant.target)]
-        if tensor.shape != old.shape or tensor.dtype != old.dtype:
+        if (tensor.shape != old.shape and not resized) or tensor.dtype != old.dtype:
             raise ValueError(f"fold of {name}: {tensor.dtype}{list(tensor.shape)} in place of {old.dtype}{list(old.shape)}")
         self.program.constants[name] = tensor
         self._undo.append(lambda: self.program.constants.__setitem__(name, old))
+        if resized:
+            self.reshape(constant, list(tensor.shape))
         self._site().constants.append(name)
         readers = [constant if u.op == "output" else u for u in constant.users]
         self._site().touched.extend(u for u in readers if u not in self._site().touched)
@@ -132,6 +134,12 @@ class Edit:
         self._undo.append(lambda: _set(node, old_args, old_kwargs))
         _set(node, args, kwargs)
         self._site().touched.append(node)
+
+    def reshape(self, node: fx.Node, shape: list[Any]) -> None:
+        """The node's value has another shape from now on; its fake value follows."""
+        meta = node.meta
+        self._undo.append(lambda: setattr(node, "meta", meta))
+        node.meta = {**meta, "val": meta["val"].new_empty(shape)}
 
     def erase(self, node: fx.Node) -> None:
         """Journal that a node goes which nobody reads, or only nodes erased before it; `commit` removes it."""

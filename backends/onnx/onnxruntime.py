@@ -88,10 +88,9 @@ class OnnxRuntimeBackend(Backend):
     def report(self, program: Program, folder: Path, probe: Sequence[Tensor]) -> BackendReport:
         """Shares from the optimised graph, parity with the interpreter (limit: that of exact rewrites) and what int8 activations cost."""
         model = read_graph(folder)
-        shipped, kernels = _session_and_kernels(model, folder)
         shapes: dict[fx.Node, Sequence[int]] = {}
         wanted = run(program, probe, lambda node, value: shapes.update({node: value.shape} if isinstance(value, Tensor) else {}))
-        rounded = shipped.run(probe)
+        rounded, kernels = _outputs_and_kernels(model, folder, probe)
         plain = _without_rounding(model)
         exact = rounded if self.options.activation_rounding == "off" else OnnxSession(plain, folder).run(probe)
         work = {n: macs(n, shapes) for n in outline(program).nodes}
@@ -117,13 +116,13 @@ class OnnxRuntimeBackend(Backend):
         )
 
 
-def _session_and_kernels(model: onnx.ModelProto, folder: Path) -> tuple[OnnxSession, dict[str, str]]:
-    """A session, and the op by node name in the graph that ONNX Runtime made of the model and runs there."""
+def _outputs_and_kernels(model: onnx.ModelProto, folder: Path, probe: Sequence[Tensor]) -> tuple[list[Tensor], dict[str, str]]:
+    """The outputs, and the op by node name in the graph that ONNX Runtime made of the model and ran."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "optimized.onnx")
         session = OnnxSession(model, folder, optimized=path)
         optimized = onnx.load(str(path), load_external_data=False)
-    return session, {node.name: node.op_type for node in optimized.graph.node}
+    return session.run(probe), {node.name: node.op_type for node in optimized.graph.node}
 
 
 def _quantised_sites(program: Program) -> list[fx.Node]:

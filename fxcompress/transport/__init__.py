@@ -30,10 +30,13 @@ class Transport:
     def __init__(self, program: Program) -> None:
         self.facts = Facts(program)
 
-    def solve(self, kind: Kind, *seeds: Seed, choices: Mapping[fx.Node, str] | None = None, shuffle: int | None = None) -> Plan:
+    def solve(
+        self, kind: Kind, *seeds: Seed, choices: Mapping[fx.Node, str] | None = None, shuffle: int | None = None, is_open: bool = False
+    ) -> Plan:
         """The plan of a change that starts at the seeds, one vector for all. choices: routes to take where there is a choice. shuffle: a seed
-        for the order of work, which the result doesn't depend on. ValueError for a seed axis of dynamic size."""
-        solver = Solver(self.facts, Kind(kind), dict(choices or {}), shuffle)
+        for the order of work, which the result doesn't depend on. is_open: inputs and outputs may change too; the caller sees to them.
+        ValueError for a seed axis of dynamic size."""
+        solver = Solver(self.facts, Kind(kind), dict(choices or {}), shuffle, is_open)
         for seed in seeds:
             solver.seed(seed)
         return solved(solver)

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 from fxcompress.edit import Edit, Site
 from fxcompress.interpret import evaluate
 from fxcompress.transport.change import Change, applied
-from fxcompress.transport.facts import is_getitem
 from fxcompress.transport.labels import Kind, Label
 from fxcompress.transport.plan import Plan
+from fxcompress.transport.resize import Resizer
 from fxcompress.transport.solver import Extra
 
 aten = torch.ops.aten
@@ -30,6 +30,8 @@ class Applied:
     def run(self, reason: str) -> Site:
         """Constants, extras, records, in one site at the first seed."""
         start = self.plan.seeds[0][0].node
+        resizer = Resizer(self.plan.facts, self.edit, self.changes)
+        updates = resizer.updates() if self.plan.kind == Kind.REMOVE else []
         with self.edit.site(start, reason or f"a {self.plan.kind} of {self.plan.count} channels") as site:
             for node, change in self.changes.items():
                 if node.op == "get_attr":
@@ -38,12 +40,16 @@ class Applied:
                     self.edit.carry(node, change)
             for extra in self.plan.extras:
                 getattr(self, f"_{extra.role}")(extra)
+            if self.plan.kind == Kind.REMOVE:
+                resizer.apply(updates)
         return site
 
     def _fold(self, node: fx.Node, change: Change) -> None:
         tensor = self.program.constants[str(node.target)]
         self.edit.carry(node, change)
-        self.edit.fold(node, change(tensor.double() if not tensor.is_complex() else tensor).to(tensor.dtype).contiguous())
+        moved = self.plan.kind.is_mixing and self.plan.kind != Kind.ROTATE
+        new = change(tensor if moved or tensor.is_complex() else tensor.double()).to(tensor.dtype).contiguous()
+        self.edit.fold(node, new, resized=self.plan.kind == Kind.REMOVE)
 
     def _number(self, extra: Extra) -> Tensor:
         """The change on the extra's operand, as it acts on 1 or on 0."""
@@ -130,6 +136,3 @@ class Applied:
         source = node.all_input_nodes[0]
         value: Tensor = evaluate(node, {source: self._value(source)}, self.program.constants)
         return value
-
-
-__all__ = ["Applied", "is_getitem"]

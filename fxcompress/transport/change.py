@@ -117,6 +117,8 @@ def _sources(index: Index, source: Index) -> Index:
 def removed(labels: tuple[Label, ...], keep: Index) -> Gathered:
     """keep: per parameter whether it stays, the last entry for UNSET. ValueError if the rest is no block of axes."""
     kept = [keep[label.index] for label in labels]
+    if not all(k.any() for k in kept):
+        raise ValueError("nothing would be left")
     places = tuple(np.flatnonzero(k.ravel()) for k in kept)
     return Gathered(labels, places, tuple(_rest(label, k) for label, k in zip(labels, kept, strict=True)))
 

@@ -123,7 +123,9 @@ class Plan:
 
     def _elementwise(self, vector: Tensor) -> Tensor:
         identity = IDENTITY[self.kind]
-        self._check(vector.shape == (self.count,) and bool(vector.isfinite().all()), f"{list(vector.shape)}, wanted {self.count} finite numbers")
+        self._check(
+            vector.shape == (self.count,) and bool(vector.isfinite().all()), f"{list(vector.shape)}, wanted {self.count} finite numbers"
+        )
         self._check(self.kind != Kind.SCALE or bool((vector > 0).all()), "a scale must be positive")
         self._check(self.kind != Kind.SIGN or bool((vector.abs() == 1).all()), "a sign is 1 or -1")
         rest = torch.full((1,), identity, dtype=torch.float64)

@@ -42,8 +42,10 @@ class Extra:
 class Solver:
     """Labels of all values under one kind of change."""
 
-    def __init__(self, facts: Facts, kind: Kind, choices: dict[fx.Node, str] | None = None, shuffle: int | None = None) -> None:
-        self.facts, self.kind = facts, kind
+    def __init__(
+        self, facts: Facts, kind: Kind, choices: dict[fx.Node, str] | None = None, shuffle: int | None = None, is_open: bool = False
+    ) -> None:
+        self.facts, self.kind, self.is_open = facts, kind, is_open
         self.classes = Classes()
         self.values: dict[fx.Node, list[Label]] = {}
         self.stops: list[Stop] = []

@@ -174,12 +174,12 @@ class Builder:
         node.meta = {"val": self.mode.from_tensor(value), "module": ("",)}
         return node
 
-    def op(self, target: Any, *args: Any, module: str = "") -> fx.Node:
+    def op(self, target: Any, *args: Any, module: str = "", kwargs: dict[str, Any] | None = None) -> fx.Node:
         """An op node in a module."""
-        node = self.graph.call_function(target, args)
+        node = self.graph.call_function(target, args, kwargs)
         values = fx.node.map_arg(args, lambda n: n.meta["val"])
         with self.mode:
-            node.meta = {"val": target(*values), "module": (module,)}
+            node.meta = {"val": target(*values, **(kwargs or {})), "module": (module,)}
         return node
 
     def program(self, *results: fx.Node) -> Program:

@@ -51,7 +51,9 @@ def vector_for(plan: Plan, seed: int = 0) -> Any:
         return _shuffled(plan, rng)
     if plan.kind == Kind.ROTATE:
         return {b: _orthogonal(int((plan.blocks == b).sum()), rng) for b in set(plan.blocks.tolist())}
-    raise NotImplementedError(plan.kind)
+    keep = torch.rand(plan.count, generator=rng) < 0.6
+    keep[0] = True
+    return keep.numpy()
 
 
 def _shuffled(plan: Plan, rng: torch.Generator) -> Tensor:

@@ -27,6 +27,8 @@ def relate(solver: Solver, node: fx.Node) -> None:
     """Push what the labels at one node imply."""
     if node.op == "call_function":
         TABLE.get(node.target, _unknown)(solver, node)
+    elif solver.is_open:
+        return
     elif node.op == "placeholder":
         solver.stop_all(node, [node], f"{node.name} is an input of the program")
     elif node.op == "output":
@@ -35,4 +37,3 @@ def relate(solver: Solver, node: fx.Node) -> None:
 
 def _unknown(solver: Solver, node: fx.Node) -> None:
     solver.stop_all(node, [*node.all_input_nodes, node, *outputs(node).values()], f"{node.name}: unknown op {node.target}")
-

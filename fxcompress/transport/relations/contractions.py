@@ -113,6 +113,8 @@ def contract(s: Solver, product: Product) -> None:
 def _operand(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
     letters = _letters(port, label.index)
     summed, free, batch = product.roles["summed"], product.free(port), product.roles["batch"]
+    if s.kind == Kind.REMOVE and letters & batch:
+        return _whole_entries(s, product, port, partner, label)
     if letters & summed:
         index = _only(s, port, label.index, summed | batch)
         port.put(s, index, label.power)
@@ -160,6 +162,9 @@ def _averaged(s: Solver, product: Product, port: Port, partner: Port, label: Lab
 def _result(s: Solver, product: Product, label: Label) -> None:
     out, batch = product.out, product.roles["batch"]
     letters = _letters(out, label.index)
+    if s.kind == Kind.REMOVE and letters & batch:
+        _put_bias(s, product, label)
+        return _whole_entries(s, product, out, out, label)
     side = _side(s, product, letters)
     if side is None and letters & (product.roles["a"] | product.roles["b"]):
         return s.stop(product.node, label.index, f"{product.node.name} can't give a change of rows and columns at once to its operands")
@@ -236,6 +241,13 @@ def _batched(s: Solver, product: Product, port: Port, partner: Port, label: Labe
             return None if port is constant else s.stop(product.node, label.index, f"{product.node.name}: a {s.kind} per batch entry")
         return target.put(s, _moved(label.index, port, target), label.power)
     return constant.put(s, _moved(label.index, port, constant), label.power if port is product.out else -label.power)
+
+
+def _whole_entries(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
+    """A batch entry (a head, a group) goes from all three or from none."""
+    index = _only(s, port, label.index, product.roles["batch"])
+    port.put(s, index, label.power)
+    _batched(s, product, port, partner, Label(index, label.power))
 
 
 def _batched_shift(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
@@ -429,16 +441,17 @@ def _shared(s: Solver, q: Any, other: Any, given: dict[str, Any]) -> tuple[int, 
     return (axis, heads[0] // heads[1]) if given["enable_gqa"] and known and heads[0] != heads[1] else None
 
 
-def _attended(
-    s: Solver, node: fx.Node, port: Port, partner: Port, own: str, label: Label, ports: list[Port], mask: Any
-) -> None:
+def _attended(s: Solver, node: fx.Node, port: Port, partner: Port, own: str, label: Label, ports: list[Port], mask: Any) -> None:
     lead = tuple(x for x in port.letters if x.startswith("batch"))
     index = _only(s, port, label.index, (*lead, own))
     port.put(s, index, label.power)
     letters = _letters(port, index)
     if not letters:
         return
-    if own not in letters:
+    if s.kind == Kind.REMOVE and len(letters) > 1:
+        index = _only(s, port, index, lead)
+        port.put(s, index, label.power)
+    if own not in letters or s.kind == Kind.REMOVE and len(letters) > 1:
         return _per_head(s, node, port, partner, Label(index, label.power), ports, mask)
     if s.kind == Kind.SHIFT and own == "in":
         if port.letters[-2] == "row":

@@ -18,7 +18,9 @@ aten = torch.ops.aten
 NOTHING = -1  # a position that comes from no input: padding
 
 
-def gathered(s: Solver, node: fx.Node, sources: Sequence[Any], results: Sequence[tuple[fx.Node, Index | None]], axis: int, drop: bool = False) -> None:
+def gathered(
+    s: Solver, node: fx.Node, sources: Sequence[Any], results: Sequence[tuple[fx.Node, Index | None]], axis: int, drop: bool = False
+) -> None:
     """results: (node, per position along the axis the position in the sources laid end to end), or None where sizes are dynamic: then one
     parameter acts along the axis everywhere. drop: the results lack the axis (select, unbind)."""
     sizes = [s.shape(x)[axis] for x in sources]
@@ -178,16 +180,31 @@ def unbind(s: Solver, node: fx.Node) -> None:
 
 
 def roll(s: Solver, node: fx.Node) -> None:
-    """Positions moved around the end of an axis."""
+    """Positions moved around the end of axes."""
     given = s.args(node)
-    x, shifts, dims = given["self"], given["shifts"], given["dims"]
-    _one_axis(s, node, x, {d: lambda n, k=k: np.roll(np.arange(n), k) for k, d in zip(shifts, dims, strict=True)} if dims else None)
+    shifts, dims = given["shifts"], given["dims"]
+    if not dims or any(isinstance(k, fx.Node) for k in shifts):
+        return s.stop_all(node, [given["self"], node], f"{node.name} moves positions in a way that isn't known")
+    _reordered(s, node, {d: lambda n, k=k: np.roll(np.arange(n), k) for k, d in zip(shifts, dims, strict=True)})
 
 
 def flip(s: Solver, node: fx.Node) -> None:
     """Positions in reverse order."""
-    given = s.args(node)
-    _one_axis(s, node, given["self"], dict.fromkeys(given["dims"], lambda n: np.arange(n)[::-1]))
+    _reordered(s, node, dict.fromkeys(s.args(node)["dims"], lambda n: np.arange(n)[::-1]))
+
+
+def _reordered(s: Solver, node: fx.Node, orders: Mapping[int, Any]) -> None:
+    """Axes whose positions stand in another order, none lost."""
+    rank = len(s.shape(node))
+
+    def moved(index: Index, inverse: bool) -> Index:
+        for dim, order in orders.items():
+            if index.shape[dim % rank] > 1:
+                places = order(index.shape[dim % rank])
+                index = index.take(np.argsort(places) if inverse else places, dim % rank)
+        return index
+
+    mapped(s, node, node.args[0], lambda i: moved(i, False), lambda i: moved(i, True))
 
 
 def repeat_interleave(s: Solver, node: fx.Node) -> None:

@@ -129,7 +129,9 @@ def batch_norm(s: Solver, node: fx.Node) -> None:
     x, training = given["input"], given.get("training")
     operands = {k: given[k] for k in ("weight", "bias", "running_mean", "running_var")}
     if training or s.kind == Kind.ROTATE:
-        return s.stop_all(node, [x, node], f"{node.name} " + ("uses the statistics of the batch" if training else "scales channels differently"))
+        return s.stop_all(
+            node, [x, node], f"{node.name} " + ("uses the statistics of the batch" if training else "scales channels differently")
+        )
     if s.kind.is_mixing:
         spread_over(s, [x, node])
         return _per_channel(s, node, list(operands.values()), {})

@@ -397,11 +397,7 @@ _COPIES = (
     *(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default),
     *(aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default),
 )
-_COMPARISONS = tuple(
-    getattr(getattr(aten, name), form)
-    for name in ("lt", "le", "gt", "ge", "eq", "ne")
-    for form in ("Tensor", "Scalar")
-)
+_COMPARISONS = tuple(getattr(getattr(aten, name), form) for name in ("lt", "le", "gt", "ge", "eq", "ne") for form in ("Tensor", "Scalar"))
 _LOGIC = (
     *(aten.logical_and.default, aten.logical_or.default, aten.logical_not.default, aten.bitwise_not.default, aten.bitwise_and.Tensor),
     *(aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.isinf.default, aten.isnan.default, aten.floor_divide.default),

@@ -1,0 +1,364 @@
+"""The command line: every command as text and as JSON, the exit codes scripts rely on, and Ctrl-C."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import fxcompress as fxc
+from fxcompress import cli, registry
+from fxcompress.passes.quant import weight_only
+from fxcompress.recipe import shipped
+
+MODELS = '''
+import torch
+from torch import nn
+
+
+class Tapped(nn.Module):
+    """fc2's weight is added to as well."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x).relu()) + self.fc2.weight.sum()
+
+
+def with_example():
+    return Tapped().eval(), (torch.ones(2, 8),)
+
+
+def alone():
+    return Tapped().eval()
+
+
+def example():
+    return {"x": torch.ones(3, 8)}
+
+
+def training():
+    return Tapped(), (torch.ones(2, 8),)
+'''
+RECIPE = "name: mine\npasses: [{quant.weight_only: {weights: int8/channel}}, quant.finalize]\nbackend: reference\n"
+WITH_EXAMPLE = "cli_models:with_example"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with models and a recipe."""
+    (tmp_path / "cli_models.py").write_text(MODELS)
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(cli, "err", cli.Console(stderr=True, highlight=False, width=200))
+    monkeypatch.setattr(cli, "out", cli.Console(highlight=False, width=200))
+    yield tmp_path
+    sys.modules.pop("cli_models", None)
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(a) for a in args])
+
+
+def as_json(*args: object, code: int = 0) -> Any:
+    result = call(*args, "--json")
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def text(*args: object, code: int = 0) -> str:
+    result = call(*args)
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+@pytest.fixture
+def out(place: Path) -> Path:
+    text("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out")
+    return place / "out"
+
+
+# compile
+
+
+def test_compile(place: Path) -> None:
+    shown = text("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out")
+    assert "cli_models:with_example -> out" in shown
+    assert "quant.weight_only" in shown
+    assert "1/2" in shown, "one of two sites"
+    assert ": fc2_weight is also read by sum_1, not as a weight" in shown
+    x = torch.randn(5, 8)
+    assert fxc.load(place / "out")(x).shape == (5, 4)
+
+
+def test_compile_as_json(place: Path) -> None:
+    report = as_json("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out")
+    assert report == json.loads((place / "out/report.json").read_text())
+    assert [p["fired"] for p in report["passes"]] == [1, 1]
+
+
+def test_compile_says_where_contracts_were_not_checked(place: Path) -> None:
+    shown = text("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out", "--check", "off")
+    assert "contracts were not checked pass by pass (check=off)" in shown
+    assert as_json("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out", "--check", "end")["check"] == "end"
+
+
+def test_compile_with_examples(place: Path) -> None:
+    """From a function, from tensors, and the model's own replaced."""
+    assert as_json("compile", "cli_models:alone", "-r", "mine.yaml", "-o", "a", "--example", "cli_models:example")["passes"]
+    save_file({"x": torch.ones(4, 8)}, place / "x.safetensors")
+    as_json("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "b", "--example", "x.safetensors")
+    assert as_json("bench", "b", "--runs", 1)["inputs"] == {"x": [4, 8]}
+
+
+def test_compile_a_shipped_recipe_on_another_backend(place: Path) -> None:
+    report = as_json("compile", WITH_EXAMPLE, "-r", "int8-weight-only", "-o", "out", "--backend", "reference")
+    assert (report["recipe"]["name"], report["backend"]["name"]) == ("int8-weight-only", "reference")
+
+
+def test_compile_replaces_its_own_output_only(out: Path) -> None:
+    text("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out")
+    (out.parent / "other").mkdir()
+    (out.parent / "other/file").write_text("mine")
+    shown = text("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "other", code=1)
+    assert shown.startswith("ArtifactError: the output folder holds something else\n")
+    assert (out.parent / "other/file").read_text() == "mine"
+
+
+ERRORS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "an unknown recipe": (
+        [WITH_EXAMPLE, "-r", "int8-wieght-only", "-o", "out"],
+        {
+            "error": "RecipeError",
+            "what": "unknown recipe 'int8-wieght-only'",
+            "where": "",
+            "why": "did you mean 'int8-weight-only'?",
+            "state": "",
+            "do": "name a shipped recipe or a .yaml file",
+        },
+    ),
+    "no example": (
+        ["cli_models:alone", "-r", "mine.yaml", "-o", "out"],
+        {
+            "error": "InputError",
+            "what": "no example inputs",
+            "where": "cli_models:alone",
+            "why": "capture runs the model once on them",
+            "state": "",
+            "do": "example_inputs=(tensor, ...) or {name: tensor}",
+        },
+    ),
+    "a model in train mode": (
+        ["cli_models:training", "-r", "mine.yaml", "-o", "out"],
+        {
+            "error": "CaptureError",
+            "what": "the model is in train mode",
+            "where": "the root module",
+            "why": "3 modules have training=True",
+            "state": "",
+            "do": "model.eval()",
+        },
+    ),
+    "an unreadable example": (
+        [WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out", "--example", "no.safetensors"],
+        {
+            "error": "InputError",
+            "what": "the example inputs can't be read",
+            "where": "no.safetensors",
+            "why": "No such file or directory: no.safetensors",
+            "state": "",
+            "do": "write them with safetensors.torch.save_file",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("args", "expected"), ERRORS.values(), ids=ERRORS)
+def test_errors(args: list[str], expected: dict[str, str], place: Path) -> None:
+    """As JSON every field, as text the whole message on standard error; exit code 1 and nothing written."""
+    assert as_json("compile", *args, code=1) == expected
+    result = call("compile", *args)
+    lines = [f"  {k:<6}{expected[k]}" for k in ("where", "why", "state", "do") if expected[k]]
+    assert result.stderr == "\n".join([f"{expected['error']}: {expected['what']}", *lines]) + "\n"
+    assert result.stdout == ""
+    assert result.exit_code == 1
+    assert not (place / "out").exists()
+
+
+WRONG_USAGE = [
+    ["compile", WITH_EXAMPLE, "-o", "out"],
+    ["compile", WITH_EXAMPLE, "-r", "mine.yaml"],
+    ["compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out", "--check", "some"],
+    ["compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out", "--chekc", "each"],
+    ["bench", "out", "--runs", "0"],
+    ["bench", "out", "--runs", "many"],
+    ["explain", "out"],
+    ["inspect"],
+    ["no-such-command"],
+    [],
+]
+
+
+@pytest.mark.parametrize("args", WRONG_USAGE, ids=" ".join)
+def test_wrong_usage_exits_2(args: list[str], place: Path) -> None:
+    assert call(*args).exit_code == 2
+
+
+# the other commands
+
+
+def test_inspect(place: Path) -> None:
+    facts = as_json("inspect", WITH_EXAMPLE)
+    assert facts["inputs"] == {"x": ["batch", 8]}
+    assert facts["outputs"] == {"output": ["batch", 4]}
+    assert facts["origin"] == WITH_EXAMPLE
+    rows = {r["path"]: r for r in facts["regions"]}
+    assert {k: r["class"] for k, r in rows.items()} == {"": "Tapped", "fc1": "Linear", "fc2": "Linear"}
+    assert rows[""]["parameters"] == 8 * 8 + 8 + 8 * 4 + 4
+    assert rows["fc1"]["parameters"] == 8 * 8 + 8
+    assert rows[""]["nodes"] == 1 + 4 + 2 + 1 + 2  # input, parameters, linears, relu, sum and addition
+    shown = text("inspect", WITH_EXAMPLE)
+    assert "input x [batch, 8]" in shown
+    assert "fc1" in shown
+
+
+def test_inspect_with_an_example(place: Path) -> None:
+    assert as_json("inspect", "cli_models:alone", "--example", "cli_models:example")["inputs"] == {"x": ["batch", 8]}
+    assert as_json("inspect", "cli_models:alone", code=1)["what"] == "no example inputs"
+
+
+def test_passes() -> None:
+    rows = as_json("passes")["passes"]
+    assert [r["pass"] for r in rows] == registry.passes()
+    assert all(r["what"] and r["contract"] in ("exact", "bounded", "lossy") for r in rows)
+    assert "quant.weight_only" in text("passes")
+
+
+def test_one_pass() -> None:
+    row = as_json("passes", "quant.weight_only")
+    assert row["doc"] == weight_only.__doc__.strip()  # type: ignore[union-attr]
+    assert [o["option"] for o in row["options"]] == ["weights", "embeddings", "symmetric", "range"]
+    assert text("passes", "quant.weight_only").startswith("Weights as integers or 8-bit floats, activations as they are.\n")
+    assert as_json("passes", "quant.wieght_only", code=1)["why"] == "did you mean 'quant.weight_only'?"
+
+
+def test_recipes() -> None:
+    assert [r["recipe"] for r in as_json("recipes")["recipes"]] == shipped()
+    assert "int4-weight-only" in text("recipes")
+
+
+def test_one_recipe() -> None:
+    assert as_json("recipes", "int4-weight-only")["passes"][-1]["use"] == "quant.finalize"
+    assert text("recipes", "int4-weight-only").startswith("name: int4-weight-only\n")
+    assert as_json("recipes", "int4", code=1)["error"] == "RecipeError"
+
+
+def test_one_recipe_of_the_users_own(place: Path) -> None:
+    """A path shows that file."""
+    assert as_json("recipes", "mine.yaml")["name"] == "mine"
+    assert text("recipes", "mine.yaml").rstrip() == RECIPE.rstrip()
+
+
+def test_explain(out: Path) -> None:
+    found = as_json("explain", "out", "fc1")
+    assert found["node"] == "fc1"
+    assert [(r["pass"], r["what"]) for r in found["found"]][:2] == [("quant.weight_only", "changed"), ("quant.weight_only", "held")]
+    assert "int8 in blocks of [1, -1]" in text("explain", "out", "fc1")
+    declined = as_json("explain", "out", "fc2.weight")["found"]
+    assert [r["what"] for r in declined] == ["declined"]
+    assert text("explain", "out", "relu") == "no pass touched relu\n"
+    assert as_json("explain", "out", "relu")["found"] == []
+
+
+def test_bench(out: Path) -> None:
+    facts = as_json("bench", "out", "--runs", 2, "--threads", 1)
+    assert (facts["runs"], facts["threads"], facts["inputs"]) == (2, 1, {"x": [2, 8]})
+    assert 0 < facts["least_ms"] <= facts["median_ms"]
+    assert "median_ms" in text("bench", "out", "--runs", 1)
+
+
+@pytest.mark.parametrize("command", [["bench", "nowhere"], ["explain", "nowhere", "x"]])
+def test_no_artifact(command: list[str], place: Path) -> None:
+    assert as_json(*command, code=1)["what"] == "no artifact there"
+
+
+def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = as_json("doctor")
+    assert facts["versions"]["torch"] == importlib.metadata.version("torch")
+    assert (facts["passes"], facts["backends"], facts["broken"]) == (registry.passes(), registry.backends(), {})
+    assert "quant.finalize" in text("doctor")
+    monkeypatch.setattr(registry, "broken", lambda: {"quant.finalize": "ImportError: no module named x"})
+    assert as_json("doctor", code=1)["broken"] == {"quant.finalize": "ImportError: no module named x"}
+    assert "ImportError: no module named x" in call("doctor").stdout
+
+
+# being stopped
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_ctrl_c_in_a_pass(as_text: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weight_only, "mse_range", stop)
+    before = set(place.iterdir())
+    result = call("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out", *([] if as_text else ["--json"]))
+    assert result.exit_code == 130
+    assert result.stderr.endswith("stopped; nothing was written\n")
+    assert set(place.iterdir()) - {place / "__pycache__"} == before
+
+
+SLOW = """
+import signal, sys, time
+from fxcompress import cli
+from fxcompress.passes.quant import weight_only
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would have it ignored
+
+
+def slow(*_):
+    sys.stderr.write("in the pass\\n")
+    sys.stderr.flush()
+    time.sleep(60)
+
+
+weight_only.mse_range = slow
+cli.app(["compile", "cli_models:with_example", "-r", "mine.yaml", "-o", "out"])
+"""
+
+
+@pytest.mark.slow
+def test_a_real_ctrl_c(place: Path) -> None:
+    """The signal a terminal sends, to a process of its own."""
+    environment = {**os.environ, "TMPDIR": str(place / "temporary"), "OMP_NUM_THREADS": "1"}
+    (place / "temporary").mkdir()
+    process = subprocess.Popen([sys.executable, "-c", SLOW], cwd=place, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    said = ""
+    while "in the pass" not in said:
+        said += (line := process.stderr.readline())
+        assert line, said
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said += process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "stopped; nothing was written" in said
+    assert "Traceback" not in said
+    assert not (place / "out").exists()
+    assert not [p for p in (place / "temporary").iterdir() if p.name.startswith("fxcompress-")]
