@@ -34,7 +34,7 @@ test: env model
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
 
 demo: env model
-	$(BIN)/python tools/demo.py
+	TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tools/demo.py
 
 model: $(SMOLLM2)
 

@@ -124,7 +124,7 @@ class Adapter(nn.Module):
         """The tensors of the result, in order."""
         if torch.compiler.is_exporting():
             for index in self.tied[1:]:
-                torch._check(tensors[index].shape[0] == tensors[self.tied[0]].shape[0])
+                torch._check(tensors[index].shape[0] == tensors[self.tied[0]].shape[0])  # type: ignore[no-untyped-call]
         return tuple(leaf for leaf in pytree.tree_leaves(self.call(tensors)) if isinstance(leaf, Tensor))
 
     def settle(self, tensors: Sequence[Tensor]) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ sentence by each.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 import warnings
@@ -69,8 +68,8 @@ def main() -> None:
     for name, row in rows.items():
         console.print(f"{name}: {row['sentence']}", markup=False, highlight=False)
     console.print(
-        f"Perplexity: {rows['fp32']['tokens']} tokens of Moby-Dick in windows of {WINDOW}. The weights come from a 4-bit file (Q4_1): fp32 is what it "
-        "holds. int4 rounds activations to int8 inside the kernel; int4 exact doesn't."
+        f"Perplexity: {rows['fp32']['tokens']} tokens of Moby-Dick in windows of {WINDOW}. The weights come from a 4-bit file (Q4_1): fp32 is "
+        "what it holds. int4 rounds activations to int8 inside the kernel; int4 exact doesn't."
     )
     console.print(f"artifacts and reports: {options.out}    CPU time of this program: {time.process_time() / 60:.1f} minutes")
 
@@ -142,5 +141,4 @@ def _table(models: dict[str, fxc.CompiledModel], rows: dict[str, Any], latency: 
 
 
 if __name__ == "__main__":
-    os.environ.update(TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")  # one progress bar, ours
     main()
