@@ -110,8 +110,12 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _resized(value: Tensor, node: fx.Node) -> Tensor:
-    sizes = [_size_at(want, 2) if isinstance(want, torch.SymInt) else want for want in node.meta["val"].shape]
-    return value.expand(sizes)
+    return value.expand([_size_at(want, 2) if _is_dynamic(want) else int(want) for want in node.meta["val"].shape])
+
+
+def _is_dynamic(size: Any) -> bool:
+    """Whether the size is open: a symbol that export found to have one value only is none."""
+    return isinstance(size, torch.SymInt) and bool(size.node.expr.free_symbols)
 
 
 def _size_at(size: torch.SymInt, value: int) -> int:
@@ -152,7 +156,7 @@ def _stands_for(value: Any, node: fx.Node) -> bool:
         return value is not None and not any(_is_size(n) for n in node.all_input_nodes)
     if not isinstance(wanted, Tensor) or value.dim() != wanted.dim():
         return False
-    return all(have == 1 if isinstance(want, torch.SymInt) else have == want for have, want in zip(value.shape, wanted.shape, strict=True))
+    return all(have == (1 if _is_dynamic(want) else int(want)) for have, want in zip(value.shape, wanted.shape, strict=True))
 
 
 def _taken(node: fx.Node, known: Mapping[fx.Node, tuple[Any, Any]]) -> fx.Node | None:
@@ -205,7 +209,7 @@ def _broadcasts(node: fx.Node, value: Tensor, reader: fx.Node) -> bool:
 
 def _expanded(program: Program, node: fx.Node, constant: fx.Node, reader: fx.Node) -> fx.Node:
     with program.graph.inserting_before(reader):
-        sizes = [_size_node(program, s) if isinstance(s, torch.SymInt) else s for s in node.meta["val"].shape]
+        sizes = [_size_node(program, s) if _is_dynamic(s) else int(s) for s in node.meta["val"].shape]
         new: fx.Node = program.graph.call_function(aten.expand.default, (constant, sizes))
     new.meta = dict(node.meta)
     return new

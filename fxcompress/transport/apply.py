@@ -63,7 +63,14 @@ class Applied:
         if bool((factor == 1).all()):
             return
         number = next(a for a in node.args[:2] if not isinstance(a, fx.Node))
-        vector = self._constant(node, "constant", number * factor)
+        place = None if "Tensor" in node.target._overloadname else node.next  # type: ignore[union-attr]
+        vector = self._constant(node, "constant", number * factor, place)
+        if place is not None:  # an overload that takes numbers only
+            other = aten.sub.Tensor if "sub" in str(node.target) else aten.add.Tensor
+            operands = [vector if a is number else a for a in node.args[:2]]
+            operands = operands[::-1] if node.target is aten.rsub.Scalar else operands
+            self.edit.replace(node, self.edit.insert(other, *operands, like=node, before=place, val=node.meta.get("val")))
+            return
         self.edit.update(node, *(vector if a is number else a for a in node.args), **node.kwargs)
 
     def _bias(self, extra: Extra) -> None:
@@ -71,8 +78,7 @@ class Applied:
         delta = self._number(extra)
         if not delta.any():
             return
-        node = extra.node
-        self._set(node, BIAS_ARGUMENT.get(node.target, 2), self._constant(node, "bias", delta))  # type: ignore[arg-type]
+        self._add_bias(extra.node, delta)
 
     def _gain(self, extra: Extra) -> None:
         """A gain where there was none."""
@@ -95,7 +101,7 @@ class Applied:
         self._add_bias(extra.node, -(weight * z).sum(axes).flatten())
 
     def _add_bias(self, node: fx.Node, delta: Tensor) -> None:
-        if node.target in (aten.mm.default, aten.matmul.default):
+        if node.target in (aten.mm.default, aten.matmul.default, aten.bmm.default):
             self._insert_add(node, delta)
             return
         place = 0 if node.target is aten.addmm.default else BIAS_ARGUMENT.get(node.target, 2)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from operator import getitem
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -109,7 +109,7 @@ ROWS: dict[str, Row] = {
     "mul number": Row(aten.mul.Tensor, X, 3.0, lands=EVERY),
     "div number": Row(aten.div.Tensor, X, 3.0, lands=EVERY),
     "mul": Row(aten.mul.Tensor, X, Y, lands="scale sign permute remove"),
-    "mul constant": Row(aten.mul.Tensor, X, rand(4), constants=(1,), lands="scale sign permute remove"),
+    "mul constant": Row(aten.mul.Tensor, X, rand(4), constants=(1,), lands="scale sign permute rotate remove"),
     "mul uniform": Row(aten.mul.Tensor, X, torch.full((4,), 3.0, dtype=F64), constants=(1,), lands="scale sign permute rotate remove"),
     "mul narrow": Row(aten.mul.Tensor, X, rand(2, 3, 1), lands="scale sign permute rotate remove"),
     "mul itself": Row(aten.square.default, X, lands="scale sign permute remove"),
@@ -167,10 +167,10 @@ ROWS: dict[str, Row] = {
     "max_pool2d": Row(aten.max_pool2d.default, IMAGE, [2, 2], lands="scale shift permute remove"),
     "adaptive_avg_pool2d": Row(aten.adaptive_avg_pool2d.default, IMAGE, [1, 1], lands=EVERY),
     "upsample": Row(aten.upsample_nearest2d.vec, IMAGE, None, [2.0, 2.0], lands=EVERY),
-    "layer_norm": Row(aten.layer_norm.default, X, [4], positive(4), rand(4), constants=(2, 3), lands="scale sign shift permute rotate remove"),
-    "layer_norm plain": Row(aten.layer_norm.default, X, [4], lands="scale sign shift permute rotate remove"),
-    "rms_norm": Row(aten.rms_norm.default, X, [4], positive(4), 1e-6, constants=(2,), lands="scale sign permute remove"),
-    "rms_norm plain": Row(aten.rms_norm.default, X, [4], None, 1e-6, lands="scale sign permute rotate remove"),
+    "layer_norm": Row(aten.layer_norm.default, X, [4], positive(4), rand(4), constants=(2, 3), lands="scale sign shift permute"),
+    "layer_norm plain": Row(aten.layer_norm.default, X, [4], lands="scale sign shift permute"),
+    "rms_norm": Row(aten.rms_norm.default, X, [4], positive(4), 1e-6, constants=(2,), lands="scale sign permute"),
+    "rms_norm plain": Row(aten.rms_norm.default, X, [4], None, 1e-6, lands="scale sign permute rotate"),
     "group_norm": Row(aten.group_norm.default, IMAGE, 2, positive(4), rand(4), constants=(2, 3), lands="scale sign shift permute"),
     "batch_norm": Row(
         aten.batch_norm.default, IMAGE, positive(4), rand(4), rand(4), positive(4), False, 0.1, 1e-5, False,
@@ -197,9 +197,34 @@ def seeds(program: Program) -> Iterator[Seed]:
 
 def deviation(program: Program, plan: Plan, vector: Any) -> float:
     """How far the changed op on changed operands is from the changed result."""
-    before = run(program, program.example)
+    if plan.kind == Kind.REMOVE:
+        return without(program, plan, vector)
+    return changed(program, plan, vector, program.example)
+
+
+def without(program: Program, plan: Plan, keep: Any) -> float:
+    """The same where the channels that go are null on every input and constant."""
+    stays = plan.numbers(keep)
+
+    def nulled(node: fx.Node, x: Tensor) -> Tensor:
+        for label in plan.values.get(node, ()):
+            x = x * torch.from_numpy(stays[label.index])
+        return x
+
+    saved = dict(program.constants)
+    for node in program.graph.find_nodes(op="get_attr"):
+        program.constants[node.target] = nulled(node, program.constants[node.target])
+    try:
+        return changed(program, plan, keep, [nulled(n, x) for n, x in zip(program.placeholders(), program.example, strict=True)])
+    finally:
+        program.constants.clear()
+        program.constants.update(saved)
+
+
+def changed(program: Program, plan: Plan, vector: Any, example: Sequence[Tensor]) -> float:
+    before = run(program, example)
     changes = plan.changes(vector)
-    inputs = [changes.get(n, same)(x).contiguous() for n, x in zip(program.placeholders(), program.example, strict=True)]
+    inputs = [changes.get(n, same)(x).contiguous() for n, x in zip(program.placeholders(), example, strict=True)]
     wanted = [changes.get(n, same)(x) for n, x in zip(program.results(), before, strict=True)]
     edit = Edit(program)
     plan.apply(edit, vector)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.transport.labels import Index, Kind, Label
+from fxcompress.transport.labels import Index, Kind, Label, canon
 from fxcompress.transport.relations.pointwise import is_flat
 from fxcompress.transport.solver import Solver
 
@@ -54,7 +54,7 @@ class Port:
             index = index.reshape(*index.shape[:axis], *((groups, size // groups) if size > 1 else (1, 1)), *index.shape[axis + 1 :])
         if self.repeat and index.shape[self.repeat[0]] > 1:
             index = index.repeat(self.repeat[1], self.repeat[0])
-        return index
+        return canon(index)
 
     def _back(self, s: Solver, index: Index) -> Index:
         if self.repeat and index.shape[self.repeat[0]] > 1:
@@ -227,6 +227,10 @@ def _new_bias(s: Solver, product: Product, label: Label) -> None:
 
 def _batched(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
     """A label on batch letters alone: a product of entries, as in `products`."""
+    if s.kind == Kind.ROTATE:
+        return s.stop(product.node, label.index, f"{product.node.name} would mix batch entries")
+    label = Label(_only(s, port, label.index, product.roles["batch"]), label.power)
+    port.put(s, label.index, label.power)
     if s.kind.is_mixing:
         for other in (product.a, product.b, product.out):
             if other is not port and not _is_flat(s, other, port, label.index):

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxcompress.transport.facts import outputs
-from fxcompress.transport.labels import UNSET, Index
+from fxcompress.transport.labels import UNSET, Index, Kind
 from fxcompress.transport.relations.views import mapped
 from fxcompress.transport.solver import Solver
 
@@ -26,6 +26,8 @@ def gathered(
     sizes = [s.shape(x)[axis] for x in sources]
     if any(places is None for _, places in results) or not all(isinstance(n, int) for n in sizes):
         return _alike(s, sources, [r for r, _ in results], axis, drop)
+    if s.kind == Kind.REMOVE:  # a channel goes from all pieces or from none
+        _alike(s, sources, [r for r, _ in results], axis, drop, only_across=True)
     offset = 0
     for source, size in zip(sources, sizes, strict=True):
         for result, places in results:
@@ -38,8 +40,11 @@ def _pick(s: Solver, source: Any, result: fx.Node, places: Index, size: int, axi
     own = (places >= 0) & (places < size)
     if not own.any():
         return
+    along = s.kind == Kind.REMOVE
     for label in s.labels(source):
         index = label.index
+        if along and index.shape[axis] == 1:
+            continue
         if index.shape[axis] > 1:
             index = index.take(np.where(own, places, 0), axis)
         s.put(result, _shaped(_masked(index, own, axis), axis, drop), label.power)
@@ -74,10 +79,13 @@ def _shaped(index: Index, axis: int, drop: bool) -> Index:
     return index.squeeze(axis) if drop else index
 
 
-def _alike(s: Solver, sources: Sequence[Any], results: Sequence[fx.Node], axis: int, drop: bool) -> None:
+def _alike(s: Solver, sources: Sequence[Any], results: Sequence[fx.Node], axis: int, drop: bool, only_across: bool = False) -> None:
+    """One label for all, which doesn't vary along the axis. only_across: those that do are left alone."""
     ports = [*((x, False) for x in sources), *((r, drop) for r in results)]
     for port, lacks in ports:
         for label in s.labels(port):
+            if only_across and not lacks and label.index.shape[axis] > 1:
+                continue
             index = np.expand_dims(label.index, axis) if lacks else s.coarsen(label.index, [axis])
             for other, other_lacks in ports:
                 s.put(other, index.squeeze(axis) if other_lacks else index, label.power)
@@ -133,9 +141,23 @@ def stack(s: Solver, node: fx.Node) -> None:
     """Values laid along a new axis: each is one position of it."""
     given = s.args(node)
     axis = _axis(s, node, given["dim"])
+    if s.kind == Kind.REMOVE:
+        return _stacked(s, node, given["tensors"], axis)
     for number, part in enumerate(given["tensors"]):
         if isinstance(part, fx.Node):
             _put_position(s, node, part, number, len(given["tensors"]), axis)
+
+
+def _stacked(s: Solver, node: fx.Node, parts: Sequence[Any], axis: int) -> None:
+    """A channel goes from all parts or from none; the parts themselves stay."""
+    for label in s.labels(node):
+        if axis in label.slot:
+            s.stop(node, label.index, f"{node.name} stacks a number of values that is fixed")
+        for part in parts:
+            s.put(part, s.coarsen(label.index, [axis]).squeeze(axis), label.power)
+    for part in parts:
+        for label in s.labels(part):
+            s.put(node, np.expand_dims(label.index, axis), label.power)
 
 
 def _put_position(s: Solver, node: fx.Node, part: fx.Node, number: int, count: int, axis: int) -> None:
@@ -270,6 +292,8 @@ def pad(s: Solver, node: fx.Node) -> None:
     padded = {rank - 1 - i // 2: (widths[i], widths[i + 1]) for i in range(0, len(widths), 2) if widths[i] or widths[i + 1]}
     if not any(label.index.shape[a] > 1 for a in padded for label in (*s.labels(x), *s.labels(node))):
         return mapped(s, node, x, lambda i: i, lambda i: i)
+    if s.kind == Kind.REMOVE:
+        return s.stop_all(node, [x, node], f"{node.name} pads to a number of channels that is fixed")
     _one_axis(s, node, x, {a: (lambda n, w=w: _padded(n, *w)) for a, w in padded.items()})
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.transport.labels import Index, Kind
-from fxcompress.transport.relations.pointwise import fits, is_uniform, spread_over
+from fxcompress.transport.labels import Index, Kind, aligned
+from fxcompress.transport.relations.pointwise import is_uniform, spread_over, triple, vectors
+from fxcompress.transport.relations.reductions import keep_rows
 from fxcompress.transport.solver import Solver
 
 aten = torch.ops.aten
@@ -20,10 +22,16 @@ def layer_norm(s: Solver, node: fx.Node) -> None:
     given = s.args(node)
     x, weight, bias, depth = given["input"], given["weight"], given["bias"], len(given["normalized_shape"])
     if s.kind == Kind.PERMUTE:
-        spread_over(s, [p for p in (x, weight, bias, node) if p is not None])
+        _permuted(s, node, x, [weight, bias], depth)
     else:
         _stop_statistics(s, node, x, depth)
         _affine(s, node, weight, bias, depth)
+
+
+def _permuted(s: Solver, node: fx.Node, x: Any, operands: list[Any], depth: int) -> None:
+    spread_over(s, [p for p in (x, *operands, node) if p is not None])
+    rank = len(s.shape(node))
+    keep_rows(s, node, x, list(range(rank - depth, rank)))
 
 
 def rms_norm(s: Solver, node: fx.Node) -> None:
@@ -31,8 +39,9 @@ def rms_norm(s: Solver, node: fx.Node) -> None:
     given = s.args(node)
     x, weight, depth = given["input"], given["weight"], len(given["normalized_shape"])
     if s.kind == Kind.PERMUTE:
-        spread_over(s, [p for p in (x, weight, node) if p is not None])
+        _permuted(s, node, x, [weight], depth)
     elif s.kind == Kind.ROTATE:
+        s.stop_all(node, [weight], f"{node.name} has a gain that a rotation would mix")
         _rotated(s, node, x, weight)
     elif s.kind == Kind.SIGN:
         _signed(s, node, x, weight)
@@ -42,15 +51,11 @@ def rms_norm(s: Solver, node: fx.Node) -> None:
 
 
 def _signed(s: Solver, node: fx.Node, x: fx.Node, weight: Any) -> None:
-    """The mean of squares sees no sign: it goes through, or into the gain where the label fits it."""
-    for label in s.labels(x):
-        s.put(node, label.index)
-    for label in s.labels(node):
-        carried = any(other.index.shape == label.index.shape for other in s.labels(x))
-        if weight is not None and fits(s, weight, label.index) and not carried:
-            s.put(weight, label.index)
-        elif not s.labels(weight):
-            s.put(x, label.index)
+    """The mean of squares sees no sign: a product of x and gain."""
+    if weight is None:
+        spread_over(s, [x, node])
+    else:
+        triple(s, node, (x, weight), (1.0, 1.0))
 
 
 def _rotated(s: Solver, node: fx.Node, x: fx.Node, weight: Any) -> None:
@@ -72,6 +77,7 @@ def _affine(s: Solver, node: fx.Node, weight: Any, bias: Any, depth: int) -> Non
     for label in s.labels(node):
         outside = [a for a in label.slot if a < label.index.ndim - depth]
         index = s.coarsen(label.index, outside)
+        s.put(node, index, label.power)
         index = index.reshape(index.shape[index.ndim - depth :])
         if s.kind == Kind.ROTATE or s.kind == Kind.REMOVE:
             s.stop(node, label.index, f"{node.name} norms over the channels that a {s.kind} would change")
@@ -79,9 +85,11 @@ def _affine(s: Solver, node: fx.Node, weight: Any, bias: Any, depth: int) -> Non
             _shifted(s, node, bias, index, label.power)
         else:
             _gained(s, node, weight, bias, index, label.power)
-    for operand in (weight, bias):
+    if s.kind == Kind.SHIFT:
+        s.stop_all(node, [weight], f"{node.name} has a gain, which a shift of would act on every input differently")
+    for operand in (weight, bias) if s.kind != Kind.SHIFT else (bias,):
         for label in s.labels(operand):
-            s.put(node, label.index, label.power)
+            s.put(node, aligned(label.index, len(s.shape(node))), label.power)
 
 
 def _shifted(s: Solver, node: fx.Node, bias: Any, index: Index, power: float) -> None:
@@ -89,14 +97,14 @@ def _shifted(s: Solver, node: fx.Node, bias: Any, index: Index, power: float) ->
         s.put(bias, index, power)
     elif node.target is aten.rms_norm.default:
         s.stop(node, index, f"{node.name} has no bias")
-    else:
+    elif index.size > 1:
         s.extra(node, "bias", index, power)
 
 
 def _gained(s: Solver, node: fx.Node, weight: Any, bias: Any, index: Index, power: float) -> None:
     if weight is not None:
         s.put(weight, index, power)
-    else:
+    elif index.size > 1:
         s.extra(node, "gain", index, power)
     s.put(bias, index, power)
 
@@ -107,59 +115,69 @@ def group_norm(s: Solver, node: fx.Node) -> None:
     x, weight, bias, groups = given["input"], given["weight"], given["bias"], given["num_groups"]
     if s.kind == Kind.PERMUTE:
         spread_over(s, [x, node])
-        _refine(s, node, x, groups)
-    else:
-        _stop_statistics(s, node, x, 1)
-        if s.kind in (Kind.ROTATE, Kind.REMOVE):
-            return s.stop_all(node, [node], f"{node.name} norms over the channels that a {s.kind} would change")
-    _per_channel(s, node, [weight, bias] if s.kind != Kind.SHIFT else [bias], {0: "gain"} if s.kind != Kind.SHIFT else {0: "bias"})
+        _per_channel(s, node, weight, bias)
+        return _refine(s, node, x, groups)
+    _stop_statistics(s, node, x, 1)
+    if s.kind in (Kind.ROTATE, Kind.REMOVE):
+        return s.stop_all(node, [node, weight, bias], f"{node.name} norms over the channels that a {s.kind} would change")
+    return _per_channel(s, node, weight, bias)
+
+
+def _per_channel(s: Solver, node: fx.Node, weight: Any, bias: Any) -> None:
+    """The result's labels on gain and bias, which are made where they are missing and needed."""
+    wanted = [(bias, "bias")] if s.kind == Kind.SHIFT else [(weight, "gain"), (bias, "")]
+    if s.kind == Kind.SHIFT:
+        s.stop_all(node, [weight], f"{node.name} has a gain, which a shift of would act on every input differently")
+    vectors(s, node, [operand for operand, _ in wanted if operand is not None])
+    for operand, role in wanted:
+        for label in s.labels(node) if operand is None and role and not s.kind.is_mixing else ():
+            index = s.coarsen(label.index, [a for a in label.slot if a != 1])
+            s.put(node, index, label.power)
+            s.extra(node, role, index.reshape(-1), label.power)
 
 
 def _refine(s: Solver, node: fx.Node, x: Any, groups: int) -> None:
+    """Channels of one group may mix; positions in space are seen together, so those of different channels may not."""
     for label in s.labels(x):
-        channels = label.index.shape[1]
-        if channels > 1:
-            key = torch.arange(channels).div(channels // groups, rounding_mode="floor").numpy()
-            s.classes.refine(node, label.index, key.reshape(1, -1, *(1,) * (label.index.ndim - 2)))
+        if 1 in label.slot:
+            index = s.coarsen(label.index, [a for a in label.slot if a != 1])
+            s.put(x, index, label.power)
+            key = np.arange(index.shape[1]) // (index.shape[1] // groups)
+            s.classes.refine(node, index, key.reshape(1, -1, *(1,) * (index.ndim - 2)))
+        else:
+            keep_rows(s, node, x, list(range(2, label.index.ndim)))
 
 
 def batch_norm(s: Solver, node: fx.Node) -> None:
     """(x - mean) / sqrt(var + eps) * w + b with stored statistics: an affine map per channel."""
     given = s.args(node)
-    x, training = given["input"], given.get("training")
-    operands = {k: given[k] for k in ("weight", "bias", "running_mean", "running_var")}
-    if training or s.kind == Kind.ROTATE:
-        return s.stop_all(
-            node, [x, node], f"{node.name} " + ("uses the statistics of the batch" if training else "scales channels differently")
-        )
+    x, weight, bias, mean, var = (given[k] for k in ("input", "weight", "bias", "running_mean", "running_var"))
+    if given.get("training") or s.kind == Kind.ROTATE:
+        why = "uses the statistics of the batch" if given.get("training") else "scales channels differently"
+        return s.stop_all(node, [x, weight, bias, mean, var, node], f"{node.name} {why}")
     if s.kind.is_mixing:
         spread_over(s, [x, node])
-        return _per_channel(s, node, list(operands.values()), {})
-    if s.kind == Kind.SCALE:
-        s.stop_all(node, [x], f"{node.name} adds eps to the variance, which a scale of its input would have to change")
-    else:
-        for label in s.labels(x):
-            _channel(s, operands["running_mean"], label.index, label.power)
-            if s.kind == Kind.SIGN:
-                _channel(s, operands["weight"], label.index, label.power)
-    _per_channel(s, node, [operands["bias"]] if s.kind == Kind.SHIFT else [operands["weight"], operands["bias"]], {})
+        return vectors(s, node, [p for p in (weight, bias, mean, var) if p is not None])
+    _normed_input(s, node, x, mean, var)
+    if weight is None or (bias is None and s.kind == Kind.SHIFT):
+        return s.stop_all(node, [node], f"{node.name} has no gain and bias")
+    if s.kind == Kind.SHIFT:
+        s.stop_all(node, [weight], f"{node.name} has a gain, which a shift of would act on every input differently")
+        return vectors(s, node, [bias])
+    return vectors(s, node, [p for p in (weight, bias) if p is not None])
 
 
-def _per_channel(s: Solver, node: fx.Node, operands: list[Any], missing: Mapping[int, str]) -> None:
-    """The result's labels onto vectors along axis 1."""
-    for label in s.labels(node):
+def _normed_input(s: Solver, node: fx.Node, x: Any, mean: Any, var: Any) -> None:
+    """A shift of the input is one of the mean. A scale would be one of the variance, but for the eps added to it; so is a sign of both."""
+    if s.kind != Kind.SHIFT:
+        return s.stop_all(node, [x, mean, var], f"{node.name} adds eps to the variance, which a {s.kind} of its input would have to change")
+    s.stop_all(node, [var], f"{node.name} divides by it")
+    for label in s.labels(x):
         index = s.coarsen(label.index, [a for a in label.slot if a != 1])
-        for number, operand in enumerate(operands):
-            if operand is not None:
-                _channel(s, operand, index, label.power)
-            elif role := missing.get(number):
-                s.extra(node, role, index.reshape(-1), label.power)
-        s.put(node, index, label.power)
-
-
-def _channel(s: Solver, operand: Any, index: Index, power: float) -> None:
-    index = s.coarsen(index, [a for a, n in enumerate(index.shape) if n > 1 and a != 1])
-    s.put(operand, index.reshape(-1), power)
+        s.put(x, index, label.power)
+        s.put(mean, index.reshape(-1), label.power)
+    for label in s.labels(mean):
+        s.put(x, label.index.reshape(1, -1, *(1,) * (len(s.shape(x)) - 2)), label.power)
 
 
 TABLE: Mapping[Any, Any] = {

@@ -64,7 +64,8 @@ def spread_over(s: Solver, ports: Sequence[Any]) -> None:
     for port in ports:
         for label in s.labels(port):
             for other in ports:
-                if other is not port and not (s.kind.is_mixing and is_flat(s, other, label.index)):
+                moves = s.kind in (Kind.PERMUTE, Kind.REMOVE)
+                if other is not port and not (moves and is_flat(s, other, label.index)):
                     s.put(other, label.index, label.power)
 
 
@@ -329,13 +330,28 @@ def clamp(s: Solver, node: fx.Node) -> None:
 def prelu(s: Solver, node: fx.Node) -> None:
     """x where positive, w_c x elsewhere; w per channel (axis 1), or one number."""
     x, weight = node.args
-    if s.kind not in (Kind.SCALE, Kind.PERMUTE, Kind.REMOVE):
+    moves = s.kind in (Kind.PERMUTE, Kind.REMOVE)
+    if not moves:
+        s.stop_all(node, [weight], f"{node.name} has a slope that a {s.kind} would change")
+    if not moves and s.kind != Kind.SCALE:
         return s.stop_all(node, [x, node], f"{node.name} doesn't commute with a {s.kind}")
     spread_over(s, [x, node])
-    if s.kind.is_mixing and s.shape(weight) != (1,):
-        for label in s.labels(node):
-            kept = s.coarsen(label.index, [a for a in range(label.index.ndim) if a != 1])
-            s.put(weight, kept.reshape(-1), label.power)
+    if moves and s.shape(weight) != (1,):
+        vectors(s, node, [weight])
+
+
+def vectors(s: Solver, node: fx.Node, operands: Sequence[Any]) -> None:
+    """Operands with an entry per channel, the result's axis 1: they share its labels."""
+    rank = len(s.shape(node))
+    for label in s.labels(node):
+        if 1 in label.slot or not s.kind.is_mixing:
+            index = s.coarsen(label.index, [a for a in label.slot if a != 1])
+            s.put(node, index, label.power)
+            for operand in operands:
+                s.put(operand, index.reshape(-1), label.power)
+    for operand in operands:
+        for label in s.labels(operand):
+            s.put(node, label.index.reshape(1, -1, *(1,) * (rank - 2)), label.power)
 
 
 def moves_only(s: Solver, node: fx.Node) -> None:

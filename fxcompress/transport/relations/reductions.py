@@ -45,13 +45,23 @@ def _factor(s: Solver, node: fx.Node, axes: list[int]) -> float:
     return count if count > 0 else 1.0
 
 
+def keep_rows(s: Solver, node: fx.Node, x: Any, axes: list[int]) -> None:
+    """Positions along the axes are seen together: those of different rows may not mix."""
+    for label in s.labels(x):
+        if set(label.slot) & set(axes):
+            _in_rows(s, node, label.index, [a for a in label.slot if a not in axes])
+
+
+def _in_rows(s: Solver, node: fx.Node, index: Index, outside: list[int]) -> None:
+    shape = [n if a in outside else 1 for a, n in enumerate(index.shape)]
+    s.classes.refine((node, index.shape), index, np.arange(int(np.prod(shape))).reshape(shape))
+
+
 def _within(s: Solver, node: fx.Node, index: Index, axes: list[int], slot: tuple[int, ...]) -> None:
     """A label along a reduced axis: swallowed where the result can't see order, or length under a rotation."""
     outside = [a for a in slot if a not in axes]
     if s.kind == Kind.PERMUTE:
-        shape = [n if a in outside else 1 for a, n in enumerate(index.shape)]
-        s.classes.refine(node, index, np.arange(int(np.prod(shape))).reshape(shape))
-        return
+        return _in_rows(s, node, index, outside)
     s.stop(node, index, f"{node.name} sums over the channels that a {s.kind} would change")
 
 
@@ -73,7 +83,8 @@ def softmax(s: Solver, node: fx.Node) -> None:
     x: Any = node.args[0]
     axis = s.args(node)["dim"] % len(s.shape(node))
     if s.kind == Kind.PERMUTE or (s.kind == Kind.REMOVE and not _varies(s, [x, node], axis)):
-        return spread_over(s, [x, node])
+        spread_over(s, [x, node])
+        return keep_rows(s, node, x, [axis])
     labels = s.labels(x)
     s.stop_all(node, [node], f"{node.name} doesn't commute with a {s.kind}")
     for label in labels:
