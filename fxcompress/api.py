@@ -24,7 +24,7 @@ from fxcompress import artifact, registry, store
 from fxcompress.backend import Backend, Session
 from fxcompress.calibrate.feed import as_feed
 from fxcompress.capture import Dynamic, capture
-from fxcompress.errors import ArtifactError, InputError
+from fxcompress.errors import ArtifactError, InputError, nearest
 from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight_bytes
 from fxcompress.program import Program, Value
 from fxcompress.recipe import BackendChoice, Recipe, build, check_globs, load_recipe, options_error
@@ -141,7 +141,11 @@ def _captured(loaded: Loaded, example_inputs: Any, dynamic: Dynamic) -> Program:
         )
     given = Inputs.of(example)
     item = Inputs(*given.args, roles={**loaded.roles, **given.roles}, **given.kwargs)
-    return replace(capture(loaded.model, item, dynamic=dynamic), origin=loaded.origin)
+    program = replace(capture(loaded.model, item, dynamic=dynamic), origin=loaded.origin)
+    names = [v.name for v in program.inputs]
+    if unknown := [name for name in given.roles if name not in names]:
+        raise InputError(f"a role is given to an unknown input {unknown[0]!r}", why=nearest(unknown[0], names))
+    return program
 
 
 class CompiledModel:

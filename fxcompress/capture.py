@@ -257,8 +257,10 @@ def _program(call: Call, graph: torch.fx.Graph, constants: dict[str, Tensor], ex
 
 
 def _free_name(graph: torch.fx.Graph, node: torch.fx.Node, name: str) -> str:
-    taken = {n.name for n in graph.nodes if n is not node}
-    return name if name not in taken and name.isidentifier() else node.name
+    """The input's name, or with a suffix where a node has it; reserved, so that no later node gets it."""
+    if node.name == name:
+        return name
+    return graph._graph_namespace.create_name(name, None)
 
 
 def _symbol_names(places: Sequence[torch.fx.Node], inputs: Sequence[str], batched: Sequence[int]) -> dict[str, str]:

@@ -19,7 +19,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from fxcompress.edit import LOOSE, Edit, Site, Step
+from fxcompress.edit import Edit, Site, Step
 from fxcompress.interpret import evaluate
 from fxcompress.measure import relative_error
 from fxcompress.numerics import formats, noise
@@ -262,10 +262,10 @@ class _Checker:
         if self._is_old(new):
             return env[new], iter([("the value", _negated(env[new]))])
         for node in self._between(new, env):
-            env[node] = _loosely(node, env, self.program.constants)
+            env[node] = evaluate(node, env, self.program.constants)
         floats = [n for n in new.all_input_nodes if isinstance(env[n], Tensor) and env[n].is_floating_point() and env[n].itemsize > 1]
-        flips = ((n.name, _loosely(new, {**env, n: -env[n]}, self.program.constants)) for n in floats)
-        return _loosely(new, env, self.program.constants), flips
+        flips = ((n.name, evaluate(new, {**env, n: -env[n]}, self.program.constants)) for n in floats)
+        return evaluate(new, env, self.program.constants), flips
 
     def _between(self, new: fx.Node, env: Mapping[fx.Node, Any]) -> list[fx.Node]:
         """Constants and inserted nodes the new node is computed from, in order."""
@@ -318,14 +318,6 @@ def _negated_leaf(v: Any) -> Any:
     if isinstance(v, Tensor):
         return -v if v.is_floating_point() or v.is_complex() else ~v
     return -v - 1
-
-
-def _loosely(node: fx.Node, env: Mapping[fx.Node, Any], constants: Mapping[str, Tensor]) -> Any:
-    """The node's value, views as the reshapes that commit makes of them: a changed operand may lie otherwise in memory."""
-    if node.target not in LOOSE:
-        return evaluate(node, env, constants)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-    return LOOSE[node.target](*args, **kwargs)  # type: ignore[index]
 
 
 def _evaluate(step: Step, values: Mapping[fx.Node, Any], constants: Mapping[str, Tensor]) -> Any:

@@ -18,11 +18,6 @@ from torch import Tensor, fx
 from fxcompress.program import Program, module_path
 
 aten = torch.ops.aten
-LOOSE = {
-    aten.view.default: aten.reshape.default,
-    aten._unsafe_view.default: aten.reshape.default,
-    aten.view_as.default: aten.reshape_as.default,
-}
 
 
 @dataclass
@@ -139,7 +134,8 @@ class Edit:
         """The node's value has another shape from now on; its fake value follows."""
         meta = node.meta
         self._undo.append(lambda: setattr(node, "meta", meta))
-        node.meta = {**meta, "val": meta["val"].new_empty(shape)}
+        if isinstance(meta.get("val"), Tensor):
+            node.meta = {**meta, "val": meta["val"].new_empty(shape)}
 
     def erase(self, node: fx.Node) -> None:
         """Journal that a node goes which nobody reads, or only nodes erased before it; `commit` removes it."""
@@ -157,14 +153,8 @@ class Edit:
         self.sites.clear()
 
     def commit(self) -> list[str]:
-        """Sweep nodes and constants nobody reads any more, starting from what this edit replaced. Returns the names swept.
-
-        Views become reshapes: a view refuses an operand that lies in memory otherwise than at capture, which is what new ops may bring about.
-        """
+        """Sweep nodes and constants nobody reads any more, starting from what this edit replaced. Returns the names swept."""
         swept = self._sweep()
-        for node in self.graph.nodes if self.sites else ():
-            if node.target in LOOSE:
-                node.target = LOOSE[node.target]
         read = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"} | {s.initial for s in self.program.states}
         for name in [n for n in self.program.constants if n not in read]:
             del self.program.constants[name]

@@ -19,6 +19,11 @@ from fxcompress.errors import CaptureError
 from fxcompress.experts import open_experts
 
 ASSERTS = ("_assert", "sym_constrain", "_check")
+RESHAPES = {  # a view refuses operands that lie in memory otherwise than at capture, as a rewrite may make them
+    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
+    torch.ops.aten.view_as.default: torch.ops.aten.reshape_as.default,
+}
 IDENTITIES = ("detach_", "detach", "alias", "lift", "lift_fresh", "lift_fresh_copy", "lift_fresh_copy_", "requires_grad_")
 
 
@@ -34,6 +39,8 @@ def flat_graph(exported: ExportedProgram, strip: str = "") -> tuple[fx.Graph, di
     flattener = _Flattener(exported, strip)
     flattener.run()
     functionalise(flattener.graph)
+    for node in flattener.graph.nodes:
+        node.target = RESHAPES.get(node.target, node.target)
     open_experts(flattener.graph, flattener.constants)
     drop_dead(flattener.graph)
     return flattener.graph, _used(flattener.graph, flattener.constants), flattener.results

@@ -20,7 +20,7 @@ Visit = Callable[[fx.Node, Any], Any]
 
 @torch.no_grad()
 def run(program: Program, inputs: Sequence[Tensor], visit: Visit | None = None) -> list[Any]:
-    """The program's outputs on its flat inputs. visit(node, value) sees every value as it is made; what it returns, if not None, replaces it."""
+    """The program's outputs on its flat inputs. visit(node, value) sees every value as it is made; a value it returns replaces it."""
     return walk(program.graph.nodes, program.constants, inputs, program.results(), visit)
 
 

@@ -90,7 +90,7 @@ class Manager:
         )
 
     def _apply(self, step: Step, item: Pass, edit: Edit) -> Found:
-        context = Context(self.program, self.target, self.probe)
+        context = Context(self.program, self.target, self.probe, step.where.admits)
         if isinstance(item, Rewrite):
             return apply_rewrite(item, context, edit, step)
         assert isinstance(item, Transform)

@@ -105,8 +105,8 @@ class BackendReport(Frozen):
     """What the backend made of the program. Shares are of MACs on the example inputs, read back from the runtime's own optimised graph.
 
     integer_share: of all MACs, in integer or n-bit kernels. quantised_share: of the MACs in quantised sites. parity: max relative error of the
-    outputs against the interpreter, kernel-internal rounding off. site_parity: the same, worst over quantised sites on identical inputs. rounding_sqnr: lowest output SQNR in dB between the session as shipped and
-    the one without that rounding.
+    outputs against the interpreter, kernel-internal rounding off. site_parity: the same of each quantised site on the input it got there, the
+    worst. rounding_sqnr: lowest output SQNR in dB between the session as shipped and the one without that rounding.
     """
 
     name: str

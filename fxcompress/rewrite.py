@@ -29,6 +29,7 @@ class Context:
     program: Program
     target: Target
     probe: tuple[Tensor, ...] = ()
+    admits: Callable[[fx.Node], bool] = lambda node: True  # whether the recipe lets a Transform touch a site; Rewrites needn't ask
 
     def constant(self, node: Any) -> Tensor | None:
         """The tensor a constant node reads; None for anything else."""

@@ -88,7 +88,7 @@ def test_an_untouched_model_gives_its_own_numbers() -> None:
 
 
 def test_quantised_numbers_are_those_of_the_report(mlp: fxc.CompiledModel) -> None:
-    wanted = Mlp()(X)
+    wanted = Mlp()(X).detach()
     noise = (mlp(X) - wanted).double().square().sum()
     assert mlp.report.output_sqnr == pytest.approx(10 * math.log10(wanted.double().square().sum() / noise), abs=1e-6)
 
@@ -118,6 +118,12 @@ def test_the_users_example_is_not_changed() -> None:
     compiled(Mlp(), example)
     assert compiled(Mlp(), inputs).inputs[0].role == "state"
     assert (list(example), inputs.roles) == (["x"], {"x": "state"})
+
+
+def test_a_role_for_nobody() -> None:
+    assert error(fxc.InputError, lambda: compiled(Mlp(), fxc.Inputs(X, roles={"scael": "timestep"}))) == (
+        "a role is given to an unknown input 'scael'\n  why   known: x"
+    )
 
 
 def test_two_models_in_one_process(tmp_path: Path) -> None:

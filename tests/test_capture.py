@@ -122,6 +122,19 @@ def test_asking_for_an_axis_the_code_fixes_is_an_error() -> None:
         capture(Fixed().eval(), (torch.randn(2, 12),), dynamic={"x": [1]})
 
 
+def test_views_are_captured_as_reshapes() -> None:
+    """A view refuses operands that lie otherwise in memory, as after a rewrite they may."""
+
+    class Views(nn.Module):
+        def forward(self, x):
+            return x.transpose(1, 2).contiguous().view(x.shape[0], -1)
+
+    program = capture(Views().eval(), (torch.randn(2, 3, 4),))
+    names = [str(n.target) for n in program.graph.nodes]
+    assert "aten.reshape.default" in names
+    assert "aten.view.default" not in names
+
+
 def test_tied_weights_are_one_constant() -> None:
     class Tied(nn.Module):
         def __init__(self):

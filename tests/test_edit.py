@@ -148,22 +148,6 @@ def test_commit_leaves_dead_code_that_it_did_not_make() -> None:
     assert "exp_default" in text(program)
 
 
-def test_commit_makes_views_reshapes() -> None:
-    """The copy made the view legal; a pass that changes the program may change how values lie in memory."""
-    built = Builder(x=seeded(2, 3, 4))
-    copied = built.op(aten.contiguous.default, built.op(aten.transpose.int, built.x, 1, 2))
-    program = built.program(built.op(aten.view.default, copied, [-1, 12]))
-    before = interpret(program, program.example)
-    Edit(program).commit()
-    assert "view_default = view(" in text(program)
-    edit = Edit(program)
-    with edit.site(copied):
-        edit.replace(copied, node(program, "transpose_int"))
-    edit.commit()
-    assert "view_default = reshape(transpose_int, [-1, 12])" in text(program)
-    assert torch.equal(interpret(program, program.example)[0], before[0])
-
-
 def test_a_site_records_what_was_done() -> None:
     program = linear_relu()
     edit = Edit(program)

@@ -48,7 +48,7 @@ class Exported(ExportedProgram):
 
 
 def exported_program(outlined: Outline, decomposed: bool = False) -> Exported:
-    """The outline as an ExportedProgram whose leaves are buffers of one element seen at full size: nothing is copied or traced."""
+    """The outline as an ExportedProgram whose leaves are buffers nobody writes or reads, so they take no memory: nothing is copied or traced."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     mode = next(n.meta["val"].fake_mode for n in (*outlined.inputs, *outlined.nodes) if hasattr(n.meta["val"], "fake_mode"))
     buffers = [_buffer(graph, i, leaf, mode) for i, leaf in enumerate(outlined.leaves)]
@@ -65,7 +65,7 @@ def exported_program(outlined: Outline, decomposed: bool = False) -> Exported:
     inputs = [InputSpec(InputKind.BUFFER, TensorArgument(b.name), b.name, persistent=True) for b in buffers]
     inputs += [InputSpec(InputKind.USER_INPUT, TensorArgument(env[n].name), None) for n in outlined.inputs]
     outputs = [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(env[n].name), None) for n in outlined.results]
-    values = {b.name: torch.zeros((), dtype=leaf.dtype).expand(leaf.shape) for b, leaf in zip(buffers, outlined.leaves, strict=True)}
+    values = {b.name: torch.empty(leaf.shape, dtype=leaf.dtype) for b, leaf in zip(buffers, outlined.leaves, strict=True)}
     signature = ExportGraphSignature(inputs, outputs)
     calls = [_calls(inputs[len(buffers) :], outputs)]
     exported = Exported(torch.nn.Module(), graph, signature, values, _ranges(outlined), calls, constants={})

@@ -76,4 +76,4 @@ def _decibel(signal: float, noise: float) -> float:
         return inf
     if isnan(signal) or isnan(noise):
         return nan
-    return 10 * log10(signal / noise) if signal else -inf
+    return 10 * log10(signal / noise) if signal and noise != inf else -inf

@@ -16,8 +16,13 @@ from fxcompress.transport.resize import Resizer
 from fxcompress.transport.solver import Extra
 
 aten = torch.ops.aten
-BIAS_ARGUMENT = {aten.layer_norm.default: 3, aten.group_norm.default: 3, aten.linear.default: 2}  # else the third, as of convolutions
-GAIN_ARGUMENT = {aten.layer_norm.default: 2, aten.rms_norm.default: 2, aten.group_norm.default: 2}
+# the place of an operand among the arguments; of a bias elsewhere, as in convolutions, the third
+BIAS_ARGUMENT: dict[Any, int] = {
+    aten.layer_norm.default: 3,
+    aten.group_norm.default: 3,
+    aten.linear.default: 2,
+}
+GAIN_ARGUMENT: dict[Any, int] = {aten.layer_norm.default: 2, aten.rms_norm.default: 2, aten.group_norm.default: 2}
 
 
 class Applied:
@@ -61,17 +66,18 @@ class Applied:
         """c -> c v: the number added becomes a vector."""
         node, factor = extra.node, self._number(extra)
         if bool((factor == 1).all()):
-            return
-        number = next(a for a in node.args[:2] if not isinstance(a, fx.Node))
+            return None
+        number: Any = next((a for a in node.args[:2] if not isinstance(a, fx.Node)), None)
+        if number is None:  # another plan has made it a vector
+            return self._rescale(node, next(a for a in node.args[:2] if a not in self.plan.values), factor)
         place = None if "Tensor" in node.target._overloadname else node.next  # type: ignore[union-attr]
         vector = self._constant(node, "constant", number * factor, place)
         if place is not None:  # an overload that takes numbers only
             other = aten.sub.Tensor if "sub" in str(node.target) else aten.add.Tensor
             operands = [vector if a is number else a for a in node.args[:2]]
             operands = operands[::-1] if node.target is aten.rsub.Scalar else operands
-            self.edit.replace(node, self.edit.insert(other, *operands, like=node, before=place, val=node.meta.get("val")))
-            return
-        self.edit.update(node, *(vector if a is number else a for a in node.args), **node.kwargs)
+            return self.edit.replace(node, self.edit.insert(other, *operands, like=node, before=place, val=node.meta.get("val")))
+        return self.edit.update(node, *(vector if a is number else a for a in node.args), **node.kwargs)
 
     def _bias(self, extra: Extra) -> None:
         """A bias where there was none."""
@@ -84,8 +90,18 @@ class Applied:
         """A gain where there was none."""
         factor = self._number(extra)
         if bool((factor == 1).all()):
-            return
-        self._set(extra.node, GAIN_ARGUMENT[extra.node.target], self._constant(extra.node, "weight", factor))  # type: ignore[index]
+            return None
+        node, place = extra.node, GAIN_ARGUMENT[extra.node.target]
+        gain = node.args[place] if len(node.args) > place else node.kwargs.get("weight")
+        if gain is not None:  # another plan has made it
+            return self._rescale(node, gain, factor)
+        return self._set(node, place, self._constant(node, "weight", factor))
+
+    def _rescale(self, node: fx.Node, constant: Any, factor: Tensor) -> None:
+        old = self.program.constants[str(constant.target)]
+        new = self._constant(node, "constant", old.double() * factor)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: new if n is constant else n)
+        self.edit.update(node, *args, **kwargs)
 
     def _input(self, extra: Extra) -> None:
         """b -> b - W z for an input shifted by z."""
@@ -93,7 +109,7 @@ class Applied:
         weight = self._value(port.node).double()
         if port.split:
             axis, groups = port.split
-            weight = weight.unflatten(axis, (groups, -1))
+            weight = weight.reshape(*weight.shape[:axis], groups, -1, *weight.shape[axis + 1 :])
         z = self._number(extra)
         if not z.any():
             return
@@ -104,7 +120,7 @@ class Applied:
         if node.target in (aten.mm.default, aten.matmul.default, aten.bmm.default):
             self._insert_add(node, delta)
             return
-        place = 0 if node.target is aten.addmm.default else BIAS_ARGUMENT.get(node.target, 2)  # type: ignore[arg-type]
+        place = 0 if node.target is aten.addmm.default else BIAS_ARGUMENT.get(node.target, 2)
         bias: Any = node.args[place] if len(node.args) > place else node.kwargs.get("bias")
         if bias is None:
             self._set(node, place, self._constant(node, "bias", delta))
@@ -117,8 +133,9 @@ class Applied:
             self._set(node, place, self.edit.constant(str(bias.target), new, like=node))
 
     def _insert_add(self, node: fx.Node, delta: Tensor) -> None:
-        place = node.next
-        product = self.edit.insert(node.target, *node.args, like=node, before=place, val=node.meta.get("val"), **node.kwargs)  # type: ignore[arg-type]
+        place, target = node.next, node.target
+        assert callable(target)
+        product = self.edit.insert(target, *node.args, like=node, before=place, val=node.meta.get("val"), **node.kwargs)
         bias = self._constant(node, "bias", delta, place)
         self.edit.replace(node, self.edit.insert(aten.add.Tensor, product, bias, like=node, before=place, val=node.meta.get("val")))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fxcompress.transport.labels import UNSET, Index, Kind, Label, as_tensor
+from fxcompress.transport.labels import UNSET, Index, Kind, Label, as_tensor, occurrences
 
 Change = Callable[[Tensor], Tensor]
 
@@ -52,7 +53,7 @@ class Gathered:
     def __call__(self, x: Tensor) -> Tensor:
         """The value rearranged."""
         for label, places, sizes in zip(self.labels, self.places, self.sizes, strict=True):
-            x = _on_slot(x, label, lambda flat, p=places: flat[..., as_tensor(p)], sizes)
+            x = _on_slot(x, label, partial(_taken, places), sizes)
         return x
 
     def is_identity(self) -> bool:
@@ -71,7 +72,7 @@ class Rotated:
         """The value rotated."""
         wide = x.to(torch.float64)
         for label, mixes in zip(self.labels, self.mixes, strict=True):
-            wide = _on_slot(wide, label, lambda flat, m=mixes: _mixed(flat, m), tuple(label.index.shape[a] for a in label.slot))
+            wide = _on_slot(wide, label, partial(_mixed, mixes), tuple(label.index.shape[a] for a in label.slot))
         return wide.to(x.dtype)
 
     def is_identity(self) -> bool:
@@ -79,7 +80,11 @@ class Rotated:
         return not any(self.mixes)
 
 
-def _mixed(flat: Tensor, mixes: Sequence[tuple[Index, Tensor]]) -> Tensor:
+def _taken(places: Index, flat: Tensor) -> Tensor:
+    return flat[..., as_tensor(places)]
+
+
+def _mixed(mixes: Sequence[tuple[Index, Tensor]], flat: Tensor) -> Tensor:
     flat = flat.clone()
     for positions, matrix in mixes:
         at = as_tensor(positions)
@@ -105,12 +110,9 @@ def permuted(labels: tuple[Label, ...], source: Index) -> Gathered:
 def _sources(index: Index, source: Index) -> Index:
     flat = index.ravel()
     order = np.argsort(flat, kind="stable")
-    starts = np.searchsorted(flat[order], flat)
-    occurrence = np.empty_like(flat)
-    occurrence[order] = np.arange(len(flat)) - np.searchsorted(flat[order], flat[order])
     wanted = np.where(flat == UNSET, UNSET, source[flat])
-    places = order[np.searchsorted(flat[order], wanted) + occurrence]
-    assert (flat[places] == wanted).all() and len(starts) == len(places), "a block whose channels don't occur equally often"
+    places: Index = order[np.searchsorted(flat[order], wanted) + occurrences(flat)]
+    assert (flat[places] == wanted).all(), "a block whose channels don't occur equally often"
     return places
 
 

@@ -155,7 +155,7 @@ class Classes:
         return index
 
     def refine(self, tag: Any, index: Index, key: Index) -> None:
-        """Channels met under different sets of keys at one op (tag) may not mix. key broadcasts against index; the last call counts."""
+        """Channels met under different sequences of keys at one op (tag) may not mix. key broadcasts against index; the last call counts."""
         index, key = np.broadcast_arrays(index, key)
         self.marks[tag] = (index.ravel(), key.ravel())
 
@@ -168,23 +168,28 @@ class Classes:
         for tag, (index, key) in enumerate([*self.marks.values(), *seen]):
             colour += _hashed(_summary(index, key, count) + _hashed(np.array([tag])))
         roots = self.parent[:-1]
-        order = np.argsort(roots, kind="stable")
-        rank = np.zeros(count, np.int64)
-        rank[order] = np.arange(count) - np.searchsorted(roots[order], roots[order])
         whole = np.zeros(count, np.uint64)
-        np.add.at(whole, roots, _hashed(colour + _hashed(rank)))
+        np.add.at(whole, roots, _hashed(colour + _hashed(occurrences(roots))))
         return np.unique(whole[roots], return_inverse=True)[1].ravel()
 
 
+def occurrences(flat: Index) -> Index:
+    """Per entry how often its value stood before it."""
+    order = np.argsort(flat, kind="stable")
+    count = np.empty_like(flat)
+    count[order] = np.arange(len(flat)) - np.searchsorted(flat[order], flat[order])
+    return count
+
+
 def _summary(index: Index, key: Index, count: int) -> npt.NDArray[np.uint64]:
-    """Per parameter a number for the bag of keys it stands under."""
+    """Per parameter a number for the sequence of keys it stands under: its n-th place may be taken by another's n-th place alone."""
     sums = np.zeros(count + 1, np.uint64)
-    np.add.at(sums, index, _hashed(key))
+    np.add.at(sums, index, _hashed(_hashed(key) + _hashed(occurrences(index))))
     return sums[:-1]
 
 
 def _hashed(values: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
-    """splitmix64: sums of these tell bags of keys apart."""
+    """splitmix64: sums of these tell sequences of keys apart."""
     z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

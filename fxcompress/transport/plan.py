@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.edit import Edit, Site
-from fxcompress.interpret import evaluate, run
+from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.program import Program
-from fxcompress.transport.change import Change, Elementwise, applied, permuted, removed, rotated
-from fxcompress.transport.facts import Facts, arguments, is_getitem
+from fxcompress.transport.change import Change, Elementwise, permuted, removed, rotated
+from fxcompress.transport.facts import Facts
 from fxcompress.transport.labels import FREE, UNSET, Index, Kind, Label, Stop, as_tensor
-from fxcompress.transport.policy import rank  # noqa: F401 - part of the module's face
 from fxcompress.transport.relations import relate
 from fxcompress.transport.solver import Extra, Seed, Solver
 
@@ -102,9 +101,9 @@ class Plan:
         return self._rotation(vector)
 
     def audit(self, before: Program, after: Program, vector: Any, inputs: Sequence[Tensor]) -> dict[str, float]:
-        """Per labelled value, by name, how far it is in `after` from its change applied to it in `before`: max |d| / rms."""
-        names = {node.name: change for node, change in self.changes(vector).items()}
-        names |= {n.name: _same for n in self.values if n.name not in names}
+        """Per labelled value but constants, by name: max |d| / rms between it in `after` and its change of what it was in `before`."""
+        changes = self.changes(vector)
+        names = {n.name: changes.get(n, _same) for n in self.values if n.op != "get_attr"}
         old = _kept(before, inputs, names)
         new = _kept(after, inputs, names)
         return {name: relative_error(names[name](old[name]), new[name]) for name in names if name in old and name in new}
@@ -187,6 +186,3 @@ def solved(solver: Solver) -> Plan:
             pinned[solver.stops[stop]] = np.flatnonzero(classes.pinned[roots] == stop)
     extras = tuple(e for e in solver.extras.values())
     return Plan(solver.facts, solver.kind, tuple(solver.seeds), numbered, blocks, pinned, values, extras, dict(solver.choices))
-
-
-__all__ = ["Plan", "applied", "arguments", "evaluate", "is_getitem", "solved"]

@@ -43,7 +43,8 @@ def _rank(s: Solver, value: fx.Node) -> int:
         return 1 if shared else 3
     if value.op != "call_function":
         return 0
-    found = _by_op(s, value, str(getattr(value.target, "_schema", None) and value.target._schema.name.split("::")[1] or "getitem"))  # type: ignore[union-attr]
+    schema = getattr(value.target, "_schema", None)
+    found = _by_op(s, value, "getitem" if schema is None else schema.name.split("::")[1])
     return min(found, 1) if shared else found
 
 

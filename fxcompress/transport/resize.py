@@ -1,9 +1,10 @@
-"""Literal sizes in an op's arguments, rewritten after channels are gone: views, slices, pieces, groups, and what attention derives from a size."""
+"""Literal sizes in an op's arguments, rewritten when channels go: of views, slices, pieces, groups, and what attention derives from a size."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ class Resizer:
             return None
         ends = np.cumsum([0, *(int(v.shape[axis]) for v in self.facts.value(node))])
         marks = [self._before(node, kept, int(e)) for e in ends]
-        return [b - a for a, b in zip(marks, marks[1:], strict=False)]
+        return [b - a for a, b in pairwise(marks)]
 
     def _kept_along(self, x: Any, axis: int) -> Any:
         """[other slot positions, axis]: what stays, of the rows that do; None if nothing is dropped along the axis."""

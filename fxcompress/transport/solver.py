@@ -149,7 +149,7 @@ class Solver:
     def _merge(self, value: fx.Node, index: Index, power: float) -> bool:
         """Whether a position became known."""
         labels = self.values.setdefault(value, [])
-        for number, label in enumerate(labels):
+        for label in labels:
             if label.power == power and label.index.shape == index.shape and (label.index == index).all():
                 return False
         for label in labels:

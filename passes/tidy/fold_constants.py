@@ -37,6 +37,7 @@ class FoldConstants(Transform):
         """One site per cone, at its last node."""
         declined: dict[str, Reject] = {}
         roots = folded_roots(on.program, declined)
+        roots = [r for r in roots if on.admits(r)]
         for root, value in zip(roots, evaluated(on.program, roots), strict=True):
             module = module_path(root)
             with edit.site(root, "computed from constants alone"):

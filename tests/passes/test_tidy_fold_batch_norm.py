@@ -34,13 +34,13 @@ def conv_bn(**options: Any) -> Program:
 def test_before_and_after() -> None:
     before = conv_bn()
     assert text(before) == lines("""
-        conv2d = conv2d(input, %0.weight, %0.bias)
+        conv2d = conv2d(input_1, %0.weight, %0.bias)
         batch_norm = batch_norm(conv2d, %1.weight, %1.bias, %1.running_mean, %1.running_var, False, 0.1, 1e-05, False)
         relu = relu(batch_norm)
         return relu""")
     after, report = run(before, NAME)
     assert text(after) == lines("""
-        conv2d_default = conv2d(input, %0.weight_1, %0.bias_1)
+        conv2d_default = conv2d(input_1, %0.weight_1, %0.bias_1)
         relu = relu(conv2d_default)
         return relu""")
     assert (report.fired, declined(report)) == (1, [])
@@ -119,7 +119,7 @@ def test_a_bias_of_zeros_is_left_out() -> None:
     norm.running_var.fill_(2.0)
     after, _ = run(captured(nn.Sequential(layer, norm), seeded(2, 3, 8, 8)), NAME)
     assert text(after) == lines("""
-        conv2d_default = conv2d(input, %0.weight_1, None)
+        conv2d_default = conv2d(input_1, %0.weight_1, None)
         return conv2d_default""")
 
 

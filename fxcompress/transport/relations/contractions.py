@@ -76,7 +76,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Product:
-    """out[lo] = sum over letters of a[la] b[lb] + bias. bias_at: the letters of the bias; shifts: whether an op for shifts of an input exists."""
+    """out[lo] = sum over letters of a[la] b[lb] + bias. no_shift: why a shift of an input can't become a bias."""
 
     node: fx.Node
     a: Port
@@ -85,7 +85,7 @@ class Product:
     bias: Any = None
     bias_letters: tuple[str, ...] = ()
     bias_split: int | None = None
-    no_shift: str = ""  # why a shift of an input can't become a bias
+    no_shift: str = ""
     roles: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -455,7 +455,7 @@ def _attended(s: Solver, node: fx.Node, port: Port, partner: Port, own: str, lab
     if s.kind == Kind.REMOVE and len(letters) > 1:
         index = _only(s, port, index, lead)
         port.put(s, index, label.power)
-    if own not in letters or s.kind == Kind.REMOVE and len(letters) > 1:
+    if own not in letters or (s.kind == Kind.REMOVE and len(letters) > 1):
         return _per_head(s, node, port, partner, Label(index, label.power), ports, mask)
     if s.kind == Kind.SHIFT and own == "in":
         if port.letters[-2] == "row":

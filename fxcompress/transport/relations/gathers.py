@@ -31,8 +31,21 @@ def gathered(
     offset = 0
     for source, size in zip(sources, sizes, strict=True):
         for result, places in results:
-            _pick(s, source, result, places - offset, size, axis, drop)  # type: ignore[operator]
+            assert places is not None
+            _pick(s, source, result, np.asarray(places - offset), size, axis, drop)
         offset += size
+    if s.kind.is_mixing:
+        _part(s, node, sizes, results, axis, drop)
+
+
+def _part(s: Solver, node: fx.Node, sizes: Sequence[int], results: Sequence[tuple[fx.Node, Any]], axis: int, drop: bool) -> None:
+    """Channels that a result takes from different sources may not mix."""
+    ends = np.cumsum(sizes)
+    for result, places in results:
+        for label in s.labels(result) if not drop else ():
+            if label.index.shape[axis] > 1:
+                key = np.searchsorted(ends, places, side="right")
+                s.classes.refine((node, result, label.index.shape), label.index, key.reshape(-1, *(1,) * (label.index.ndim - axis - 1)))
 
 
 def _pick(s: Solver, source: Any, result: fx.Node, places: Index, size: int, axis: int, drop: bool) -> None:
@@ -50,9 +63,19 @@ def _pick(s: Solver, source: Any, result: fx.Node, places: Index, size: int, axi
         s.put(result, _shaped(_masked(index, own, axis), axis, drop), label.power)
     covered = np.zeros(size, bool)
     covered[places[own]] = True
+    if s.kind.is_mixing and not covered.all():
+        _kept_apart(s, source, result, covered, axis)
     for label in s.labels(result):
         index = np.expand_dims(label.index, axis) if drop else label.index
         s.put(source, _scattered(s, index, places, own, covered, axis), label.power)
+
+
+def _kept_apart(s: Solver, source: Any, result: fx.Node, covered: Any, axis: int) -> None:
+    """What a result takes may not mix with what it leaves."""
+    for label in s.labels(source):
+        if label.index.shape[axis] > 1:
+            key = covered.astype(np.int64).reshape(-1, *(1,) * (label.index.ndim - axis - 1))
+            s.classes.refine((source, result, label.index.shape), label.index, key)
 
 
 def _scattered(s: Solver, index: Index, places: Index, own: Any, covered: Any, axis: int) -> Index:
@@ -165,7 +188,10 @@ def _put_position(s: Solver, node: fx.Node, part: fx.Node, number: int, count: i
     for label in s.labels(part):
         s.put(node, _masked(np.expand_dims(label.index, axis), only, axis), label.power)
     for label in s.labels(node):
-        s.put(part, label.index.take(number if label.index.shape[axis] > 1 else 0, axis), label.power)
+        if s.kind.is_mixing and label.index.shape[axis] > 1:
+            key = np.arange(count).reshape(-1, *(1,) * (label.index.ndim - axis - 1))
+            s.classes.refine((node, label.index.shape), label.index, key)
+        s.put(part, label.index.take([number if label.index.shape[axis] > 1 else 0], axis).squeeze(axis), label.power)
 
 
 def split(s: Solver, node: fx.Node) -> None:
@@ -244,10 +270,9 @@ def repeat(s: Solver, node: fx.Node) -> None:
     rank, x = len(s.shape(node)), given["self"]
     lead = rank - len(s.shape(x))
     changed = {a - lead: r for a, r in enumerate(repeats) if a >= lead and not (isinstance(r, int) and r == 1)}
-    if lead or not changed:
+    if lead or not changed or not all(isinstance(r, int) for r in changed.values()):
         return _tiled(s, node, x, repeats, lead)
-    maps = {a: (lambda n, r=r: np.tile(np.arange(n), r)) for a, r in changed.items() if isinstance(r, int)}
-    _one_axis(s, node, x, maps if len(maps) == len(changed) else None)
+    _one_axis(s, node, x, {a: (lambda n, r=r: np.tile(np.arange(n), r)) for a, r in changed.items()})
 
 
 def _tiled(s: Solver, node: fx.Node, x: Any, repeats: Any, lead: int) -> None:
@@ -286,7 +311,7 @@ def pad(s: Solver, node: fx.Node) -> None:
     """Positions added at the ends of axes. Zeros stay zeros under all but a shift; other fillings only where channels just move."""
     given = s.args(node)
     x, widths, value = given["self"], given["pad"], given.get("value") or 0
-    if (s.kind == "shift" or (value and s.kind != "permute" and s.kind != "remove")) or given.get("mode", "constant") != "constant":
+    if (s.kind == Kind.SHIFT or (value and s.kind not in (Kind.PERMUTE, Kind.REMOVE))) or given.get("mode", "constant") != "constant":
         return s.stop_all(node, [x, node], f"{node.name} pads with values that a {s.kind} would have to change")
     rank = len(s.shape(x))
     padded = {rank - 1 - i // 2: (widths[i], widths[i + 1]) for i in range(0, len(widths), 2) if widths[i] or widths[i + 1]}

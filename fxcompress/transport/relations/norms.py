@@ -79,7 +79,7 @@ def _affine(s: Solver, node: fx.Node, weight: Any, bias: Any, depth: int) -> Non
         index = s.coarsen(label.index, outside)
         s.put(node, index, label.power)
         index = index.reshape(index.shape[index.ndim - depth :])
-        if s.kind == Kind.ROTATE or s.kind == Kind.REMOVE:
+        if s.kind in (Kind.ROTATE, Kind.REMOVE):
             s.stop(node, label.index, f"{node.name} norms over the channels that a {s.kind} would change")
         elif s.kind == Kind.SHIFT:
             _shifted(s, node, bias, index, label.power)

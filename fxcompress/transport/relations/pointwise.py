@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.transport.labels import KINDS, UNSET, Index, Kind, Label
+from fxcompress.transport.labels import KINDS, Index, Kind, Label
 from fxcompress.transport.policy import rank
 from fxcompress.transport.solver import Solver
 
@@ -216,11 +215,11 @@ def triple(s: Solver, node: fx.Node, operands: tuple[Any, Any], weights: tuple[f
     """result = w0 a + w1 b in the exponents (products) or in the values (sums). A change is carried by two of the three."""
     a, b = operands
     if a is b:
-        total = weights[0] + weights[1]
+        total = weights[0] + weights[1] if s.kind != Kind.SIGN else 0.0  # a sign times itself is none
         for label in s.labels(a) if total else ():
             s.put(node, label.index, label.power * total)
         for label in s.labels(node):
-            s.put(a, label.index, label.power / total) if total else s.stop(node, label.index, f"{node.name} is constant")
+            s.put(a, label.index, label.power / total) if total else s.stop(node, label.index, f"{node.name} meets {a.name} with itself")
         return
     ports = {"a": (a, weights[0]), "b": (b, weights[1]), "out": (node, -1.0)}
     if not any(s.labels(port) for port, _ in ports.values()):
@@ -311,7 +310,7 @@ def _stays(kind: Kind, number: Any) -> bool:
 
 def extremes(s: Solver, node: fx.Node) -> None:
     """The greater or smaller of two."""
-    operands = [x for x in (s.args(node)["self"], s.args(node)["other"])]
+    operands = [s.args(node)["self"], s.args(node)["other"]]
     if s.kind in (Kind.SIGN, Kind.ROTATE) or not all(isinstance(x, fx.Node) for x in operands):
         return s.stop_all(node, [*operands, node], f"{node.name} compares channels, and a {s.kind} would change who wins")
     spread_over(s, [*operands, node])
@@ -365,17 +364,13 @@ def blind(s: Solver, node: fx.Node) -> None:
     """Reads the form of a value, not its numbers."""
     if s.kind == Kind.REMOVE and s.shape(node):
         return alike(s, node)
-    if node.target in FILLED and s.kind in (Kind.PERMUTE, Kind.SCALE, Kind.SIGN):
-        return
-    s.stop_all(node, [node], f"{node.name} makes its values from nothing")
+    return generated(s, node)
 
 
 def generated(s: Solver, node: fx.Node) -> None:
-    """Values made in the graph from sizes: zeros take any scale, one number any order."""
-    fill = FILLED.get(node.target)
-    if s.kind == Kind.PERMUTE and node.target in FILLED:
-        return
-    if fill == 0 and s.kind in (Kind.SCALE, Kind.SIGN, Kind.ROTATE):
+    """Values made in the graph: zeros take any scale and rotation, one number any order."""
+    is_filled = node.target in FILLED
+    if is_filled and (s.kind == Kind.PERMUTE or (FILLED[node.target] == 0 and s.kind in (Kind.SCALE, Kind.SIGN, Kind.ROTATE))):
         return
     s.stop_all(node, [node], f"{node.name} makes its values in the graph: fold constants first")
 
@@ -453,7 +448,7 @@ TABLE: Mapping[Any, Relation] = {
     **dict.fromkeys((aten.dropout.default, aten.feature_dropout.default), _dropout),
     **dict.fromkeys((*_COMPARISONS, *_LOGIC), moves_only),
     **dict.fromkeys(FILLED, generated),
-    **dict.fromkeys((*LIKE, aten.sym_size.int), blind),
+    **dict.fromkeys((*LIKE, aten.sym_size.int), blind),  # zeros_like and its like stand in both: they read a form too
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), generated),
     aten.copy.default: _copied,
 }

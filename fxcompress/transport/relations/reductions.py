@@ -75,7 +75,7 @@ def _length(s: Solver, node: fx.Node, axes: list[int]) -> None:
 
 
 def _is_euclidean(node: fx.Node) -> bool:
-    return len(node.args) < 2 or node.args[1] == 2
+    return len(node.args) < 2 or bool(node.args[1] == 2)
 
 
 def softmax(s: Solver, node: fx.Node) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.transport.labels import Index
+from fxcompress.transport.facts import grouped
+from fxcompress.transport.labels import Index, Kind
 from fxcompress.transport.solver import Solver
 
 aten = torch.ops.aten
@@ -30,13 +31,13 @@ def permute(s: Solver, node: fx.Node) -> None:
 
 
 def _order(s: Solver, node: fx.Node) -> list[int]:
-    rank = len(s.shape(node))
+    rank, args = len(s.shape(node)), tuple[Any, ...](node.args)
     if node.target is aten.permute.default:
-        return [a % rank for a in node.args[1]]  # type: ignore[union-attr, operator]
+        return [a % rank for a in args[1]]
     order = list(range(rank))
     if rank > 1:
-        a, b = node.args[1:3] if len(node.args) == 3 else (-2, -1)
-        order[a % rank], order[b % rank] = order[b % rank], order[a % rank]  # type: ignore[operator]
+        a, b = args[1:3] if len(args) == 3 else (-2, -1)
+        order[a % rank], order[b % rank] = order[b % rank], order[a % rank]
     return order
 
 
@@ -68,6 +69,29 @@ def reshaped(s: Solver, index: Index, groups: Any, before: Any, after: Any) -> I
 def expand(s: Solver, node: fx.Node) -> None:
     """Repetition along axes of size 1: the value knows one parameter for all copies."""
     mapped(s, node, node.args[0], lambda i: i, lambda i: i)
+
+
+def shuffle(s: Solver, node: fx.Node) -> None:
+    """[.., C r r, H, W] to [.., C, H r, W r] or back."""
+    deep, wide = (node.args[0], node) if node.target is aten.pixel_shuffle.default else (node, node.args[0])
+    before, after, r = s.shape(deep), s.shape(wide), s.args(node)["upscale_factor" if deep is node.args[0] else "downscale_factor"]
+    lead, height, width = after[:-2], before[-2], before[-1]
+    parted, mixed, rank = (*lead, r, r, height, width), (*lead, height, r, width, r), len(lead)
+    order = [*range(rank), rank + 2, rank, rank + 3, rank + 1]
+
+    whole = s.kind == Kind.REMOVE  # the factor stays: all r r go or none
+
+    def forth(i: Index) -> Index:
+        i = reshaped(s, i, grouped(before, parted), before, parted)
+        i = (s.coarsen(i, (rank, rank + 1)) if whole else i).transpose(order)
+        return reshaped(s, i, grouped(mixed, after), mixed, after)
+
+    def back(i: Index) -> Index:
+        i = reshaped(s, i, grouped(after, mixed), after, mixed).transpose(np.argsort(order))
+        i = s.coarsen(i, (rank, rank + 1)) if whole else i
+        return reshaped(s, i, grouped(parted, before), parted, before)
+
+    mapped(s, node, node.args[0], *((forth, back) if deep is not node else (back, forth)))
 
 
 def as_complex(s: Solver, node: fx.Node) -> None:
@@ -102,6 +126,8 @@ TABLE: Mapping[Any, Any] = {
         reshape,
     ),
     **dict.fromkeys((aten.expand.default, aten.expand_as.default, aten.broadcast_to.default), expand),
+    aten.pixel_shuffle.default: shuffle,
+    aten.pixel_unshuffle.default: shuffle,
     aten.view_as_complex.default: as_complex,
     aten.view_as_real.default: as_real,
 }
