@@ -47,24 +47,29 @@ def site_by_site(program: Program, sites: Sequence[fx.Node], model: onnx.ModelPr
     seen = dict(zip((v.name for v in model.graph.input), probe, strict=True))
     names = [n for n in dict.fromkeys([*read.values(), *(s.name for s in compared)]) if n not in seen]
     seen.update(zip(names, run(_exposing(model, names), probe), strict=True))
-    errors = {s.name: relative_error(_in_torch(program, s, seen[read[s]]), seen[s.name]) for s in compared}
+    constant = _constants(program)
+    errors = {s.name: relative_error(_in_torch(program, s, seen[read[s]], constant), seen[s.name]) for s in compared}
     for site in compared:
         if not errors[site.name] <= (limit := EXACT_LIMIT.get(seen[site.name].dtype, 0.0)):
             raise _refusal(f"{module_path(site) or 'the root module'}  ({site.name})", errors[site.name], limit)
     return errors
 
 
-def _in_torch(program: Program, site: fx.Node, value: Tensor) -> Tensor:
+def _in_torch(program: Program, site: fx.Node, value: Tensor, constant: set[fx.Node]) -> Tensor:
     """The site's result on this input; its other operands are constants."""
-    env: dict[fx.Node, Any] = {}
-    for node in site.all_input_nodes:
-        env[node] = _constant(program, node) if _is_constant(node) else value
+    env = {n: _constant(program, n) if n in constant else value for n in site.all_input_nodes}
     result: Tensor = evaluate(site, env, program.constants)
     return result
 
 
-def _is_constant(node: fx.Node) -> bool:
-    return node.op == "get_attr" or (bool(node.all_input_nodes) and all(_is_constant(n) for n in node.all_input_nodes))
+def _constants(program: Program) -> set[fx.Node]:
+    """What no input decides."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr" or (node.op == "call_function" and sources and found.issuperset(sources)):
+            found.add(node)
+    return found
 
 
 def _constant(program: Program, node: fx.Node) -> Any:
