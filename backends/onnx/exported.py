@@ -48,7 +48,7 @@ class Exported(ExportedProgram):
 
 
 def exported_program(outlined: Outline, decomposed: bool = False) -> Exported:
-    """The outline as an ExportedProgram whose leaves are buffers nobody writes or reads, so they take no memory: nothing is copied or traced."""
+    """The outline as an ExportedProgram whose leaves are buffers nobody touches, so they take no memory: nothing is copied or traced."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     mode = next(n.meta["val"].fake_mode for n in (*outlined.inputs, *outlined.nodes) if hasattr(n.meta["val"], "fake_mode"))
     buffers = [_buffer(graph, i, leaf, mode) for i, leaf in enumerate(outlined.leaves)]
