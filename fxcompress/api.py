@@ -69,11 +69,22 @@ def compile(  # noqa: PLR0913 - the arguments users say
     steps = len(passes) + 1
     done = manager.run(passes, lambda name, finished, _: progress(name or f"lower to {runner.name}", finished, steps))
     audit(manager.program)
+    folder, report = _lowered(recipe, runner, captured, manager, done, threads)
+    compiled = CompiledModel(folder, runner, report, threads, manager.program, getattr(loaded and loaded.model, "config", None))
+    weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
+    progress("", steps, steps)
+    return compiled
+
+
+def _lowered(
+    recipe: Recipe, runner: Backend, captured: Program, manager: Manager, done: list[PassReport], threads: int | None
+) -> tuple[Path, Report]:
+    """A temporary folder with the artifact's files, and its report; no folder is left if this fails."""
     folder = Path(tempfile.mkdtemp(prefix="fxcompress-"))
     try:
         runner.write(manager.program, folder)
         lowered = runner.report(manager.program, folder, manager.probe)
-        shipped = None if check == "off" else lowest_sqnr(manager.reference, runner.open(folder, threads).run(manager.probe))
+        shipped = None if manager.check == "off" else lowest_sqnr(manager.reference, runner.open(folder, threads).run(manager.probe))
         report = _report(recipe, captured, manager, done, lowered, shipped)
         store.save_graph(manager.program, folder)
         (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
@@ -81,10 +92,7 @@ def compile(  # noqa: PLR0913 - the arguments users say
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    compiled = CompiledModel(folder, runner, report, threads, manager.program, getattr(loaded and loaded.model, "config", None))
-    weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
-    progress("", steps, steps)
-    return compiled
+    return folder, report
 
 
 def _report(

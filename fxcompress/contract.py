@@ -131,7 +131,7 @@ class _Checker:
         self.carried = _first_sites(edit, self.touched)
         self.taken: dict[Any, dict[Any, fx.Node]] = {}  # per tuple, the changed values that are taken out of it
         for node in edit.changes:
-            if node.target is operator.getitem:
+            if node.target is operator.getitem and node in self.steps:
                 self.taken.setdefault(self.steps[node].args[0], {})[self.steps[node].args[1]] = node
         self.old: dict[fx.Node, Any] = {}
 
@@ -153,7 +153,8 @@ class _Checker:
 
     def _pairs(self) -> Iterator[_Pair]:
         for site in self.edit.sites:
-            for old, new in [*site.replaced.items(), *((n, n) for n in site.touched)]:
+            touched = (n for n in site.touched if n not in self.edit.loose)
+            for old, new in [*site.replaced.items(), *((n, n) for n in touched)]:
                 if old in self.steps or old in self.origin:
                     yield _Pair(site, self._root(old), new, self._frontier(new))
         for node, site in self.carried.items():
@@ -185,7 +186,7 @@ class _Checker:
             if node in seen:
                 continue
             seen.add(node)
-            if node in self.origin or (node in self.steps and node.op != "get_attr"):
+            if node in self.origin or (node in self.steps and node.op != "get_attr" and node not in self.edit.loose):
                 found[node] = self._root(node)
             else:
                 stack.extend(node.all_input_nodes)
@@ -222,7 +223,7 @@ class _Checker:
         return seen
 
     def _compare(self, pair: _Pair) -> Measured:
-        before = self._changed(pair.old)
+        before = self._changed(pair.old, pair.new)
         after, flips = self._fresh(pair)
         bound = self.contract.bound(_leaves(before)[0], pair.new)
         figure = self._figure(before, after)
@@ -234,9 +235,11 @@ class _Checker:
         verdict: Verdict = "broken" if not verified else "unverified" if why else "held"
         return Measured(pair.site.name, pair.new.name, figure, bound, verdict, why)
 
-    def _changed(self, node: fx.Node) -> Any:
-        """An old value under the change recorded for it; a tuple under those of the values taken out of it."""
+    def _changed(self, node: fx.Node, stand_in: fx.Node) -> Any:
+        """An old value under the change recorded for it, or for the new node that stands for it; a tuple under those of what is taken out."""
         value = self.old[node]
+        if stand_in in self.edit.changes:
+            return self._applied(stand_in, value)
         if isinstance(value, tuple | list):
             taken = self.taken.get(node, {})
             return type(value)(self._applied(taken[i], v) if i in taken else v for i, v in enumerate(value))
@@ -258,7 +261,7 @@ class _Checker:
     def _fresh(self, pair: _Pair) -> tuple[Any, Iterator[tuple[str, Any]]]:
         """The new node's value from old values, and the same with each of its float operands negated in turn."""
         new = pair.new
-        env = {node: self._changed(root) for node, root in pair.frontier.items()}
+        env = {node: self._changed(root, node) for node, root in pair.frontier.items()}
         if self._is_old(new):
             return env[new], iter([("the value", _negated(env[new]))])
         for node in self._between(new, env):
@@ -283,10 +286,11 @@ class _Checker:
 def _first_sites(edit: Edit, touched: set[fx.Node]) -> dict[fx.Node, Site]:
     """Nodes that only carry changes, each with the first site that says so."""
     found: dict[fx.Node, Site] = {}
+    old_nodes = {step.node for step in edit.before}
     gone = {old for site in edit.sites for old in site.replaced}
     for site in edit.sites:
         for node in site.carried:
-            if node not in touched and node not in gone:
+            if node in old_nodes and node not in touched and node not in gone and node not in edit.loose:
                 found.setdefault(node, site)
     return found
 

@@ -7,7 +7,7 @@ Nodes are never removed while an edit is open: a replaced node only loses its re
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -54,6 +54,7 @@ class Edit:
         self.sites: list[Site] = []
         self.before: list[Step] = []  # filled when the first site is opened
         self.constants_before: dict[str, Tensor] = {}
+        self.loose: dict[fx.Node, None] = {}  # old values that nothing is said about any more, and no site compares
         self.changes: dict[fx.Node, list[Callable[[Any], Any]]] = {}  # per old value what happens to it, one after the other; else nothing
         self._undo: list[Callable[[], None]] = []
         self._erased: dict[fx.Node, None] = {}
@@ -122,6 +123,14 @@ class Edit:
         made = node.args[0] if node.target is operator.getitem else node  # a tuple is checked whole
         around = [n for n in (made, *node.users) if isinstance(n, fx.Node) and n.op == "call_function"]
         self._site().carried.extend(n for n in around if n not in self._site().carried)
+
+    def loosen(self, nodes: Iterable[fx.Node]) -> None:
+        """Record that these values change in a way that only what swallows it makes good; their readers are checked from what they read."""
+        for node in nodes:
+            if node not in self.loose:
+                self.loose[node] = None
+                self._undo.append(lambda n=node: self.loose.pop(n))  # type: ignore[misc]
+            self._site().carried.extend(u for u in node.users if u.op == "call_function" and u not in self._site().carried)
 
     def update(self, node: fx.Node, *args: Any, **kwargs: Any) -> None:
         """The op computes its value from other arguments."""

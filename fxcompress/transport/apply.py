@@ -43,6 +43,7 @@ class Applied:
                     self._fold(node, change)
                 else:
                     self.edit.carry(node, change)
+            self.edit.loosen(self.plan.loose)
             for extra in self.plan.extras:
                 getattr(self, f"_{extra.role}")(extra)
             if self.plan.kind == Kind.REMOVE:

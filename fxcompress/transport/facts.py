@@ -12,6 +12,8 @@ from torch import Tensor, fx
 from fxcompress.edit import fake_value
 from fxcompress.program import Program
 
+aten = torch.ops.aten
+KEEPING = (aten.expand.default, aten.expand_as.default, aten.clone.default, aten.contiguous.default, aten.to.dtype, aten._to_copy.default)
 Dim = Any  # an int, or a sympy expression where dynamic
 Shape = tuple[Dim, ...]
 Groups = list[tuple[list[int], list[int]]]  # per group: axes before, axes after, of equal product
@@ -45,6 +47,17 @@ class Facts:
                 return None
             self._shapes[node] = tuple(_dim(d) for d in value.shape)
         return self._shapes[node]
+
+    def distinct(self, node: fx.Node) -> Shape | None:
+        """The shape, with 1 along axes that an expand made: all positions there are one."""
+        shape = self.shape(node)
+        while shape is not None and node.op == "call_function" and node.target in KEEPING:
+            source: Any = node.args[0]
+            before = self.shape(source) or ()
+            lead = len(shape) - len(before)
+            shape = tuple(1 if a < lead or before[a - lead] == 1 else n for a, n in enumerate(shape))
+            node = source
+        return shape
 
     def arguments(self, node: fx.Node) -> dict[str, Any]:
         """Arguments by the schema's names, defaults filled in."""

@@ -28,7 +28,8 @@ IDENTITY = {Kind.SCALE: 1.0, Kind.SIGN: 1.0, Kind.SHIFT: 0.0}
 class Plan:
     """classes: parameter -> class, UNSET where pinned. blocks: class -> block, for kinds that mix. pinned: per reason the parameters.
 
-    values: every labelled value with its labels; leaves: the constants among them. choices: the route taken where there was one.
+    values: every labelled value with its labels; leaves: the constants among them. loose: values that change in a way no label says, until an
+    op swallows it. choices: the route taken where there was one.
     """
 
     facts: Facts
@@ -38,6 +39,7 @@ class Plan:
     blocks: Index
     pinned: Mapping[Stop, Index]
     values: Mapping[fx.Node, tuple[Label, ...]]
+    loose: tuple[fx.Node, ...]
     extras: tuple[Extra, ...]
     choices: Mapping[fx.Node, str]
 
@@ -184,5 +186,15 @@ def solved(solver: Solver) -> Plan:
     for stop in np.unique(classes.pinned[roots]):
         if stop != FREE:
             pinned[solver.stops[stop]] = np.flatnonzero(classes.pinned[roots] == stop)
-    extras = tuple(e for e in solver.extras.values())
-    return Plan(solver.facts, solver.kind, tuple(solver.seeds), numbered, blocks, pinned, values, extras, dict(solver.choices))
+    return Plan(
+        solver.facts,
+        solver.kind,
+        tuple(solver.seeds),
+        numbered,
+        blocks,
+        pinned,
+        values,
+        tuple(solver.loose),
+        tuple(solver.extras.values()),
+        dict(solver.choices),
+    )

@@ -50,6 +50,7 @@ class Solver:
         self.values: dict[fx.Node, list[Label]] = {}
         self.stops: list[Stop] = []
         self.seeds: list[tuple[Seed, Index]] = []
+        self.loose: dict[fx.Node, None] = {}
         self.extras: dict[tuple[fx.Node, str], Extra] = {}
         self.choices: dict[fx.Node, str] = dict(choices or {})
         self._queue: deque[fx.Node] = deque()
@@ -111,6 +112,27 @@ class Solver:
     def extra(self, node: fx.Node, role: str, index: Index, power: float, port: Any = None) -> None:
         """The op gains an operand; said again, the last word counts."""
         self.extras[node, role] = Extra(node, role, index, power, port)
+
+    def loosen(self, nodes: Iterable[fx.Node]) -> None:
+        """These values change in a way no label says, and nobody but what swallows it reads them."""
+        self.loose.update(dict.fromkeys(nodes))
+
+    def keep_rows(self, tag: Any, index: Index, axes: Iterable[int]) -> None:
+        """Channels of different positions along the axes may not mix."""
+        sizes = [n if a in set(axes) else 1 for a, n in enumerate(index.shape)]
+        if max(sizes, default=1) > 1:
+            self.classes.refine((tag, index.shape), index, np.arange(int(np.prod(sizes))).reshape(sizes))
+
+    def is_flat_in_rows(self, tag: Any, value: Any, index: Index) -> bool:
+        """Whether a value has one position along the last labelled axis; then channels that differ along its other axes may not mix."""
+        shape = (self.facts.distinct(value) or ()) if isinstance(value, fx.Node) else ()
+        lead = index.ndim - len(shape)
+        slot = [a for a, n in enumerate(index.shape) if n > 1]
+        own = [a for a in slot if a >= lead and shape[a - lead] != 1]
+        if slot[-1] in own:
+            return False
+        self.keep_rows(tag, index, own)
+        return True
 
     def coarsen(self, index: Index, axes: Iterable[int]) -> Index:
         """One parameter along each of the axes."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxcompress.transport.facts import KEEPING
 from fxcompress.transport.labels import Index, Kind, Label, canon
 from fxcompress.transport.relations.pointwise import is_flat
 from fxcompress.transport.solver import Solver
@@ -147,8 +148,8 @@ def _shifted_input(s: Solver, product: Product, port: Port, partner: Port, label
     fixed = product.bias is None or product.bias.op == "get_attr"
     if s.facts.is_constant(partner.node) and product.bias_letters and fixed and not product.no_shift:
         return s.extra(node, "input", _moved(label.index, port, partner), label.power, partner)
-    if port is product.b and _reaches_softmax(s, node, product):
-        return None
+    if port is product.b and (scores := _until_softmax(s, node, product)):
+        return s.loosen(scores)
     return s.stop(node, label.index, product.no_shift or f"{node.name}: a shift of {port.node.name} times {partner.node.name} varies with it")
 
 
@@ -494,7 +495,10 @@ def _may_hide_rows(s: Solver, node: fx.Node, mask: Any) -> str:
     """A row that sees no key gives 0 and not the shift; only a constant mask is known to have none."""
     if mask is None:
         return ""
-    tensor = s.facts.program.constant(mask)
+    source = mask
+    while source.op == "call_function" and source.target in KEEPING:
+        source = source.args[0]
+    tensor = s.facts.program.constant(source)
     if tensor is None:
         return f"{node.name}: the mask {mask.name} may hide all keys from a row, which then gives 0"
     seen = tensor if tensor.dtype == torch.bool else tensor > -torch.inf
@@ -508,22 +512,23 @@ def _masked(s: Solver, node: fx.Node, mask: Any, query: Port) -> None:
         s.put(query.node, index, label.power)
 
 
-def _reaches_softmax(s: Solver, node: fx.Node, product: Product) -> bool:
-    """Whether scores go nowhere but into a softmax over their last axis, on a way that keeps a shift of whole rows whole."""
+def _until_softmax(s: Solver, node: fx.Node, product: Product) -> list[fx.Node]:
+    """The scores, if they go nowhere but into a softmax over their last axis, on a way that keeps a shift of whole rows whole; else none."""
     if not product.out.letters or product.out.letters[-1] != "out":
-        return False
-    stack, rank = [node], len(s.shape(node))
+        return []
+    stack, rank, scores = [node], len(s.shape(node)), [node]
     while stack:
         value = stack.pop()
         for user in value.users:
             if user.target in SOFTMAX and s.args(user)["dim"] % rank == rank - 1:
                 continue
             if not _keeps_rows(s, value, user, rank):
-                return False
+                return []
             stack.append(user)
+            scores.append(user)
         if not value.users:
-            return False
-    return True
+            return []
+    return scores
 
 
 def _keeps_rows(s: Solver, value: fx.Node, user: fx.Node, rank: int) -> bool:

@@ -60,7 +60,8 @@ def _signed(s: Solver, node: fx.Node, x: fx.Node, weight: Any) -> None:
 
 def _rotated(s: Solver, node: fx.Node, x: fx.Node, weight: Any) -> None:
     for label in (*s.labels(x), *s.labels(node)):
-        if set(label.slot) != {label.index.ndim - 1}:
+        s.keep_rows(node, label.index, [a for a in label.slot if a < label.index.ndim - 1])
+        if label.index.ndim - 1 not in label.slot:
             s.stop(node, label.index, f"{node.name} norms other channels than the rotated ones")
         elif weight is not None and not is_uniform(s, weight, label.index):
             s.stop(node, label.index, f"{node.name} scales the channels by different gains, {weight.name}")

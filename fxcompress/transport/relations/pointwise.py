@@ -63,9 +63,15 @@ def spread_over(s: Solver, ports: Sequence[Any]) -> None:
     for port in ports:
         for label in s.labels(port):
             for other in ports:
-                moves = s.kind in (Kind.PERMUTE, Kind.REMOVE)
-                if other is not port and not (moves and is_flat(s, other, label.index)):
+                if other is not port and not _is_spared(s, port, other, label.index):
                     s.put(other, label.index, label.power)
+
+
+def _is_spared(s: Solver, port: Any, value: Any, index: Index) -> bool:
+    """Whether a value needs no label where channels only move: it is the same for all that may change places."""
+    if s.kind == Kind.PERMUTE:
+        return s.is_flat_in_rows((port, value), value, index)
+    return s.kind == Kind.REMOVE and is_flat(s, value, index)
 
 
 def is_flat(s: Solver, value: Any, index: Index) -> bool:
@@ -143,7 +149,7 @@ def _rotated_product(s: Solver, node: fx.Node, a: Any, b: Any) -> None:
         for label in s.labels(port):
             for x in (a, b) if port is node else (node,):
                 other = (b if port is a else a) if port is not node else (b if x is a else a)
-                if is_flat(s, other, label.index) or is_uniform(s, other, label.index):
+                if s.is_flat_in_rows((node, other), other, label.index) or is_uniform(s, other, label.index):
                     s.put(x, label.index, label.power)
                 elif port is not node or x is _carrier(s, (a, b), label.index):
                     s.stop(node, label.index, f"{node.name} multiplies the channels by different factors, {_described(other)}")
@@ -179,6 +185,7 @@ def squared(s: Solver, node: fx.Node) -> None:
     for label in s.labels(x):
         if not all(_sums_over(s, user, label) for user in node.users):
             s.stop(node, label.index, f"{node.name} squares channels that aren't summed over")
+        s.loosen([node])
     s.stop_all(node, [node], f"{node.name} squares: a rotation after it is none before it")
 
 
@@ -186,7 +193,8 @@ def _sums_over(s: Solver, user: fx.Node, label: Label) -> bool:
     if user.target not in (aten.mean.dim, aten.sum.dim_IntList):
         return False
     axes = {a % label.index.ndim for a in user.args[1] or range(label.index.ndim)}  # type: ignore[union-attr, operator]
-    return set(label.slot) <= axes
+    s.keep_rows(user, label.index, set(label.slot) - axes)
+    return bool(set(label.slot) & axes)
 
 
 def powers(s: Solver, node: fx.Node) -> None:

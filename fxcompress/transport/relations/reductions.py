@@ -49,27 +49,24 @@ def keep_rows(s: Solver, node: fx.Node, x: Any, axes: list[int]) -> None:
     """Positions along the axes are seen together: those of different rows may not mix."""
     for label in s.labels(x):
         if set(label.slot) & set(axes):
-            _in_rows(s, node, label.index, [a for a in label.slot if a not in axes])
-
-
-def _in_rows(s: Solver, node: fx.Node, index: Index, outside: list[int]) -> None:
-    shape = [n if a in outside else 1 for a, n in enumerate(index.shape)]
-    s.classes.refine((node, index.shape), index, np.arange(int(np.prod(shape))).reshape(shape))
+            s.keep_rows(node, label.index, [a for a in label.slot if a not in axes])
 
 
 def _within(s: Solver, node: fx.Node, index: Index, axes: list[int], slot: tuple[int, ...]) -> None:
     """A label along a reduced axis: swallowed where the result can't see order, or length under a rotation."""
     outside = [a for a in slot if a not in axes]
     if s.kind == Kind.PERMUTE:
-        return _in_rows(s, node, index, outside)
+        return s.keep_rows(node, index, outside)
     s.stop(node, index, f"{node.name} sums over the channels that a {s.kind} would change")
 
 
 def _length(s: Solver, node: fx.Node, axes: list[int]) -> None:
     """A norm sees no sign, and a Euclidean one no rotation of all that it sums."""
     for label in s.labels(node.args[0]):
-        unseen = s.kind == Kind.SIGN or (s.kind == Kind.ROTATE and set(label.slot) <= set(axes) and _is_euclidean(node))
-        if not unseen:
+        turned = s.kind == Kind.ROTATE and bool(set(label.slot) & set(axes)) and _is_euclidean(node)
+        if turned:
+            s.keep_rows(node, label.index, set(label.slot) - set(axes))
+        elif s.kind != Kind.SIGN:
             s.stop(node, label.index, f"{node.name} measures the channels that a {s.kind} would change")
     s.stop_all(node, [node], f"{node.name} is a length, which no {s.kind} of its operand changes")
 

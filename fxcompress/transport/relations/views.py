@@ -68,7 +68,12 @@ def reshaped(s: Solver, index: Index, groups: Any, before: Any, after: Any) -> I
 
 def expand(s: Solver, node: fx.Node) -> None:
     """Repetition along axes of size 1: the value knows one parameter for all copies."""
-    mapped(s, node, node.args[0], lambda i: i, lambda i: i)
+    x: Any = node.args[0]
+    for label in s.labels(x):
+        s.put(node, label.index, label.power)
+    for label in s.labels(node):
+        if not (s.kind == Kind.PERMUTE and s.is_flat_in_rows(node, x, label.index)):
+            s.put(x, label.index, label.power)
 
 
 def shuffle(s: Solver, node: fx.Node) -> None:
