@@ -79,14 +79,14 @@ class Call:
         parameters = forward_signature(module)
         given = bind(parameters, item)
         leaves, spec = pytree.tree_flatten(given)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not tensors:
-            raise InputError("the example inputs hold no tensor", why="a program's inputs are tensors", do="pass numbers as torch.tensor(...)")
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]  # export takes one object given twice for one input
+        names = [n for n, v in zip(leaf_names(given, "input"), leaves, strict=True) if isinstance(v, Tensor)]
+        _check_example(dict(zip(names, tensors, strict=True)))
         adapter = Adapter(module, parameters, spec, tuple(INPUT if isinstance(v, Tensor) else v for v in leaves))
+        adapter.positional = len(item.args)  # as the user calls it: hooks see the difference
         if exported:
             adapter.positional = exported.call_spec.in_spec.children()[0].num_children
         notes = adapter.settle(tensors)
-        names = [n for n, v in zip(leaf_names(given, "input"), leaves, strict=True) if isinstance(v, Tensor)]
         result, out_spec, out_leaves = adapter.result(tensors)
         outputs = [n for n, v in zip(leaf_names(result, "output"), out_leaves, strict=True) if v is INPUT]
         outputs = [f"output_{n}" if n.isdigit() else n for n in outputs]
@@ -102,7 +102,7 @@ class Adapter(nn.Module):
         self.model, self.takes, self.spec, self.leaves = model, parameters, spec, leaves
         self.fixed: dict[str, Any] = {}
         self.tied: tuple[int, ...] = ()  # inputs whose axis 0 is the batch: export is told that they agree, which few models' code says
-        self.positional = 0  # how many arguments an exported program insists on getting by position
+        self.positional = 0  # how many arguments go by position
         self.training = False  # only of the adapter: the model stays as it is
 
     def call(self, tensors: Sequence[Tensor]) -> Any:
@@ -166,6 +166,18 @@ class Adapter(nn.Module):
         return result, spec, tuple(INPUT if isinstance(v, Tensor) else v for v in leaves)
 
 
+def _check_example(tensors: Mapping[str, Tensor]) -> None:
+    if not tensors:
+        raise InputError("the example inputs hold no tensor", why="a program's inputs are tensors", do="pass numbers as torch.tensor(...)")
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise InputError(f"example input {name!r} can't be used", why=f"its layout is {tensor.layout}", do="pass a dense tensor")
+        if not tensor.numel():
+            raise InputError(
+                f"example input {name!r} is empty", why=f"its shape is {list(tensor.shape)}", do="pass at least one entry on each axis"
+            )
+
+
 def check_model(model: Any) -> None:
     """CaptureError unless this is a module in eval mode with finite parameters that exist."""
     if not isinstance(model, nn.Module):
@@ -182,6 +194,8 @@ def check_model(model: Any) -> None:
             do="model.eval()",
         )
     for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise CaptureError("a parameter has no values", where=name, why="it is lazy and was never set", do="run the model once")
         if parameter.is_meta:
             raise CaptureError("a parameter has no values", where=name, why="it is on the meta device", do="load the weights first")
         if parameter.is_floating_point() and not (finite := torch.isfinite(parameter)).all():
@@ -342,9 +356,16 @@ def _holds_at_one(program: Program, call: Call, shapes: Sequence[Sequence[Any]],
 
 def _compare(program: Program, call: Call, tensors: list[Tensor], what: str) -> None:
     try:
-        wanted = call.eager(*tensors)
+        result, _, leaves = call.eager.result(tensors)
     except Exception as fault:
         raise CaptureError(f"the model itself fails on {what}", why=f"{type(fault).__name__}: {_first_line(str(fault))}") from fault
+    if (have := [v for v in leaves if v is not INPUT]) != (want := [v for v in call.signature.out_leaves if v is not INPUT]):
+        raise CaptureError(
+            "a result that is no tensor depends on the sizes",
+            why=f"{have} against {want} on {what}: it would be a constant of the program",
+            do="return it as a tensor, or leave it out",
+        )
+    wanted = [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
     again = call.eager(*tensors)
     try:
         got = run(program, tensors)

@@ -79,6 +79,13 @@ class _Flattener:
             value = self.exported.state_dict[spec.target]
         if not isinstance(value, Tensor):
             raise CaptureError("the model reads a constant that is not a tensor", where=str(spec.target), why=f"it is a {type(value).__name__}")
+        if value.layout is not torch.strided:
+            raise CaptureError(
+                "the model has a sparse weight",
+                where=str(spec.target).removeprefix(self.strip),
+                why=f"its layout is {value.layout}",
+                do="weight.to_dense()",
+            )
         return value.detach()
 
     def _constant(self, node: fx.Node, tensor: Tensor, name: str) -> fx.Node:

@@ -120,9 +120,14 @@ def apply_rewrite(item: Rewrite, context: Context, edit: Edit, step: Step) -> Fo
             item.apply(answer, edit)
         elif isinstance(answer, Match):
             excluded += 1
-        elif isinstance(answer, Reject) and step.where.admits(node):
-            declined.append(Declined(site=node.name, module=module_path(node), reason=answer.reason))
+        elif isinstance(answer, Reject) and step.where.admits(_place(node)):
+            declined.append(Declined(site=node.name, module=module_path(_place(node)), reason=answer.reason))
     return Found(tuple(declined), excluded)
+
+
+def _place(node: fx.Node) -> fx.Node:
+    """The node whose module path tells where a node is: a constant has none, its first reader has."""
+    return min(node.users) if node.op == "get_attr" and node.users else node
 
 
 def candidates(graph: fx.Graph, item: Rewrite) -> Iterator[fx.Node]:

@@ -44,7 +44,7 @@ class Step(BaseModel):
     use: str
     options: dict[str, Any] = Field(default_factory=dict)
     where: Where = Where()
-    limit: float | None = None
+    limit: float | None = Field(default=None, allow_inf_nan=False)
     unverified: Literal["refuse", "allow"] = "refuse"
 
     @model_validator(mode="before")

@@ -305,3 +305,79 @@ def _tensors(value):
     import torch.utils._pytree as pytree
 
     return [v for v in pytree.tree_leaves(value) if isinstance(v, torch.Tensor)]
+
+
+def test_one_tensor_given_twice_is_two_inputs() -> None:
+    class Minus(nn.Module):
+        def forward(self, x, y):
+            return x * 2 - y
+
+    x = torch.randn(2, 3)
+    program = capture(Minus().eval(), (x, x))
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(run(program, [a, b])[0], a * 2 - b)
+
+
+def test_a_size_given_back_as_a_number_fixes_that_size() -> None:
+    class Counts(nn.Module):
+        def forward(self, x):
+            return x * 2, x.shape[0], "rows"
+
+    program = capture(Counts().eval(), (torch.randn(2, 3),))
+    assert program.inputs[0].shape == (2, 3)
+    assert (
+        "batch can't be dynamic: [3, 'rows'] against [2, 'rows'] on sizes {'batch': 3}: it would be a constant of the program" in program.notes
+    )
+
+
+def test_hooks_see_the_call_as_the_user_makes_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    model.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    x = torch.randn(2, 4)
+    assert torch.equal(run(capture(model, (x,)), [x])[0], model(x))
+
+
+class Sparse(nn.Module):
+    """A sparse weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("w", torch.eye(4).to_sparse())
+
+    def forward(self, x):
+        return torch.sparse.mm(self.w, x.t())
+
+
+REFUSED = {
+    "sparse weight": (
+        Sparse(),
+        (torch.randn(2, 4),),
+        CaptureError,
+        "the model has a sparse weight\n  where w\n  why   its layout is torch.sparse_coo\n  do    weight.to_dense()",
+    ),
+    "lazy weight": (
+        nn.LazyLinear(4),
+        (torch.randn(2, 4),),
+        CaptureError,
+        "a parameter has no values\n  where weight\n  why   it is lazy and was never set\n  do    run the model once",
+    ),
+    "sparse input": (
+        nn.Identity(),
+        (torch.eye(4).to_sparse(),),
+        InputError,
+        "example input 'input' can't be used\n  why   its layout is torch.sparse_coo\n  do    pass a dense tensor",
+    ),
+    "no entries": (
+        nn.Linear(4, 4),
+        (torch.randn(0, 4),),
+        InputError,
+        "example input 'input' is empty\n  why   its shape is [0, 4]\n  do    pass at least one entry on each axis",
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "example", "kind", "text"), REFUSED.values(), ids=REFUSED)
+def test_what_has_no_program_is_refused(model: nn.Module, example: object, kind: type[Exception], text: str) -> None:
+    with pytest.raises(kind) as caught:
+        capture(model.eval(), example)
+    assert str(caught.value) == text

@@ -163,3 +163,8 @@ def test_unknown_backend_and_its_option(program: fxc.Program) -> None:
     assert str(caught.value) == (
         "an option is not valid\n  where the options of backend reference\n  why   threads: unknown, none is known\n  do    fields: none"
     )
+
+
+@pytest.mark.parametrize("limit", [".inf", "-.inf", ".nan"])
+def test_a_limit_is_a_number(limit: str) -> None:
+    assert "passes.0.limit: Input should be a finite number" in message(f"passes: [{{quant.weight_only: {{limit: {limit}}}}}, quant.finalize]")
