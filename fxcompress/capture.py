@@ -7,8 +7,11 @@ export can't follow, or follows with other numbers than the model gives, is fixe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import io
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -240,8 +243,7 @@ def _export(call: Call, tensors: list[Tensor], axes: axes_of.Axes, tied: bool) -
     call.eager.tied = axes_of.batched(tensors) if tied else ()
     shapes = tuple(dict.fromkeys(sorted(dims), Dim.AUTO) or None for dims in axes)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             return torch.export.export(call.eager, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise CaptureError(
@@ -250,6 +252,19 @@ def _export(call: Call, tensors: list[Tensor], axes: axes_of.Axes, tied: bool) -
             why=f"{type(error).__name__}: {_first_line(str(error))}",
             do="rewrite what it names with tensor ops (data-dependent branches: torch.where; .item(): keep a tensor), or capture a part",
         ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings, and none of the graphs that torch logs and prints when it gives up: what matters of them is in our error."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _program(call: Call, graph: torch.fx.Graph, constants: dict[str, Tensor], exported: ExportedProgram) -> Program:
