@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -24,7 +24,7 @@ from fxcompress import artifact, registry, store
 from fxcompress.backend import Backend, Session
 from fxcompress.calibrate.feed import as_feed
 from fxcompress.capture import Dynamic, capture
-from fxcompress.errors import ArtifactError, InputError, nearest
+from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
 from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight_bytes
 from fxcompress.program import Program, Value
 from fxcompress.recipe import BackendChoice, Recipe, build, check_globs, load_recipe, options_error
@@ -59,6 +59,10 @@ def compile(  # noqa: PLR0913 - the arguments users say
     the probe of the contracts. backend: beats the recipe's. check: "each" pass under its contract, "end" only end to end, "off". threads: of
     the session. progress(name, finished, total): called before each pass. Raises an FxcError; nothing is left half-done.
     """
+    if check not in get_args(CheckMode):
+        raise RecipeError(f"check={check!r} is unknown", do=f"one of {', '.join(get_args(CheckMode))}")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads={threads!r} is no number of threads", do="pass 1 or more, or None for the runtime's choice")
     recipe = load_recipe(recipe)
     passes = build(recipe)
     runner = _backend(recipe, backend)
@@ -89,9 +93,12 @@ def _lowered(
         store.save_graph(manager.program, folder)
         (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
         (folder / LOCK).write_text(_lock(recipe, runner), encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    except ArtifactError as error:  # nothing was saved yet: the runtime refuses the program itself
+        do = 'backend="reference" runs it; or change what it names in the model'
+        raise BackendRefusal(f"{runner.name} can't run the program", why=error.why, do=do) from error
+    finally:
+        if not (folder / LOCK).exists():
+            shutil.rmtree(folder, ignore_errors=True)
     return folder, report
 
 
@@ -130,7 +137,9 @@ def load(folder: str | Path, threads: int | None = None) -> CompiledModel:
     except (OSError, KeyError, ValidationError) as error:
         raise ArtifactError("the artifact's report can't be read", where=str(path), why=str(error), do="compile and save it again") from error
     config = manifest.get("config")
-    return CompiledModel(path, _open_backend(choice), report, threads, config=Config(config) if isinstance(config, dict) else None)
+    compiled = CompiledModel(path, _open_backend(choice), report, threads, config=Config(config) if isinstance(config, dict) else None)
+    _ = compiled.session  # opened now: the files that were checked are the files that run
+    return compiled
 
 
 def program_of(model: Any, example_inputs: Any = None, component: str | None = None, dynamic: Dynamic = None) -> Program:

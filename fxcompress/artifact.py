@@ -66,6 +66,8 @@ def _swap(temporary: Path, folder: Path) -> None:
     """The new folder takes the target's name in one step where the system has one for folders (Linux), so that a crash leaves the old or the
     new artifact; elsewhere in two, and a crash between them leaves the old one under a hidden name."""
     temporary.chmod(0o755)
+    for file in temporary.iterdir():
+        file.chmod(0o644)  # some writers make files only their owner can read
     if not folder.exists():
         temporary.replace(folder)
     elif not _exchanged(temporary, folder):
@@ -102,8 +104,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             why=f"version {version}, this one reads up to {VERSION}",
             do="upgrade fxcompress",
         )
+    if extra := {p.name for p in folder.iterdir()} - {MANIFEST, *data["files"]}:
+        raise ArtifactError(
+            "the artifact holds a file its manifest doesn't list",
+            where=str(folder / min(extra)),
+            why="nothing says what it should contain",
+            do="copy the whole folder again",
+        )
     for name, entry in data["files"].items():
-        _check_file(folder / name, entry)
+        try:
+            _check_file(folder / name, entry)
+        except OSError as error:
+            raise ArtifactError("the artifact can't be read", where=str(folder / name), why=str(error.strerror), do="mend its rights") from None
     return data
 
 

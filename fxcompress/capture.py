@@ -175,6 +175,8 @@ def _check_example(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided:
             raise InputError(f"example input {name!r} can't be used", why=f"its layout is {tensor.layout}", do="pass a dense tensor")
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise InputError(f"example input {name!r} holds NaN", why="no check can bite on it", do="pass real inputs")
         if not tensor.numel():
             raise InputError(
                 f"example input {name!r} is empty", why=f"its shape is {list(tensor.shape)}", do="pass at least one entry on each axis"
@@ -273,7 +275,7 @@ def _program(call: Call, graph: torch.fx.Graph, constants: dict[str, Tensor], ex
     for node, name in zip(places, call.signature.input_names, strict=True):
         node.name, node.target = _free_name(graph, node, name), name
     inputs = tuple(
-        Value(name, _shape(node.meta["val"], names), node.meta["val"].dtype, call.roles.get(name, "input"))
+        Value(name, _shape(node.meta["val"], names), node.meta["val"].dtype, call.roles.get(name, "input"), _rows_indexed(node))
         for node, name in zip(places, call.signature.input_names, strict=True)
     )
     results = next(iter(reversed(graph.nodes))).args[0]
@@ -283,6 +285,12 @@ def _program(call: Call, graph: torch.fx.Graph, constants: dict[str, Tensor], ex
     )
     classes = {path: cls for n in graph.nodes for path, cls in zip(n.meta.get("module", ()), n.meta.pop("classes", ()), strict=False)}
     return Program(graph, constants, inputs, outputs, call.signature, _ranges(exported, names), classes)
+
+
+def _rows_indexed(node: torch.fx.Node) -> int | None:
+    """The rows of the smallest table an input indexes directly: runtimes return something for an index beyond it, models raise."""
+    tables: list[Any] = [u.args[0] for u in node.users if u.target is torch.ops.aten.embedding.default and u.args[1] is node]
+    return min((int(t.meta["val"].shape[0]) for t in tables), default=None)
 
 
 def _free_name(graph: torch.fx.Graph, node: torch.fx.Node, name: str) -> str:

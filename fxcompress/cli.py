@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect as inspection
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -275,7 +276,7 @@ def _parameters(region: Any, program: Any) -> int:
 
 
 def _pass_row(name: str, kind: Any) -> dict[str, Any]:
-    doc = (sys.modules[kind.__module__].__doc__ or "").strip()
+    doc = inspection.cleandoc(sys.modules[kind.__module__].__doc__ or kind.__doc__ or "")
     options = [{"option": n, "default": repr(f.default), "type": str(f.annotation)} for n, f in kind.Options.model_fields.items()]
     needs = ", ".join(sorted(kind.needs)) or "-"
     return {

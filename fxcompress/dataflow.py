@@ -92,6 +92,15 @@ VIEWS: Mapping[Any, Callable[..., Axes]] = {
     aten.clone.default: lambda axes, *_: axes,
 }
 
+_UNOPENED = "einsum bilinear _trilinear tensordot lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell mv dot addbmm cdist"
+UNOPENED = frozenset(_UNOPENED.split())  # ops that multiply by a weight in a way this table doesn't tell
+
+
+def contracts_unopened(node: fx.Node) -> bool:
+    """Whether the op multiplies by its weights in a way that `weight_uses` can't tell."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in UNOPENED
+
+
 _ROWS = (-2, -1)  # [.., N, K]: N channels, K summed over
 _COLUMNS = (-1, -2)  # [.., K, N]
 

@@ -116,7 +116,7 @@ def apply_rewrite(item: Rewrite, context: Context, edit: Edit, step: Step) -> Fo
     excluded = 0
     for node in candidates(context.program.graph, item):
         answer = item.match(node, context)
-        if isinstance(answer, Match) and step.where.admits(answer.node):
+        if isinstance(answer, Match) and all(step.where.admits(n) for n in answer.places):
             item.apply(answer, edit)
         elif isinstance(answer, Match):
             excluded += 1

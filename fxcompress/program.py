@@ -32,6 +32,7 @@ class Value:
     shape: tuple[Dim, ...]
     dtype: torch.dtype
     role: str = "input"
+    below: int | None = None  # for indices into a table: the number of its rows
 
 
 @dataclass(frozen=True)

@@ -100,11 +100,16 @@ def load_recipe(source: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
         return source
     if isinstance(source, Mapping):
         return _validated(dict(source), "the given mapping")
+    if not isinstance(source, str | Path) or not str(source):
+        raise RecipeError(f"this is no recipe: {source!r}", do="pass a Recipe, a mapping, a YAML file or the name of a shipped recipe")
     path = Path(source)
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():
             raise RecipeError(f"no recipe file {path}", do=f"fxcompress recipes lists the shipped ones: {', '.join(shipped())}")
-        return parse(path.read_text(encoding="utf-8"), str(path))
+        try:
+            return parse(path.read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError as error:
+            raise RecipeError("the recipe is not text", where=str(path), why=str(error), do="save it as UTF-8") from None
     if str(source) not in shipped():
         raise RecipeError(f"unknown recipe {str(source)!r}", why=nearest(str(source), shipped()), do="name a shipped recipe or a .yaml file")
     file = resources.files("fxcompress.recipes") / f"{source}.yaml"

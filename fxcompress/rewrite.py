@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,10 +37,10 @@ class Context:
 
 
 class Match:
-    """A legal site: its node and what `apply` needs, as attributes."""
+    """A legal site: its node and what `apply` needs, as attributes. places: all nodes the recipe must admit, if more than that one."""
 
-    def __init__(self, node: fx.Node, **found: Any) -> None:
-        self.node = node
+    def __init__(self, node: fx.Node, *, places: Sequence[fx.Node] = (), **found: Any) -> None:
+        self.node, self.places = node, tuple(places) or (node,)
         self.__dict__.update(found)
 
     def __getattr__(self, name: str) -> Any:

@@ -221,6 +221,8 @@ def check_sizes(inputs: Sequence[Any], symbols: Mapping[str, tuple[int, int]], t
     for value, tensor in zip(inputs, tensors, strict=True):
         if tensor.dtype != value.dtype or tensor.dim() != len(value.shape):
             raise _bad_input(value, tensor, "dtype or rank differs")
+        if value.below is not None and not bool(((tensor >= 0) & (tensor < value.below)).all()):
+            raise _bad_input(value, tensor, f"it indexes a table of {value.below} rows, values {int(tensor.min())}..{int(tensor.max())}")
         for axis, (want, have) in enumerate(zip(value.shape, tensor.shape, strict=True)):
             if isinstance(want, int) and want != have:
                 raise _bad_input(value, tensor, f"axis {axis} is fixed to {want}")

@@ -219,11 +219,11 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
 
 
 def _value(value: Value) -> dict[str, Any]:
-    return {"name": value.name, "shape": list(value.shape), "dtype": str(value.dtype), "role": value.role}
+    return {"name": value.name, "shape": list(value.shape), "dtype": str(value.dtype), "role": value.role, "below": value.below}
 
 
 def _read_value(data: dict[str, Any]) -> Value:
-    return Value(data["name"], tuple(data["shape"]), _DTYPES[data["dtype"]], data["role"])
+    return Value(data["name"], tuple(data["shape"]), _DTYPES[data["dtype"]], data["role"], data["below"])
 
 
 def signature_to_json(signature: Signature) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import onnx
 import onnx_ir as ir
 import torch
+from pydantic import field_validator
 from torch import Tensor, fx
 
 from fxcompress.backend import Backend, Session
@@ -45,6 +46,11 @@ class OnnxRuntimeOptions(Options):
     float activations. What it costs in accuracy is measured and reported."""
 
     activation_rounding: Literal["int8", "off"] = "int8"
+
+    @field_validator("activation_rounding", mode="before")
+    @classmethod
+    def _is_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off as false
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,14 @@ def _is_float8(leaf: Leaf) -> bool:
 
 
 def _refuse_types(program: Program, outlined: Outline) -> None:
+    for node, value in zip(outlined.results, program.outputs, strict=True):
+        if node in outlined.places:
+            raise BackendRefusal(
+                f"output {value.name!r} is a constant of the model",
+                where=_place(node),
+                why="no input decides it",
+                do='leave it out, or backend="reference"',
+            )
     for node in (*outlined.inputs, *outlined.nodes):
         if getattr(node.meta.get("val"), "dtype", None) == torch.bfloat16:
             raise BackendRefusal(

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, fx
 
 from fxcompress.contract import Bounded
-from fxcompress.dataflow import WeightUse, weight_uses
+from fxcompress.dataflow import WeightUse, contracts_unopened, weight_uses
 from fxcompress.edit import Edit
 from fxcompress.errors import RecipeError
 from fxcompress.numerics.blocks import Block, block_of
@@ -79,7 +79,8 @@ class WeightOnly(Rewrite):
             return None
         uses, others = weight_uses(node, tensor)
         if not uses:
-            return None
+            reader = next((r for r in others if contracts_unopened(r)), None)
+            return Reject("{} is multiplied inside {}, where its axes aren't known", node, reader) if reader is not None else None
         if others:
             return Reject("{} is also read by {}, not as a weight", node, others[0])
         if not tensor.any():
@@ -90,13 +91,15 @@ class WeightOnly(Rewrite):
         block = block_for(granularity, tensor, uses[0])
         if reason := self._no_kernel(uses, format, block, tensor, on):
             return Reject("{}: {}", node, reason)
-        return Match(uses[0].node, leaf=node, tensor=tensor, format=format, block=block)
+        return Match(uses[0].node, places=[u.node for u in uses], leaf=node, tensor=tensor, format=format, block=block)
 
     def _asked(self, uses: list[WeightUse]) -> str:
         gathered = any(u.family == "embedding" for u in uses)
         return str((gathered and self.options.embeddings) or self.options.weights)
 
     def _no_kernel(self, uses: list[WeightUse], format: Format, block: Block, tensor: Tensor, on: Context) -> str | None:
+        if on.target.kernels is not None and tensor.dtype == torch.float64:
+            return f"{on.target.name}'s n-bit kernels compute in float32, the weight is float64"
         size = block[uses[0].contraction]
         group = size if size > 1 else None
         refusals = (on.target.refusal(u.family, format, group, tensor.shape[u.contraction], self.options.symmetric) for u in uses)

@@ -192,8 +192,8 @@ def test_bfloat16_is_refused_with_the_remedy():
         translate(program_of(nn.Linear(4, 4).bfloat16(), torch.randn(2, 4).bfloat16()))
     assert str(refused.value) == (
         "onnxruntime has no bfloat16 kernels on CPU\n"
-        "  where the root module  (input)\n"
-        "  why   input computes in bfloat16\n"
+        "  where the root module  (input_1)\n"
+        "  why   input_1 computes in bfloat16\n"
         "  do    model.float() before compile"
     )
 
