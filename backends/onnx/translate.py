@@ -6,6 +6,7 @@ real decomposition is run. Names in a skeleton are those of the program it is fo
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import warnings
@@ -99,6 +100,9 @@ def _translated(outlined: Outline, opset: int) -> ir.Model:
             return _clean(_exported(exported, version))
         except torch.onnx.OnnxExporterError as failure:
             error, graph = failure, exported.translated.graph
+        finally:
+            del exported
+            gc.collect()  # an export leaves a few times the graph's size in cycles
     raise _refusal(error, graph, outlined) from error
 
 
