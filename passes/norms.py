@@ -52,10 +52,10 @@ def _normed(node: fx.Node) -> fx.Node | None:
 
 def _mean_square(total: Any, x: fx.Node) -> bool:
     """Whether a value is mean(x^2) + eps."""
-    mean = total.args[0] if _is_op(total, aten.add.Tensor, aten.add.Scalar) else None
-    square = mean.args[0] if _is_op(mean, aten.mean.dim) else None
+    mean: Any = total.args[0] if _is_op(total, aten.add.Tensor, aten.add.Scalar) else None
+    square: Any = mean.args[0] if _is_op(mean, aten.mean.dim) else None
     if _is_op(square, aten.pow.Tensor_Scalar):
-        return square.args[0] is x and square.args[1] == 2  # type: ignore[no-any-return]
+        return square.args[0] is x and bool(square.args[1] == 2)
     return _is_op(square, aten.mul.Tensor) and square.args[0] is x and square.args[1] is x
 
 

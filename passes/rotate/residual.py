@@ -13,6 +13,7 @@ Source: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -29,6 +30,8 @@ from fxcompress.transport.insert import insert
 
 aten = torch.ops.aten
 ADDS = (aten.add.Tensor,)
+PRODUCTS: tuple[Any, ...] = (aten.matmul.default, aten.bmm.default)
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
@@ -57,8 +60,9 @@ class Residual(Transform):
             freed = _streams(on)
             if _stuck(freed) < _stuck(streams):
                 streams = freed
-            else:  # a layer more for nothing
+            else:  # a layer more for nothing; what still stops is the better reason
                 edit.rollback()
+                streams = [old if old[1].is_whole else new for old, new in zip(streams, freed, strict=True)]
         for norm, plan in streams:
             _turn(plan, norm.node, edit, declined, self.options.seed)
         if self.options.values:
@@ -68,9 +72,9 @@ class Residual(Transform):
 
 
 def rotations(plan: Plan, seed: int) -> dict[int, Tensor]:
-    """One matrix per block, each with signs of its own."""
+    """One matrix per block, each with signs of its own; blocks count in the order of their first channel."""
     blocks = plan.blocks.tolist()
-    return {b: randomised_hadamard(blocks.count(b), seed + b) for b in sorted(set(blocks))}
+    return {b: randomised_hadamard(blocks.count(b), seed + number) for number, b in enumerate(dict.fromkeys(blocks))}
 
 
 def free_tied_heads(program: Program, edit: Edit) -> bool:
@@ -122,13 +126,30 @@ def _streams(on: Context) -> list[tuple[Norm, Plan]]:
 def _values(on: Context) -> Iterator[tuple[fx.Node, Plan]]:
     """Every attention with how its values may turn."""
     engine, seen = Transport(on.program), set[fx.Node]()
-    for node in list(on.program.graph.find_nodes(op="call_function", target=ATTENTION)):
-        value = node.args[2]
-        if value not in seen and on.admits(node):
+    for node in list(on.program.graph.nodes):
+        value = _value_of(node)
+        if value is not None and value not in seen and on.admits(node):
             rank = value.meta["val"].dim()
             plan = engine.solve(Kind.ROTATE, Seed(value, (*range(1, rank - 2), rank - 1)))
             seen.update(plan.values)
             yield node, plan
+
+
+def _value_of(node: fx.Node) -> fx.Node | None:
+    """V, where the node is attention, whole or as softmax(...) V."""
+    if node.target is ATTENTION:
+        return node.args[2]  # type: ignore[return-value]
+    if node.target not in PRODUCTS:
+        return None
+    weights: Any = node.args[0]
+    value = node.args[1]
+    while _is_op(weights, *CASTS, aten.dropout.default):
+        weights = weights.args[0]
+    return value if _is_op(weights, *SOFTMAX) and isinstance(value, fx.Node) else None
+
+
+def _is_op(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in targets
 
 
 def _is_residual(x: fx.Node) -> bool:

@@ -2,10 +2,10 @@
 
     W (g n) = (W diag g) n,    and with beta:  W (n + b) + c = W n + (c + W b),    n = normed(x)
 
-A site is the gain of a layer norm or root mean square norm, kept whole or spelled out. Legal where every reader takes a factor per channel, found
-from the dataflow: linear layers, convolutions, through slices, casts and whatever else commutes; declined with the op that doesn't. The gain is
-set to 1, not divided by itself. A beta stays in its norm, divided by the gain, unless `beta` asks for it to move on and go; readers without a
-bias then get one. Exact but for rounding. Costs nothing; it is what rotations of the residual stream need first.
+A site is the gain of a layer norm or root mean square norm, kept whole or spelled out. Legal where every reader takes a factor per channel,
+found from the dataflow: linear layers, convolutions, through slices, casts and whatever else commutes; declined with the op that doesn't. The
+gain is set to 1, not divided by itself. A beta stays in its norm, divided by the gain, unless `beta` asks for it to move on and go; readers
+without a bias then get one. Exact but for rounding. Costs nothing; it is what rotations of the residual stream need first.
 Source: SliceGPT (arXiv 2401.15024), section 3; QuaRot (arXiv 2404.00456), stage 1a.
 """
 
