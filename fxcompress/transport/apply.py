@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,13 +29,12 @@ GAIN_ARGUMENT: dict[Any, int] = {aten.layer_norm.default: 2, aten.rms_norm.defau
 class Applied:
     """One application of a plan."""
 
-    def __init__(self, plan: Plan, edit: Edit, vector: Any) -> None:
-        self.plan, self.edit, self.program = plan, edit, edit.program
+    def __init__(self, plan: Plan, edit: Edit, vector: Any, leaves: Mapping[fx.Node, Tensor]) -> None:
+        self.plan, self.edit, self.program, self.leaves = plan, edit, edit.program, leaves
         self.numbers, self.changes = plan.numbers(vector), plan.changes(vector)
 
-    def run(self, reason: str) -> Site:
-        """Constants, extras, records, in one site at the first seed."""
-        start = self.plan.seeds[0][0].node
+    def run(self, reason: str, start: fx.Node) -> Site:
+        """Constants, extras, records, in one site."""
         resizer = Resizer(self.plan.facts, self.edit, self.changes)
         updates = resizer.updates() if self.plan.kind == Kind.REMOVE else []
         with self.edit.site(start, reason or f"a {self.plan.kind} of {self.plan.count} channels") as site:
@@ -55,7 +55,7 @@ class Applied:
         self.edit.carry(node, change)
         moved = self.plan.kind.is_mixing and self.plan.kind != Kind.ROTATE
         new = change(tensor if moved or tensor.is_complex() else tensor.double()).to(tensor.dtype).contiguous()
-        self.edit.fold(node, new, resized=self.plan.kind == Kind.REMOVE)
+        self.edit.fold(node, self.leaves.get(node, new), resized=self.plan.kind == Kind.REMOVE)
 
     def _number(self, extra: Extra) -> Tensor:
         """The change on the extra's operand, as it acts on 1 or on 0."""

@@ -76,7 +76,9 @@ class Plan:
                 result.scatter_reduce_(0, index[known], found.expand(index.shape)[known], reduce)
         return result
 
-    def apply(self, edit: Edit, vector: Any, reason: str = "") -> Site:
+    def apply(
+        self, edit: Edit, vector: Any, reason: str = "", leaves: Mapping[fx.Node, Tensor] | None = None, at: fx.Node | None = None
+    ) -> Site:
         """Change the program: constants folded, operands added, and on every labelled value the change it now carries is recorded.
 
         vector: [classes], by kind: positive scales; signs; shifts; permute: the class whose content each class gets; remove: whether each
@@ -84,7 +86,7 @@ class Plan:
         """
         from fxcompress.transport.apply import Applied
 
-        return Applied(self, edit, vector).run(reason)
+        return Applied(self, edit, vector, leaves or {}).run(reason, at or self.seeds[0][0].node)
 
     def changes(self, vector: Any) -> dict[fx.Node, Change]:
         """What every labelled value becomes, where it changes."""

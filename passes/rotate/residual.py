@@ -1,0 +1,159 @@
+"""The residual stream and the values of attention in another basis, so that no channel stands out.
+
+    R1: x -> x R on the whole stream: writers W -> R^T W, readers W -> W R, embedding E -> E R;  rms(x R) = rms(x)
+    R2: v -> v R per key/value head: W_v -> R^T W_v, and R into the columns of W_o for every query head that reads it
+
+R is a randomised Hadamard matrix: +-1 signs times a matrix of entries of about equal size. Legal where only additions, norms without gain, and
+layers touch the stream, all found from the dataflow; declined with the op that doesn't commute: run tidy.fold_norm_gain before, since a gain is
+no rotation. Layer norms subtract a mean and decline. A head tied to the embedding can't take the last gain: `keep_tied` puts one linear layer
+[d, d] before the head, R^T diag(g) R, and keeps the table shared. Exact but for rounding. Costs nothing else at run time.
+Source: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.contract import Exact
+from fxcompress.edit import Edit
+from fxcompress.numerics.hadamard import randomised_hadamard
+from fxcompress.passes.norms import CASTS, Norm, norms
+from fxcompress.passes.tidy.fold_norm_gain import fold_gain, is_gain_free
+from fxcompress.program import Program
+from fxcompress.rewrite import Context, Options, Reject, Transform
+from fxcompress.transport import Kind, Plan, Seed, Transport
+from fxcompress.transport.insert import insert
+
+aten = torch.ops.aten
+ADDS = (aten.add.Tensor,)
+PRODUCTS: tuple[Any, ...] = (aten.matmul.default, aten.bmm.default)
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+ATTENTION = aten.scaled_dot_product_attention.default
+
+
+class ResidualOptions(Options):
+    """seed: of the signs. values: whether the values of attention turn too. keep_tied: a layer more rather than declining a tied head."""
+
+    seed: int = 0
+    values: bool = True
+    keep_tied: bool = True
+
+
+class Residual(Transform):
+    """Turn every residual stream that can turn, and the values of every attention."""
+
+    name = "rotate.residual"
+    contract = Exact()
+    Options = ResidualOptions
+    gives = frozenset({"rotated"})
+    excludes = frozenset({"rotated", "quantised"})
+
+    def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
+        """One site per stream, at its first norm; two more for a tied head; one per attention."""
+        declined: dict[str, Reject] = {}
+        streams = _streams(on)
+        if self.options.keep_tied and _stuck(streams) and free_tied_heads(on.program, edit):
+            freed = _streams(on)
+            if _stuck(freed) < _stuck(streams):
+                streams = freed
+            else:  # a layer more for nothing; what still stops is the better reason
+                edit.rollback()
+                streams = [old if old[1].is_whole else new for old, new in zip(streams, freed, strict=True)]
+        for norm, plan in streams:
+            _turn(plan, norm.node, edit, declined, self.options.seed)
+        if self.options.values:
+            for attention, plan in _values(on):
+                _turn(plan, attention, edit, declined, self.options.seed)
+        return declined
+
+
+def rotations(plan: Plan, seed: int) -> dict[int, Tensor]:
+    """One matrix per block, each with signs of its own; blocks count in the order of their first channel."""
+    blocks = plan.blocks.tolist()
+    return {b: randomised_hadamard(blocks.count(b), seed + number) for number, b in enumerate(dict.fromkeys(blocks))}
+
+
+def free_tied_heads(program: Program, edit: Edit) -> bool:
+    """Put a layer before every head whose weight is an embedding's; the gain of its norm goes into it. Returns whether there is such a head."""
+    heads = list(_tied_heads(program))
+    for head in heads:
+        x = head.args[0]
+        assert isinstance(x, fx.Node)
+        with edit.site(head, "a layer before the tied head"):
+            layer = insert(edit, x, Kind.ROTATE, readers=[head])
+        engine = Transport(program)
+        for norm in [n for n in norms(program) if n.gain is not None and not is_gain_free(program, n)]:
+            plan = engine.solve(Kind.SCALE, Seed(norm.gain, (-1,), power=-1))  # type: ignore[arg-type]
+            if layer.args[1] in plan.values:
+                fold_gain(engine, norm, edit)
+    return bool(heads)
+
+
+def _tied_heads(program: Program) -> Iterator[fx.Node]:
+    """Linear layers whose weight is also an embedding's."""
+    for leaf in program.graph.find_nodes(op="get_attr"):
+        if any(u.target is aten.embedding.default for u in leaf.users):
+            yield from (u for u in leaf.users if u.target is aten.linear.default and u.args[1] is leaf)
+
+
+def _turn(plan: Plan, site: fx.Node, edit: Edit, declined: dict[str, Reject], seed: int) -> None:
+    if plan.is_whole:
+        plan.apply(edit, rotations(plan, seed), f"turned in {plan.blocks.max() + 1} blocks", at=site)
+    else:
+        declined[site.name] = Reject("{}", plan.reason())
+
+
+def _stuck(streams: list[tuple[Norm, Plan]]) -> int:
+    """How many streams can't turn."""
+    return sum(not plan.is_whole for _, plan in streams)
+
+
+def _streams(on: Context) -> list[tuple[Norm, Plan]]:
+    """Per residual stream its first norm and how the stream may turn. A plan knows every value of its stream."""
+    engine, seen, found = Transport(on.program), set[fx.Node](), []
+    for norm in norms(on.program):
+        if norm.x not in seen and _is_residual(norm.x) and on.admits(norm.node):
+            plan = engine.solve(Kind.ROTATE, Seed(norm.x))
+            seen.update(plan.values)
+            found.append((norm, plan))
+    return found
+
+
+def _values(on: Context) -> Iterator[tuple[fx.Node, Plan]]:
+    """Every attention with how its values may turn."""
+    engine, seen = Transport(on.program), set[fx.Node]()
+    for node in list(on.program.graph.nodes):
+        value = _value_of(node)
+        if value is not None and value not in seen and on.admits(node):
+            rank = value.meta["val"].dim()
+            plan = engine.solve(Kind.ROTATE, Seed(value, (*range(1, rank - 2), rank - 1)))
+            seen.update(plan.values)
+            yield node, plan
+
+
+def _value_of(node: fx.Node) -> fx.Node | None:
+    """V, where the node is attention, whole or as softmax(...) V."""
+    if node.target is ATTENTION:
+        return node.args[2]  # type: ignore[return-value]
+    if node.target not in PRODUCTS:
+        return None
+    weights: Any = node.args[0]
+    value = node.args[1]
+    while _is_op(weights, *CASTS, aten.dropout.default):
+        weights = weights.args[0]
+    return value if _is_op(weights, *SOFTMAX) and isinstance(value, fx.Node) else None
+
+
+def _is_op(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in targets
+
+
+def _is_residual(x: fx.Node) -> bool:
+    """Whether a sum is normed, or what is normed goes into a sum."""
+    while x.target in CASTS:
+        x = x.args[0]  # type: ignore[assignment]
+    return x.target in ADDS or any(u.target in ADDS for u in x.users)

@@ -1,0 +1,121 @@
+"""The gain of a norm goes into the weights of its readers and becomes 1.
+
+    W (g n) = (W diag g) n,    and with beta:  W (n + b) + c = W n + (c + W b),    n = normed(x)
+
+A site is the gain of a layer norm or root mean square norm, kept whole or spelled out. Legal where every reader takes a factor per channel,
+found from the dataflow: linear layers, convolutions, through slices, casts and whatever else commutes; declined with the op that doesn't. The
+gain is set to 1, not divided by itself. A beta stays in its norm, divided by the gain, unless `beta` asks for it to move on and go; readers
+without a bias then get one. Exact but for rounding. Costs nothing; it is what rotations of the residual stream need first.
+Source: SliceGPT (arXiv 2401.15024), section 3; QuaRot (arXiv 2404.00456), stage 1a.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.contract import Exact
+from fxcompress.edit import Edit
+from fxcompress.passes.norms import Norm, norms
+from fxcompress.program import Program
+from fxcompress.rewrite import Context, Options, Reject, Transform
+from fxcompress.transport import Kind, Plan, Seed, Transport
+
+
+class FoldNormGainOptions(Options):
+    """beta: whether the shift of a layer norm moves on and goes."""
+
+    beta: bool = False
+
+
+class FoldNormGain(Transform):
+    """Set every norm's gain to 1, and drop its shift if asked to."""
+
+    name = "tidy.fold_norm_gain"
+    contract = Exact()
+    Options = FoldNormGainOptions
+
+    def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
+        """One site per gain; where gains are negative, one more for their signs. Two per beta."""
+        declined: dict[str, Reject] = {}
+        engine = Transport(on.program)
+        for norm in owners(on, "gain"):
+            if reject := fold_gain(engine, norm, edit):
+                declined[norm.node.name] = reject
+        for norm in owners(on, "bias") if self.options.beta else ():
+            if reject := fold_beta(Transport(on.program), norm, edit):  # biases were added
+                declined[f"{norm.node.name}.beta"] = reject
+        return declined
+
+
+def owners(on: Context, part: str) -> Iterator[Norm]:
+    """The admitted norms that have a gain (or bias), each tensor once."""
+    seen: set[fx.Node] = set()
+    for norm in list(norms(on.program)):
+        leaf = getattr(norm, part)
+        if leaf is not None and leaf not in seen and on.admits(norm.node):
+            seen.add(leaf)
+            yield norm
+
+
+def fold_gain(engine: Transport, norm: Norm, edit: Edit) -> Reject | None:
+    """Set one gain to 1. Returns why it can't be."""
+    assert norm.gain is not None
+    gain = edit.program.constant(norm.gain)
+    if gain is None:
+        return Reject("{} has a gain that is computed, {}", norm.node, norm.gain)
+    if bool((gain == 1).all()):
+        return None
+    if not gain.isfinite().all() or not gain.all():
+        return Reject("{} has a gain that is 0 or not finite, {}", norm.node, norm.gain)
+    plans = {Kind.SCALE: gain.abs(), Kind.SIGN: gain.sign()}
+    wanted = [kind for kind, part in plans.items() if not (part == 1).all()]
+    solved = [(engine.solve(kind, Seed(norm.gain, tuple(range(gain.dim())), power=-1)), plans[kind]) for kind in wanted]
+    for plan, part in solved:
+        if reason := refusal(plan, norm.gain, part):
+            return Reject("{}", reason)
+    for number, (plan, part) in enumerate(solved):
+        last = {norm.gain: torch.ones_like(gain)} if number == len(solved) - 1 else {}
+        plan.apply(edit, factors(plan, norm.gain, part), "gain folded into readers", last, at=norm.node)
+    return None
+
+
+def fold_beta(engine: Transport, norm: Norm, edit: Edit) -> Reject | None:
+    """Drop one shift. Returns why it can't be."""
+    assert norm.bias is not None
+    beta = edit.program.constant(norm.bias)
+    if beta is None:
+        return Reject("{} has a shift that is computed, {}", norm.node, norm.bias)
+    if not beta.any():
+        return None
+    plan = engine.solve(Kind.SHIFT, Seed(norm.bias, tuple(range(beta.dim())), power=-1))
+    if reason := refusal(plan, norm.bias, beta):
+        return Reject("{}", reason)
+    plan.apply(edit, factors(plan, norm.bias, beta), "shift folded into readers", {norm.bias: torch.zeros_like(beta)}, at=norm.node)
+    with edit.site(norm.node, "a shift of 0 dropped"):
+        for reader in list(norm.bias.users):
+            args, kwargs = fx.node.map_arg((reader.args, reader.kwargs), lambda n: None if n is norm.bias else n)
+            edit.update(reader, *args, **kwargs)
+    return None
+
+
+def refusal(plan: Plan, leaf: fx.Node, part: Tensor) -> str:
+    """Why a plan can't take the leaf's numbers away: something is pinned, or it must be equal where the leaf isn't. "" if it can."""
+    if not plan.is_whole:
+        return plan.reason()
+    if not torch.equal(factors(plan, leaf, part), plan.gather({leaf: part}, "amin")):
+        return f"{leaf.name} differs between channels that a reader can't tell apart"
+    return ""
+
+
+def factors(plan: Plan, leaf: fx.Node, part: Tensor) -> Tensor:
+    """The leaf's numbers, one per class."""
+    return plan.gather({leaf: part})
+
+
+def is_gain_free(program: Program, norm: Norm) -> bool:
+    """Whether a norm has no gain, or one that is the same number for every channel."""
+    gain = program.constant(norm.gain) if norm.gain is not None else None
+    return norm.gain is None or (gain is not None and bool((gain == gain.flatten()[0]).all()))

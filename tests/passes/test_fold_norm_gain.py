@@ -1,0 +1,200 @@
+"""tidy.fold_norm_gain: gains of whole and spelled-out norms, shifts, signs; refusals with the engine's reasons; faults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from fxcompress.errors import ContractViolation
+from fxcompress.passes.tidy import fold_norm_gain
+from fxcompress.passes.tidy.fold_norm_gain import FoldNormGain
+from fxcompress.program import Program
+from tests.passes.helpers import declined, error, function, lines, planted, run, seeded, text, zoo
+
+X, W, V = seeded(2, 3, 6), seeded(5, 6, seed=1), seeded(4, 6, seed=2)
+G, B, C = seeded(6, seed=3).abs() + 0.5, seeded(6, seed=4), seeded(5, seed=5)
+SIGNED = G * torch.tensor([1.0, -1, 1, 1, -1, 1])
+
+
+def rms(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def folding(**options: Any) -> FoldNormGain:
+    return FoldNormGain(FoldNormGain.Options(**options))
+
+
+def layer_norm(g: Tensor = G) -> Program:
+    """One norm with two readers, of which one has a bias."""
+
+    def body(x: Tensor, g: Tensor, b: Tensor, w: Tensor, v: Tensor, c: Tensor) -> Any:
+        y = nnf.layer_norm(x, (6,), g, b)
+        return nnf.linear(y, w, c), nnf.linear(y, v)
+
+    return function(body, X, g=g, b=B, w=W, v=V, c=C, dynamic=False)
+
+
+NORMS: dict[str, Callable[..., Tensor]] = {
+    "whole": lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g, 1e-6), w),
+    "gain first": lambda x, g, w: nnf.linear(g * rms(x), w),
+    "gain last": lambda x, g, w: nnf.linear(rms(x) * g, w),
+    "squared by product": lambda x, g, w: nnf.linear(x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * g, w),
+    "cast": lambda x, g, w: nnf.linear(g * rms(x.double()).float(), w),
+    "layer norm": lambda x, g, w: nnf.linear(nnf.layer_norm(x, (6,), g), w),
+}
+
+
+@pytest.mark.parametrize("gain", [pytest.param(G, id="positive"), pytest.param(SIGNED, id="signed")])
+@pytest.mark.parametrize("body", [pytest.param(b, id=i) for i, b in NORMS.items()])
+def test_gain(body: Callable[..., Tensor], gain: Tensor) -> None:
+    before = function(body, X, g=gain, w=W, dynamic=False)
+    after, report = run(before, folding())
+    assert text(after) == text(before)
+    assert declined(report) == []
+    assert torch.equal(after.constants["g"], torch.ones(6))
+    assert torch.allclose(after.constants["w"], W * gain, rtol=1e-6, atol=0)
+    assert error(before, after) < 1e-5
+
+
+def test_beta_stays() -> None:
+    after, report = run(layer_norm(), folding())
+    assert text(after) == text(layer_norm())
+    assert (report.fired, declined(report)) == (1, [])
+    assert torch.allclose(after.constants["b"], B / G, rtol=1e-6, atol=0)
+    assert error(layer_norm(), after) < 1e-5
+
+
+def test_beta_moves_on() -> None:
+    after, report = run(layer_norm(), folding(beta=True))
+    assert text(after) == lines("""
+        layer_norm = layer_norm(x, [6], %g, None, 1e-05, False)
+        linear = linear(layer_norm, %w, %c)
+        linear_1 = linear(layer_norm, %v, %linear_1.bias)
+        return linear, linear_1""")
+    assert (report.fired, declined(report)) == (3, [])
+    assert "b" not in after.constants
+    assert torch.allclose(after.constants["c"], C + W @ B, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(after.constants["linear_1.bias"], V @ B, rtol=1e-5, atol=1e-6)
+    assert error(layer_norm(), after) < 1e-5
+
+
+def tied(ids: Tensor, g: Tensor, w: Tensor) -> Tensor:
+    return nnf.linear(nnf.rms_norm(nnf.embedding(ids, w), (6,), g), w)
+
+
+def shared_by_two(x: Tensor, g: Tensor, w: Tensor) -> Tensor:
+    return nnf.linear(nnf.layer_norm(x, (6,), g), w) + nnf.linear(nnf.layer_norm(x * 2, (6,), g), w).sigmoid()
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], Any, Tensor, str]] = {
+    "an output": (lambda x, g, w: [y := nnf.rms_norm(x, (6,), g), nnf.linear(y, w)], X, G, "the value is an output of the program"),
+    "an activation": (
+        lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g).sigmoid(), w),
+        X,
+        G,
+        "sigmoid (sigmoid) doesn't commute with a scale",
+    ),
+    "a tied head": (tied, torch.tensor([[1, 2, 4]]), G, "the statistics of rms_norm would change"),
+    "0": (lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g), w), X, G * (G[1] != G), "rms_norm has a gain that is 0 or not finite, g"),
+    "computed": (lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g + x[0, 0]), w), X, G, "rms_norm has a gain that is computed, add"),
+    "the gain read elsewhere": (
+        lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g), w) + g.sigmoid().sum(),
+        X,
+        G,
+        "sigmoid (sigmoid) doesn't commute with a scale",
+    ),
+    "channels seen as one": (
+        lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g).unflatten(-1, (3, 2)), w[:, :2]),
+        X,
+        G,
+        "g differs between channels that a reader can't tell apart",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "x", "gain", "reason"), [pytest.param(*c, id=i) for i, c in REFUSED.items()])
+def test_refuses(body: Callable[..., Any], x: Tensor, gain: Tensor, reason: str) -> None:
+    before = function(body, x, g=gain, w=W, dynamic=False)
+    after, report = run(before, folding())
+    assert text(after) == text(before)
+    assert report.fired == 0
+    assert declined(report) == [("rms_norm", reason)]
+    assert all(torch.equal(after.constants[n], t) for n, t in before.constants.items())
+
+
+def test_refuses_a_shift_that_padding_would_see() -> None:
+    def body(x: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        return nnf.conv1d(nnf.layer_norm(x, (6,), None, b).transpose(1, 2), w[..., None].expand(-1, -1, 3).contiguous(), padding=1)
+
+    before = function(body, X, b=B, w=W, dynamic=False)
+    before, _ = run(before, "tidy.fold_constants")
+    after, report = run(before, folding(beta=True))
+    assert text(after) == text(before)
+    assert declined(report) == [("layer_norm.beta", "conv1d pads with zeros, which a shift would have to change")]
+
+
+def test_a_gain_shared_by_two_norms_folds_once() -> None:
+    before = function(shared_by_two, X, g=G, w=W, dynamic=False)
+    after, report = run(before, folding())
+    assert (report.fired, declined(report)) == (1, [])
+    assert error(before, after) < 1e-5
+
+
+@pytest.mark.parametrize("beta", [False, True])
+def test_second_run_changes_nothing(beta: bool) -> None:
+    once, _ = run(layer_norm(SIGNED), folding(beta=beta))
+    twice, report = run(once, folding(beta=beta))
+    assert (report.fired, declined(report)) == (0, [])
+    assert text(twice) == text(once)
+    assert all(torch.equal(once.constants[n], t) for n, t in twice.constants.items())
+
+
+FAULTS: dict[str, Callable[[Any], Any]] = {
+    "inverse": lambda g: 1 / g,
+    "factor": lambda g: g * 1.5,
+    "off by one channel": lambda g: g.roll(1),
+    "one channel dropped": lambda g: torch.cat([torch.ones(1, dtype=g.dtype), g[1:]]),
+    "squared": lambda g: g * g,
+}
+
+
+@pytest.mark.parametrize("fault", [pytest.param(f, id=i) for i, f in FAULTS.items()])
+def test_contract_bites(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any]) -> None:
+    """The numbers of the plan are wrong where the gain is said to be 1."""
+    before, right = layer_norm(), fold_norm_gain.refusal(*_plan_of(layer_norm()))
+    assert right == ""
+    monkeypatch.setattr(fold_norm_gain, "refusal", lambda *_: "")
+    planted(monkeypatch, fold_norm_gain, "factors", fault)
+    with pytest.raises(ContractViolation, match=r"tidy\.fold_norm_gain breaks its exact contract at 1 of 1 sites"):
+        run(before, folding())
+
+
+def _plan_of(program: Program) -> tuple[Any, Any, Tensor]:
+    from fxcompress.transport import Kind, Seed, transport
+
+    leaf = next(n for n in program.graph.nodes if n.op == "get_attr" and n.target == "g")
+    return transport(program, Kind.SCALE, Seed(leaf, (0,), power=-1)), leaf, G
+
+
+SITES = {"llama": (5, []), "qwen2": (5, []), "gpt2": (4, [("layer_norm_4", "the statistics of layer_norm would change")]), "vit": (5, [])}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_real_model(name: str) -> None:
+    before, _ = run(zoo(name), "tidy.fold_constants")
+    after, report = run(before, folding())
+    assert (report.fired, declined(report)) == SITES[name]
+    assert error(before, after) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit"])
+def test_shifts_of_real_models(name: str) -> None:
+    before, _ = run(zoo(name), "tidy.fold_constants")
+    after, report = run(before, folding(beta=True))
+    assert report.fired == 3 * 5 - (name == "gpt2")
+    assert error(before, after) < 1e-5

@@ -1,0 +1,234 @@
+"""rotate.residual: the stream turns as one, values per head, tied heads keep their table; refusals with the engine's reasons; faults."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from fxcompress.capture import capture
+from fxcompress.edit import Edit
+from fxcompress.errors import ContractViolation
+from fxcompress.numerics.hadamard import randomised_hadamard
+from fxcompress.passes.rotate import residual
+from fxcompress.passes.rotate.residual import Residual
+from fxcompress.passes.tidy.fold_norm_gain import FoldNormGain
+from fxcompress.program import Program
+from fxcompress.transport import Plan
+from tests.passes.helpers import declined, error, function, lines, planted, run, seeded, text, zoo
+from tests.zoo import GROUPED, PROMPT, transformers
+
+IDS = torch.tensor([[1, 2, 4], [3, 3, 0]])
+D, HEADS = 12, 3
+E, G = seeded(7, D), seeded(D, seed=1).abs() + 0.5
+WQ, WV, WO, W1, W2, H = (seeded(D, D, seed=i) / D**0.5 for i in range(2, 8))
+WEIGHTS = {"e": E, "wq": WQ, "wv": WV, "wo": WO, "w1": W1, "w2": W2, "h": H}
+
+
+def turning(**options: Any) -> Residual:
+    return Residual(Residual.Options(**options))
+
+
+def norm(x: Tensor, g: Tensor | None = None) -> Tensor:
+    return nnf.rms_norm(x, (D,), g, 1e-6)
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def block(ids: Tensor, e: Tensor, wq: Tensor, wv: Tensor, wo: Tensor, w1: Tensor, w2: Tensor, h: Tensor) -> Tensor:
+    """One layer of a language model: attention whose queries are its keys, a perceptron, a head."""
+    x = nnf.embedding(ids, e)
+    y = norm(x)
+    q, v = heads(nnf.linear(y, wq)), heads(nnf.linear(y, wv))
+    x = x + nnf.linear(nnf.scaled_dot_product_attention(q, q, v).transpose(1, 2).flatten(2), wo)
+    x = x + nnf.linear(nnf.silu(nnf.linear(norm(x), w1)), w2)
+    return nnf.linear(norm(x), h)
+
+
+def layer() -> Program:
+    return function(block, IDS, **WEIGHTS, dynamic=False)
+
+
+def test_the_stream_turns() -> None:
+    """Before and after by their weights: the graph stays as it is. R is the same on every side of the stream."""
+    after, report = run(layer(), turning(values=False, seed=3))
+    R, c = randomised_hadamard(D, 3).float(), after.constants
+    assert text(after) == text(layer())
+    assert (report.fired, declined(report), [s.site for s in report.changes]) == (1, [], ["<root>  (rms_norm)"])
+    wanted = {"e": E @ R, "wq": WQ @ R, "wv": WV @ R, "wo": R.T @ WO, "w1": W1 @ R, "w2": R.T @ W2, "h": H @ R}
+    assert all(torch.allclose(c[n], w, atol=1e-5) for n, w in wanted.items())
+    assert error(layer(), after) < 1e-5
+
+
+def test_values_turn_per_head() -> None:
+    at = function(lambda x, q, wv, wo: nnf.linear(attended(q, nnf.linear(x, wv)), wo), X, Q, wv=WV, wo=WO, dynamic=False)
+    after, report = run(at, turning())
+    size = D // HEADS
+    R = torch.block_diag(*(randomised_hadamard(size, n) for n in range(HEADS))).float()
+    assert text(after) == text(at)
+    assert [s.reason for s in report.changes] == [f"turned in {HEADS} blocks"]
+    assert torch.allclose(after.constants["wv"], R.T @ WV, atol=1e-5)
+    assert torch.allclose(after.constants["wo"], WO @ R, atol=1e-5)
+    assert error(at, after) < 1e-5
+
+
+X, Q = seeded(2, 3, D, seed=9), seeded(2, HEADS, 3, D // HEADS, seed=10)
+
+
+def attended(q: Tensor, v: Tensor) -> Tensor:
+    return nnf.scaled_dot_product_attention(q, q, heads(v)).transpose(1, 2).flatten(2)
+
+
+def test_opened_attention() -> None:
+    before, _ = run(layer(), "tidy.open_attention")
+    after, report = run(before, turning())
+    assert (report.fired, declined(report)) == (2, [])
+    assert error(before, after) < 1e-5
+
+
+TIED: dict[str, Callable[..., Tensor]] = {
+    "gain": lambda ids, e, w, g: nnf.linear(norm(stream(ids, e, w), g), e),
+    "no gain": lambda ids, e, w, g: nnf.linear(norm(stream(ids, e, w)), e),
+}
+
+
+def stream(ids: Tensor, e: Tensor, w: Tensor) -> Tensor:
+    x = nnf.embedding(ids, e)
+    return x + nnf.linear(norm(x), w)
+
+
+def test_a_tied_head_gets_a_layer_before_it() -> None:
+    before = function(TIED["gain"], IDS, e=E, w=W1, g=G, dynamic=False)
+    after, report = run(before, turning())
+    assert text(after) == lines("""
+        embedding = embedding(%e, ids)
+        rms_norm = rms_norm(embedding, [12], None, 1e-06)
+        linear = linear(rms_norm, %w)
+        add = add.Tensor(embedding, linear)
+        rms_norm_1 = rms_norm(add, [12], %g, 1e-06)
+        linear_default = linear(rms_norm_1, %rms_norm_1.rotate)
+        linear_1 = linear(linear_default, %e)
+        return linear_1""")
+    R = randomised_hadamard(D, 0).float()
+    assert torch.allclose(after.constants["rms_norm_1.rotate"], R.T @ torch.diag(G) @ R, atol=1e-5)
+    assert torch.allclose(after.constants["e"], E @ R, atol=1e-5)
+    assert declined(report) == []
+    assert error(before, after) < 1e-5
+
+
+def test_a_tied_head_without_gain_needs_no_layer() -> None:
+    before = function(TIED["no gain"], IDS, e=E, w=W1, g=G, dynamic=False)
+    after, report = run(before, turning())
+    assert text(after) == text(before)
+    assert (report.fired, declined(report)) == (1, [])
+
+
+def test_no_layer_is_left_where_the_stream_stays() -> None:
+    """The stream is handed out as well: a layer before the tied head would be for nothing."""
+
+    def body(ids: Tensor, e: Tensor, w: Tensor, g: Tensor) -> Any:
+        x = stream(ids, e, w)
+        return nnf.linear(norm(x, g), e), x
+
+    before = function(body, IDS, e=E, w=W1, g=G, dynamic=False)
+    after, report = run(before, turning())
+    assert text(after) == text(before)
+    assert after.constants.keys() == before.constants.keys()
+    assert (report.fired, declined(report)) == (0, [("rms_norm", "the value is an output of the program")])
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
+    "a gain": (lambda x, w, g: nnf.linear(norm(x, g), w), "rms_norm_1 scales the channels by different gains, g"),
+    "a spelled-out gain": (lambda x, w, g: nnf.linear(norm(x) * g, w), "mul multiplies the channels by different factors, g"),
+    "a layer norm": (lambda x, w, g: nnf.linear(nnf.layer_norm(x, (D,)), w), "the statistics of layer_norm would change"),
+    "an output": (lambda x, w, g: x, "the value is an output of the program"),
+    "an activation": (lambda x, w, g: nnf.linear(nnf.silu(x), w), "silu (silu) doesn't commute with a rotate"),
+}
+
+
+@pytest.mark.parametrize(("tail", "reason"), [pytest.param(*c, id=i) for i, c in REFUSED.items()])
+def test_refuses(tail: Callable[..., Any], reason: str) -> None:
+    before = function(lambda ids, e, w, h, g: tail(stream(ids, e, w), h, g), IDS, e=E, w=W1, h=H, g=G, dynamic=False)
+    after, report = run(before, turning())
+    assert text(after) == text(before)
+    assert (report.fired, declined(report)) == (0, [("rms_norm", reason)])
+
+
+def test_refuses_a_tied_head_if_no_layer_may_be_added() -> None:
+    before = function(TIED["gain"], IDS, e=E, w=W1, g=G, dynamic=False)
+    _, report = run(before, turning(keep_tied=False))
+    assert (report.fired, declined(report)) == (0, [("rms_norm", "rms_norm_1 scales the channels by different gains, g")])
+
+
+def test_a_second_run_is_refused_by_order_and_exact_all_the_same() -> None:
+    assert Residual.excludes >= Residual.gives
+    once, _ = run(layer(), turning())
+    twice, _ = run(once, turning(seed=1))
+    assert error(layer(), twice) < 1e-5
+
+
+def test_numbers_that_are_no_rotation_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, residual, "rotations", lambda r: {b: m * 1.5 for b, m in r.items()})
+    with pytest.raises(ValueError, match="is off orthogonal by"):
+        run(layer(), turning())
+
+
+@pytest.mark.parametrize("leaf", WEIGHTS)
+@pytest.mark.parametrize("fault", ["dropped", "transposed", "negated", "one channel"])
+def test_contract_bites(monkeypatch: pytest.MonkeyPatch, leaf: str, fault: str) -> None:
+    """One of the seven weights gets something else than its rotation."""
+    made = {
+        "dropped": lambda old, new: old,
+        "transposed": lambda old, new: new.T.contiguous() if new.shape[0] == new.shape[1] else new.roll(1, 1),
+        "negated": lambda old, new: -new,
+        "one channel": lambda old, new: torch.cat([old[:1], new[1:]]),
+    }[fault]
+    right = Plan.apply
+
+    def wrong(plan: Plan, edit: Edit, *args: Any, **kwargs: Any) -> Any:
+        old = edit.program.constants[leaf]
+        site = right(plan, edit, *args, **kwargs)
+        edit.program.constants[leaf] = made(old, edit.program.constants[leaf])
+        return site
+
+    monkeypatch.setattr(Plan, "apply", wrong)
+    with pytest.raises(ContractViolation, match=r"rotate\.residual breaks its exact contract"):
+        run(layer(), turning(values=False))
+
+
+@functools.cache
+def folded(name: str) -> Program:
+    program, _ = run(zoo(name), "tidy.fold_constants")
+    return run(program, FoldNormGain())[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_real_model(name: str) -> None:
+    after, report = run(folded(name), turning())
+    assert (report.fired, declined(report)) == (3, [])
+    assert [s.reason for s in report.changes] == ["turned in 1 blocks", "turned in 2 blocks", "turned in 2 blocks"]
+    assert error(folded(name), after) < 1e-5
+    assert error(zoo(name), after) < 1e-5
+
+
+def test_real_model_with_a_tied_head() -> None:
+    model, inputs = transformers("LlamaForCausalLM", PROMPT, **GROUPED, tie_word_embeddings=True)()
+    before = capture(model, inputs)
+    program, _ = run(run(before, "tidy.fold_constants")[0], FoldNormGain())
+    after, report = run(program, turning())
+    assert (report.fired, declined(report)) == (5, [])
+    assert report.bytes_after - report.bytes_before == 64 * 64 * 4
+    assert error(before, after) < 1e-5
+
+
+def test_gpt2_says_why_its_stream_stays() -> None:
+    after, report = run(folded("gpt2"), turning())
+    assert (report.fired, declined(report)) == (2, [("layer_norm", "the statistics of layer_norm would change")])
+    assert error(folded("gpt2"), after) < 1e-5
