@@ -130,16 +130,21 @@ def _report(
 def load(folder: str | Path, threads: int | None = None) -> CompiledModel:
     """A saved artifact, ready to run. ArtifactError if it is missing, incomplete, altered or from a newer version."""
     path = Path(folder)
+    report, choice, config = _read(path)
+    compiled = CompiledModel(path, _open_backend(choice), report, threads, config=Config(config) if isinstance(config, dict) else None)
+    _ = compiled.session  # opened now: the files that were checked are the files that run
+    return compiled
+
+
+def _read(path: Path) -> tuple[Report, BackendChoice, Any]:
+    """Report, backend and config of a checked artifact."""
     manifest = artifact.read_manifest(path)
     try:
         report = Report.model_validate_json((path / REPORT).read_bytes())
         choice = BackendChoice.model_validate(manifest["backend"])
     except (OSError, KeyError, ValidationError) as error:
         raise ArtifactError("the artifact's report can't be read", where=str(path), why=str(error), do="compile and save it again") from error
-    config = manifest.get("config")
-    compiled = CompiledModel(path, _open_backend(choice), report, threads, config=Config(config) if isinstance(config, dict) else None)
-    _ = compiled.session  # opened now: the files that were checked are the files that run
-    return compiled
+    return report, choice, manifest.get("config")
 
 
 def program_of(model: Any, example_inputs: Any = None, component: str | None = None, dynamic: Dynamic = None) -> Program:
@@ -266,7 +271,7 @@ class CompiledModule(nn.Module):
 
 def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
     """Rows about a node, module path or constant of an artifact: which pass touched or declined it, why, and what was measured."""
-    report = load(folder).report
+    report, _, _ = _read(Path(folder))
     asked = {name, "".join(c if c.isalnum() else "_" for c in name)}  # a constant's node is named after it
     rows: list[dict[str, Any]] = []
     for done in report.passes:

@@ -51,7 +51,7 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic:
         try:
             program = _capture(call, axes, notes, tied=not isinstance(dynamic, Mapping))
         except CaptureError as error:
-            if last or error.final:
+            if last:
                 raise
             notes.append(f"{what} can't be dynamic: {_first_line(error.why or error.what)}")
         else:

@@ -13,8 +13,6 @@ from collections.abc import Iterable
 class FxcError(Exception):
     """Base of all errors a user can cause or must act on. `what`, `where`, `why`, `state`, `do` stay readable as attributes."""
 
-    final = False  # an attempt that failed with this may not be retried in a weaker form
-
     def __init__(self, what: str, *, where: str = "", why: str = "", state: str = "", do: str = "") -> None:
         self.what, self.where, self.why, self.state, self.do = what, where, why, state, do
         super().__init__(what)

@@ -59,6 +59,11 @@ def evaluate(node: fx.Node, env: Mapping[fx.Node, Any], constants: Mapping[str, 
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+def constant_value(node: fx.Node, constants: Mapping[str, Tensor]) -> Any:
+    """The value of a node that no input decides."""
+    return evaluate(node, {n: constant_value(n, constants) for n in node.all_input_nodes}, constants)
+
+
 def last_uses(ordered: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """Per node the values whose last reader it is; a value nobody reads dies where it is made."""
     last: dict[fx.Node, list[fx.Node]] = {}

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from fxcompress.dynamic import at_sizes
 from fxcompress.errors import InputError, VerifierError, nearest
 from fxcompress.functional import drop_dead
-from fxcompress.interpret import evaluate, run
+from fxcompress.interpret import constant_value, evaluate, run
 from fxcompress.measure import relative_error
 from fxcompress.program import Program, Value
 from fxcompress.signature import INPUT, Bound
@@ -90,7 +90,7 @@ def _fold(program: Program, bound: Mapping[fx.Node, Tensor]) -> None:
         if all(n in fixed for n in sources):
             fixed.add(node)
         elif any(n in known for n in sources) and all(n in known or n in fixed or _is_size(n) for n in sources):
-            constant = {n: _fixed_value(n, program) for n in sources if n in fixed}
+            constant = {n: constant_value(n, program.constants) for n in sources if n in fixed}
             one, two = (_attempt(node, {n: _value_at(n, i, known, constant) for n in sources}, program) for i in (0, 1))
             if _stands_for(one, node) and _is_same(one, two):
                 known[node] = (one, two)
@@ -99,10 +99,6 @@ def _fold(program: Program, bound: Mapping[fx.Node, Tensor]) -> None:
     for node, (value, _) in known.items():
         for reader in [u for u in node.users if u not in known]:
             _give(program, node, value, reader)
-
-
-def _fixed_value(node: fx.Node, program: Program) -> Any:
-    return evaluate(node, {n: _fixed_value(n, program) for n in node.all_input_nodes}, program.constants)
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fxcompress.contract import EXACT_LIMIT
 from fxcompress.errors import BackendRefusal
-from fxcompress.interpret import evaluate
+from fxcompress.interpret import constant_value, evaluate
 from fxcompress.measure import relative_error
 from fxcompress.noise import jittered
 from fxcompress.program import Program, module_path
@@ -75,7 +75,7 @@ def _less_rounding(got: Tensor, wanted: Tensor, size: Tensor) -> Tensor:
 
 def _in_torch(program: Program, site: fx.Node, value: Tensor, constant: set[fx.Node], magnitude: bool = False) -> Tensor:
     """The site's result on this input, its other operands being constants; or that of all their absolute values, summands without signs."""
-    env = {n: _constant(program, n) if n in constant else value for n in site.all_input_nodes}
+    env = {n: constant_value(n, program.constants) if n in constant else value for n in site.all_input_nodes}
     if magnitude:
         env = {n: v.abs() if isinstance(v, Tensor) else v for n, v in env.items()}
     result: Tensor = evaluate(site, env, program.constants)
@@ -90,10 +90,6 @@ def _constants(program: Program) -> set[fx.Node]:
         if node.op == "get_attr" or (node.op == "call_function" and sources and found.issuperset(sources)):
             found.add(node)
     return found
-
-
-def _constant(program: Program, node: fx.Node) -> Any:
-    return evaluate(node, {n: _constant(program, n) for n in node.all_input_nodes}, program.constants)
 
 
 def _exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
