@@ -18,11 +18,12 @@ from typing import Any, get_args
 import torch
 import yaml
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from fxcompress import artifact, registry, store
 from fxcompress.backend import Backend, Session
-from fxcompress.calibrate.feed import as_feed
+from fxcompress.calibrate.feed import FlatItems, as_feed
+from fxcompress.calibrate.statistics import Statistics
 from fxcompress.capture import Dynamic, capture
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
 from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight_bytes
@@ -69,7 +70,9 @@ def compile(  # noqa: PLR0913 - the arguments users say
     loaded = None if isinstance(model, Program) else resolve(model, component)
     captured = _captured(loaded, example_inputs, dynamic) if loaded else model
     check_globs(recipe, captured)
-    manager = Manager(captured.copy(), runner.target, _probe(captured, calibration) or captured.example, check)
+    items = None if calibration is None else FlatItems(as_feed(calibration), captured)
+    statistics = None if items is None else Statistics(items)
+    manager = Manager(captured.copy(), runner.target, captured.example if items is None else items.probe, check, statistics)
     steps = len(passes) + 1
     done = manager.run(passes, lambda name, finished, _: progress(name or f"lower to {runner.name}", finished, steps))
     audit(manager.program)
@@ -337,15 +340,6 @@ def versions() -> dict[str, str]:
 
 def _facts(program: Program) -> tuple[Signature, tuple[Value, ...], dict[str, tuple[int, int]]]:
     return program.signature, program.inputs, dict(program.symbols)
-
-
-def _probe(program: Program, calibration: Any) -> tuple[Tensor, ...]:
-    """The last item of the feed; every item is checked against the signature. Empty without a feed."""
-    last: list[Tensor] = []
-    for item in as_feed(calibration) if calibration is not None else ():
-        last = program.signature.flatten(item)
-        check_sizes(program.inputs, program.symbols, last)
-    return tuple(last)
 
 
 def _backend(recipe: Recipe, name: str | None) -> Backend:

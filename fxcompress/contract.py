@@ -26,6 +26,7 @@ from fxcompress.numerics import formats, noise
 from fxcompress.program import Program
 
 Verdict = Literal["held", "broken", "unverified"]
+MEASURED = "measured"
 EXACT_LIMIT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -66,6 +67,7 @@ class Exact:
 class Bounded:
     """May lose what the number format must lose: SQNR >= that of an ideal quantiser of its width on the measured range, less 3 dB.
 
+    The measured range is the one a pass filed under meta[MEASURED] of the dequantize node, (lo, hi) from calibration; else that of the value.
     limit: another bound in dB, from the recipe.
     """
 
@@ -92,6 +94,9 @@ class Bounded:
         if new.target is not torch.ops.fxc.dequantize.default:
             raise ValueError(f"{new.name} is no dequantize: a Bounded pass that inserts other ops states its limit")
         _, _, zero_point, format_name, block = new.args
+        if MEASURED in new.meta:
+            lo, hi = new.meta[MEASURED]
+            return noise.static_sqnr(old, formats.format_of(str(format_name)), lo, hi, zero_point is None) - self.margin
         return noise.ideal_sqnr(old, formats.format_of(str(format_name)), tuple(block), symmetric=zero_point is None) - self.margin  # type: ignore[arg-type]
 
     def holds(self, figure: float, bound: float) -> bool:

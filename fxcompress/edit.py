@@ -94,12 +94,11 @@ class Edit:
         self._site().constants.append(name)
         return self._inserted(node)
 
-    def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Every reader of old reads new, except nodes inserted at this site."""
+    def replace(self, old: fx.Node, new: fx.Node, readers: Iterable[fx.Node] | None = None) -> None:
+        """Every reader of old, or only those given, reads new, except nodes inserted at this site."""
         site = self._site()
         own = set(site.inserted)
-        readers = [u for u in old.users if u not in own]
-        for reader in readers:
+        for reader in [u for u in (old.users if readers is None else readers) if u not in own]:
             self._rewire(reader, old, new)
         site.replaced[old] = new
 

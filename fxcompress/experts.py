@@ -28,21 +28,21 @@ def open_experts(graph: fx.Graph, constants: dict[str, Tensor]) -> None:
 
 
 def _open(graph: fx.Graph, constants: dict[str, Tensor], node: fx.Node) -> None:
-    x, weight, ends = node.args[:3]
+    x, weight, ends = node.all_input_nodes[:3]
     leaf, swapped = _leaf(weight)
     if leaf is None:
         return
 
     def op(target: Callable[..., Any], *args: Any) -> fx.Node:
         new = graph.call_function(target, args)
-        new.meta = {**node.meta, "val": fake_value(target, args, {})}
+        new.meta = {**node.meta, "val": fake_value(target, args, {}, x)}
         return new
 
     with graph.inserting_before(node):
         rows = op(aten.sym_size.int, x, 0)
         number = op(aten.arange.default, rows)
         before, out = None, None
-        for expert in range(weight.meta["val"].shape[0]):  # type: ignore[union-attr]
+        for expert in range(weight.meta["val"].shape[0]):
             own = _constant(graph, constants, leaf, expert)
             end = op(aten.select.int, ends, 0, expert)
             inside = op(aten.lt.Tensor, number, end)

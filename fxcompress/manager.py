@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from fxcompress import contract as contracts
+from fxcompress.calibrate.statistics import Statistics
 from fxcompress.contract import Exact, Measured
 from fxcompress.edit import Edit, Site
 from fxcompress.errors import ContractViolation, FxcError
@@ -38,8 +40,10 @@ class Found:
 class Manager:
     """Runs the passes of one recipe, one after the other, on one program."""
 
-    def __init__(self, program: Program, target: Target, probe: Sequence[Tensor], check: CheckMode = "each") -> None:
-        self.program, self.target, self.probe, self.check = program, target, tuple(probe), check
+    def __init__(
+        self, program: Program, target: Target, probe: Sequence[Tensor], check: CheckMode = "each", statistics: Statistics | None = None
+    ) -> None:
+        self.program, self.target, self.probe, self.check, self.statistics = program, target, tuple(probe), check, statistics
         self.reference = run(program, self.probe) if check != "off" else []  # what the end-to-end figures compare with
         self.done: list[PassReport] = []
 
@@ -57,9 +61,9 @@ class Manager:
 
     def _step(self, step: Step, item: Pass) -> PassReport:
         start, bytes_before, nodes_before = time.process_time(), weight_bytes(self.program), len(self.program.graph.nodes)
-        edit = Edit(self.program)
+        edit, notes = Edit(self.program), list[str]()
         try:
-            found = self._apply(step, item, edit)
+            found = self._apply(step, item, edit, notes)
             checks = self._checked(step, item, edit)
             verify(self.program)
             sites = list(edit.sites)
@@ -87,10 +91,13 @@ class Manager:
             nodes_before=nodes_before,
             nodes_after=len(self.program.graph.nodes),
             changes=tuple(as_change(s) for s in sites),
+            notes=tuple(notes),
         )
 
-    def _apply(self, step: Step, item: Pass, edit: Edit) -> Found:
-        context = Context(self.program, self.target, self.probe, step.where.admits)
+    def _apply(self, step: Step, item: Pass, edit: Edit, notes: list[str]) -> Found:
+        context = Context(self.program, self.target, self.probe, step.where.admits, note=notes.append)
+        if self.statistics is not None:
+            context = replace(context, observe=partial(self.statistics, self.program))
         if isinstance(item, Rewrite):
             return apply_rewrite(item, context, edit, step)
         assert isinstance(item, Transform)

@@ -72,7 +72,8 @@ class Check(Frozen):
 
 
 class PassReport(Frozen):
-    """One finished pass. legal = fired + excluded by the recipe; output_sqnr: lowest over the outputs against the captured model, in dB."""
+    """One finished pass. legal = fired + excluded by the recipe; notes: what the pass
+    has to say beside its sites; output_sqnr: lowest over the outputs against the captured model, in dB."""
 
     name: str
     options: dict[str, Any]
@@ -90,6 +91,7 @@ class PassReport(Frozen):
     nodes_before: int
     nodes_after: int
     changes: tuple[Change, ...]
+    notes: tuple[str, ...] = ()
 
 
 class FloatSite(Frozen):

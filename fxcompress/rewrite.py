@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxcompress.contract import Contract
 from fxcompress.edit import Edit
+from fxcompress.errors import CalibrationError
 from fxcompress.program import Program
 from fxcompress.target import Target
 
@@ -22,14 +23,30 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _without_feed(asked: Iterable[tuple[fx.Node, Any]]) -> Mapping[tuple[fx.Node, Any], Any]:
+    if list(asked):
+        raise CalibrationError(
+            "there is no calibration data",
+            why="a pass of the recipe measures the model's values on it",
+            do="pass calibration=[item, ...], items of the form of the example inputs, two or more",
+        )
+    return {}
+
+
 @dataclass(frozen=True)
 class Context:
-    """What a pass may look at. `probe`: flat inputs kept out of the statistics, on which contracts are measured."""
+    """What a pass may look at. `probe`: flat inputs kept out of the statistics, on which contracts are measured.
+
+    observe: answers questions (node, observer of `calibrate.observers`) about the program's values from a run over the calibration feed.
+    note: leaves a sentence for the report.
+    """
 
     program: Program
     target: Target
     probe: tuple[Tensor, ...] = ()
     admits: Callable[[fx.Node], bool] = lambda node: True  # whether the recipe lets a Transform touch a site; Rewrites needn't ask
+    observe: Callable[[Iterable[tuple[fx.Node, Any]]], Mapping[tuple[fx.Node, Any], Any]] = _without_feed
+    note: Callable[[str], None] = lambda sentence: None
 
     def constant(self, node: Any) -> Tensor | None:
         """The tensor a constant node reads; None for anything else."""

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from fxcompress.numerics.formats import Format
 
 Family = Literal["linear", "embedding", "conv"]
+SiteFamily = Literal["linear", "conv", "product"]  # what multiplies an activation: by a weight, by a kernel window, by another activation
 
 
 class WeightKernel(BaseModel):
@@ -28,13 +29,42 @@ class WeightKernel(BaseModel):
     asymmetric: bool = True
 
 
+class ActivationKernel(BaseModel):
+    """One kind of integer kernel whose activations are quantised too.
+
+    activations: "format/granularity", "tensor" for a scale from calibration, "token" for one a vector, computed in the call. weights: formats
+    of the constant operand. needs_output: whether the kernel gives integers, so that its result must be quantised as well.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    families: tuple[SiteFamily, ...]
+    activations: tuple[str, ...]
+    weights: tuple[str, ...] = ("int8",)
+    needs_output: bool = False
+
+
 class Target(BaseModel):
-    """name: the backend's. kernels: weight kernels, or None where every format runs (the reference)."""
+    """name: the backend's. kernels: weight kernels, activations: kernels with quantised activations; None where everything runs (reference)."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     kernels: tuple[WeightKernel, ...] | None = None
+    activations: tuple[ActivationKernel, ...] | None = None
+
+    def activation_kernel(self, family: SiteFamily, activation: str, weight: str) -> ActivationKernel | str:
+        """The kernel for such a site (weight: the format of the constant operand), or why there is none."""
+        if self.activations is None:
+            return ActivationKernel(families=(family,), activations=(activation,), weights=(weight,))
+        same_family = [k for k in self.activations if family in k.families]
+        fitting = [k for k in same_family if activation in k.activations and (family == "product" or weight in k.weights)]
+        if fitting:
+            return fitting[0]
+        offered = ", ".join(f"{a} by {w}" for k in same_family for a in k.activations for w in k.weights)
+        return f"{self.name} has no integer kernel for {family} with activations {activation} and weights {weight}" + (
+            f", only for {offered}" if offered else ""
+        )
 
     def refusal(self, family: Family, format: Format, group: int | None, size: int, symmetric: bool) -> str | None:
         """Why this target has no kernel for such a weight, or None if it has one.

@@ -269,8 +269,8 @@ class Probed(manager.Manager):
 
     last: tuple[Tensor, ...] = ()
 
-    def __init__(self, program: Program, target: Any, probe: Any, check: Any = "each") -> None:
-        super().__init__(program, target, probe, check)
+    def __init__(self, program: Program, target: Any, probe: Any, *rest: Any) -> None:
+        super().__init__(program, target, probe, *rest)
         Probed.last = self.probe
 
 
@@ -302,14 +302,16 @@ BAD_FEEDS: dict[str, tuple[Any, type[fxc.FxcError], str]] = {
     ),
     "another width": (
         [(X,), (seeded(2, 5),), (X,)],
-        fxc.InputError,
-        "input 'x' doesn't fit\n  why   expected float32 [batch, 4], got a float32 tensor of shape [2, 5]: axis 1 is fixed to 4\n"
+        fxc.CalibrationError,
+        "calibration item 1 doesn't fit: input 'x' doesn't fit\n"
+        "  why   expected float32 [batch, 4], got a float32 tensor of shape [2, 5]: axis 1 is fixed to 4\n"
         "  do    pass the captured form, or compile again with dynamic= naming that axis",
     ),
     "an unknown name": (
         [{"x": X}, {"y": X}],
-        fxc.InputError,
-        "the inputs don't fit the model's forward\n  why   missing a required argument: 'x'; 'y' is unknown, known: flip, scale, x\n"
+        fxc.CalibrationError,
+        "calibration item 1 doesn't fit: the inputs don't fit the model's forward\n"
+        "  why   missing a required argument: 'x'; 'y' is unknown, known: flip, scale, x\n"
         "  do    forward takes (x, scale, flip)",
     ),
 }

@@ -12,8 +12,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fxcompress.errors import CalibrationError
-from fxcompress.signature import Inputs
+from fxcompress.errors import CalibrationError, InputError
+from fxcompress.program import Program
+from fxcompress.signature import Inputs, check_sizes
 
 
 @runtime_checkable
@@ -58,6 +59,35 @@ class Spool:
         for index in range(self._count):
             args, kwargs, roles = torch.load(self._path(index), weights_only=True)
             yield Inputs(*args, roles=roles, **kwargs)
+
+
+class FlatItems:
+    """A feed as flat inputs of a program, every item checked against its signature. The last item is the probe of the contracts and no part
+    of the iteration, unless it is the only one. CalibrationError names the item that doesn't fit, and why."""
+
+    def __init__(self, feed: Feed, program: Program) -> None:
+        self._feed, self._program = feed, program
+        self.probe: tuple[Tensor, ...] = ()
+        self.count = 0
+        for item in feed:
+            self.probe = self._flat(item, self.count)
+            self.count += 1
+
+    def __len__(self) -> int:
+        return max(self.count - 1, 1)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for index, item in zip(range(len(self)), self._feed, strict=False):
+            yield self._flat(item, index)
+
+    def _flat(self, item: Any, index: int) -> tuple[Tensor, ...]:
+        try:
+            tensors = self._program.signature.flatten(item)
+            check_sizes(self._program.inputs, self._program.symbols, tensors)
+        except InputError as error:
+            what = f"calibration item {index} doesn't fit: {error.what}"
+            raise CalibrationError(what, where=error.where, why=error.why, do=error.do) from None
+        return tuple(tensors)
 
 
 def as_feed(source: Any) -> Feed:

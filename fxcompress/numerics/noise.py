@@ -39,6 +39,20 @@ def noise_power(step: Tensor, block: Sequence[int], shape: Sequence[int]) -> flo
     return float((step.double().square() * counts).sum() / (12 * counts.sum()))
 
 
+def static_sqnr(x: Tensor, format: Format, lo: Tensor, hi: Tensor, symmetric: bool) -> float:
+    """The SQNR in dB of an ideal integer quantiser of the format on [lo, hi]: steps as in `ideal_sqnr`, and what of x lies outside is clipped.
+
+    lo, hi: float64, broadcastable to x. inf for a tensor of zeros.
+    """
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    span = 2 * torch.maximum(hi, -lo) if symmetric and format.signed else hi - lo
+    step = span / (2**format.bits - 1)
+    wide = x.double()
+    outside = (wide - torch.minimum(torch.maximum(wide, lo), hi)).square()
+    noise = (step.square() / 12 + outside).expand(x.shape).sum().item()
+    return _decibel(wide.square().sum().item(), noise)
+
+
 def ideal_sqnr(x: Tensor, format: Format, block: Sequence[int], symmetric: bool) -> float:
     """The SQNR in dB of an ideal quantiser of the format on each block's min-max range; from x alone, no pass's scale enters.
 

@@ -41,6 +41,9 @@ class Finalize(Rewrite):
         node, name = match.node, str(match.node.args[0].target)
         format = format_of(node.args[3])
         with edit.site(node, f"{match.codes.numel()} codes of {format.bits} bits"):
+            if format.bits > 8:
+                edit.replace(node, edit.constant(f"{name}.codes", match.codes, like=node))
+                return
             packed = edit.constant(f"{name}.packed", pack(match.codes, format), like=node)
             size = match.codes.shape[-1]
             edit.replace(node, edit.insert(torch.ops.fxc.unpack.default, packed, format.name, size, like=node, val=node.meta["val"]))

@@ -1,0 +1,185 @@
+"""Observers: what can be asked about a value, gathered over all items of a feed in memory that doesn't grow with them.
+
+An observer is a question (frozen, compared by value); `start` gives the accumulator that answers it. Sums run in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcompress.numerics.histogram import Histogram
+
+
+class Accumulator(ABC):
+    """Takes the values of a node, one item after the other."""
+
+    @abstractmethod
+    def add(self, value: Tensor) -> None:
+        """One more value; every value has the same rank."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """What the observer asked for."""
+
+
+class Observer(ABC):
+    """A question about a value."""
+
+    @abstractmethod
+    def start(self) -> Accumulator:
+        """An accumulator that has seen nothing."""
+
+    def memory(self, shape: Sequence[int]) -> int:
+        """About how many bytes the accumulator of a value of that shape holds."""
+        return 64 * max(1, *shape[-1:], *shape[1:2])
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """lo, hi: least and greatest value, float64; 0-d, or one entry per index of the observed axis."""
+
+    lo: Tensor
+    hi: Tensor
+
+    @property
+    def amax(self) -> Tensor:
+        """Greatest magnitude."""
+        return torch.maximum(self.hi, -self.lo)
+
+
+@dataclass(frozen=True)
+class Range(Observer):
+    """`Extremes` of the whole value, or of every index along an axis."""
+
+    axis: int | None = None
+
+    def start(self) -> Accumulator:
+        return _Range(self.axis)
+
+
+class _Range(Accumulator):
+    def __init__(self, axis: int | None) -> None:
+        self.axis = axis
+        self.found: Extremes | None = None
+
+    def add(self, value: Tensor) -> None:
+        rows = value.detach().reshape(1, -1) if self.axis is None else _rows(value, self.axis)
+        lo, hi = (v.double().reshape(-1 if self.axis is not None else ()) for v in torch.aminmax(rows, dim=1))
+        old = self.found
+        self.found = Extremes(lo, hi) if old is None else Extremes(torch.minimum(lo, old.lo), torch.maximum(hi, old.hi))
+
+    def result(self) -> Extremes | None:
+        return self.found
+
+
+@dataclass(frozen=True)
+class MeanAndVariance:
+    """mean, var: per index of the observed axis, float64 (population variance). count: values behind each."""
+
+    mean: Tensor
+    var: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class Moments(Observer):
+    """`MeanAndVariance` of every index along an axis."""
+
+    axis: int = -1
+
+    def start(self) -> Accumulator:
+        return _Moments(self.axis)
+
+
+class _Moments(Accumulator):
+    """Merged item by item, which keeps the digits that a plain sum of squares loses. Source: Chan, Golub, LeVeque (1979), equation 2.1."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis, self.count = axis, 0
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, value: Tensor) -> None:
+        rows = _rows(value, self.axis).double()
+        count, mean = rows.shape[1], rows.mean(1)
+        total = self.count + count
+        apart = mean - self.mean
+        self.squares = self.squares + (rows - mean[:, None]).square().sum(1) + apart.square() * (self.count * count / total)
+        self.mean = self.mean + apart * (count / total)
+        self.count = total
+
+    def result(self) -> MeanAndVariance:
+        return MeanAndVariance(self.mean, self.squares / max(self.count, 1), self.count)
+
+
+@dataclass(frozen=True)
+class Distribution(Observer):
+    """A `Histogram` of all entries of the value in `bins` bins at most."""
+
+    bins: int = 2048
+
+    def start(self) -> Accumulator:
+        return _Distribution(self.bins)
+
+    def memory(self, shape: Sequence[int]) -> int:
+        return 16 * self.bins
+
+
+class _Distribution(Accumulator):
+    def __init__(self, bins: int) -> None:
+        self.histogram = Histogram(bins)
+
+    def add(self, value: Tensor) -> None:
+        self.histogram.add(value)
+
+    def result(self) -> Histogram:
+        return self.histogram
+
+
+@dataclass(frozen=True)
+class Products:
+    """gram: Σ x xᵀ over all vectors x along the observed axis, [d, d] float64. count: how many vectors."""
+
+    gram: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class Gram(Observer):
+    """`Products` of the vectors along an axis."""
+
+    axis: int = -1
+
+    def start(self) -> Accumulator:
+        return _Gram(self.axis)
+
+    def memory(self, shape: Sequence[int]) -> int:
+        return 8 * shape[self.axis] ** 2
+
+
+class _Gram(Accumulator):
+    def __init__(self, axis: int) -> None:
+        self.axis, self.count = axis, 0
+        self.gram: Tensor | None = None
+
+    def add(self, value: Tensor) -> None:
+        rows = _rows(value, self.axis)
+        product = (rows @ rows.T).double()
+        self.gram = product if self.gram is None else self.gram.add_(product)
+        self.count += rows.shape[1]
+
+    def result(self) -> Products:
+        assert self.gram is not None
+        return Products(self.gram, self.count)
+
+
+def _rows(value: Tensor, axis: int) -> Tensor:
+    """[indices along the axis, everything else]."""
+    moved = value.detach().movedim(axis, 0)
+    return moved.reshape(moved.shape[0], math.prod(moved.shape[1:]))

@@ -1,0 +1,140 @@
+"""Histograms of values that arrive in pieces, and the quantisation ranges read from them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fxcompress.numerics.formats import Format
+from fxcompress.numerics.ranges import SHRINK, scale_from_range
+
+LEAST_WIDTH = 2.0**-120
+
+
+class Histogram:
+    """Counts in bins [i w, (i + 1) w), w a power of two that doubles whenever the values span more bins than allowed.
+
+    Pairs of bins are merged exactly and w depends on the extremes alone, so the order of the pieces doesn't matter.
+    """
+
+    def __init__(self, bins: int = 2048) -> None:
+        self.bins, self.width, self.first = bins, 0.0, 0
+        self.counts = torch.zeros(0, dtype=torch.int64)
+        self.lo, self.hi = math.inf, -math.inf
+
+    def add(self, values: Tensor) -> None:
+        """Count every entry; all must be finite."""
+        flat = values.detach().reshape(-1)
+        if not flat.numel():
+            return
+        lo, hi = (float(v) for v in torch.aminmax(flat))
+        self.lo, self.hi = min(self.lo, lo), max(self.hi, hi)
+        self._widen()
+        index = torch.floor(flat.double() / self.width).to(torch.int64).sub_(self.first)
+        self.counts += torch.bincount(index, minlength=len(self.counts))
+
+    @property
+    def total(self) -> int:
+        """How many values were counted."""
+        return int(self.counts.sum())
+
+    def centres(self) -> Tensor:
+        """The middle of each bin, float64, none beyond the extremes."""
+        left = (torch.arange(len(self.counts), dtype=torch.float64) + self.first) * self.width
+        return (left + self.width / 2).clamp(self.lo, self.hi)
+
+    def quantile(self, share: float) -> float:
+        """The value that a share of all values doesn't exceed, to within a bin; linear inside it."""
+        wanted = share * self.total
+        reached = self.counts.cumsum(0).double()
+        index = int(torch.searchsorted(reached, torch.tensor(wanted, dtype=torch.float64)).clamp(max=len(reached) - 1))
+        inside = (wanted - float(reached[index] - self.counts[index])) / max(1, int(self.counts[index]))
+        return min(max((self.first + index + inside) * self.width, self.lo), self.hi)
+
+    def _widen(self) -> None:
+        """Choose the least width that fits the extremes, and bring the counts to it."""
+        width = self.width or 2.0 ** math.floor(math.log2(max((self.hi - self.lo) / self.bins, LEAST_WIDTH)))
+        while math.floor(self.hi / width) - math.floor(self.lo / width) >= self.bins:
+            width *= 2
+        first, last = math.floor(self.lo / width), math.floor(self.hi / width)
+        counts = torch.zeros(last - first + 1, dtype=torch.int64)
+        if len(self.counts):
+            ratio = int(width / self.width)
+            places = torch.div(torch.arange(len(self.counts)) + self.first, ratio, rounding_mode="floor") - first
+            counts.index_add_(0, places, self.counts)
+        self.width, self.first, self.counts = width, first, counts
+
+
+def percentile(histogram: Histogram, share: float) -> tuple[float, float]:
+    """The range that leaves (1 - share) / 2 of the values out at either end, share in (0.5, 1]; the extremes for 1.
+
+    ValueError where the histogram counts fewer values than would leave one out.
+    """
+    if share == 1:
+        return histogram.lo, histogram.hi
+    outside = (1 - share) / 2
+    if histogram.total * outside < 1:
+        raise ValueError(f"{histogram.total} values can't tell the {100 * share:g}th percentile: it needs {math.ceil(1 / outside)}")
+    return histogram.quantile(outside), histogram.quantile(1 - outside)
+
+
+def least_error(histogram: Histogram, format: Format, symmetric: bool, p: float = 2.0) -> tuple[float, float]:
+    """The range [a lo, b hi] whose grid has the least Σ |x - x̂|^p, ends shrunk apart: first both, then each alone.
+
+    The mean square error of the integer grids that a min-max range gives is one of the candidates, so it is never worse on the histogram.
+    """
+    centres, weights = histogram.centres(), histogram.counts.double()
+    factors = (1.0, *SHRINK)
+
+    def least(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+        return min(pairs, key=lambda ends: _error(histogram, ends, centres, weights, format, symmetric, p))
+
+    best = least([(a, a) for a in factors])
+    best = least([best, *((a, best[1]) for a in factors)])
+    best = least([best, *((best[0], b) for b in factors)])
+    return best[0] * histogram.lo, best[1] * histogram.hi
+
+
+def least_divergence(histogram: Histogram, format: Format) -> tuple[float, float]:
+    """The range symmetric in the share it cuts whose grid keeps the distribution best: least KL divergence of the clipped histogram from
+    its quantised one. Source: Migacz, 8-bit inference with TensorRT (2017)."""
+    levels = format.qmax - format.qmin + 1
+    counts, centres = histogram.counts.double(), histogram.centres()
+    best, chosen = math.inf, (histogram.lo, histogram.hi)
+    for factor in (1.0, *SHRINK):
+        lo, hi = factor * min(histogram.lo, 0.0), factor * max(histogram.hi, 0.0)
+        divergence = _divergence(counts, centres, lo, hi, levels)
+        if divergence < best:
+            best, chosen = divergence, (lo, hi)
+    return chosen
+
+
+def _divergence(counts: Tensor, centres: Tensor, lo: float, hi: float, levels: int) -> float:
+    inside = (centres >= lo) & (centres <= hi)
+    kept = counts * inside
+    if not inside.any():
+        return math.inf
+    edge = inside.nonzero()
+    kept[edge[0]] += counts[: edge[0]].sum()
+    kept[edge[-1]] += counts[edge[-1] + 1 :].sum()
+    step = (hi - lo) / (levels - 1) or 1.0
+    level = ((centres - lo) / step).round().clamp(0, levels - 1).long()
+    occupied = (counts > 0) & inside
+    mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, counts * inside)
+    places = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, occupied.double())
+    spread = (mass / places.clamp(min=1))[level] * occupied
+    p, q = kept / kept.sum(), spread / spread.sum()
+    both = p > 0
+    return float((p[both] * (p[both] / q[both].clamp(min=1e-12)).log()).sum())
+
+
+def _error(
+    histogram: Histogram, ends: tuple[float, float], centres: Tensor, weights: Tensor, format: Format, symmetric: bool, p: float
+) -> float:
+    lo, hi = (torch.tensor(v, dtype=torch.float64) for v in (ends[0] * histogram.lo, ends[1] * histogram.hi))
+    scale, zero = scale_from_range(torch.minimum(lo, hi), torch.maximum(lo, hi), format, symmetric)
+    offset = 0.0 if zero is None else zero.double()
+    codes = (centres / scale).round().add(offset).clamp(format.qmin, format.qmax)
+    return float((((codes - offset) * scale - centres).abs().pow(p) * weights).sum())

@@ -1,0 +1,57 @@
+"""Where a program multiplies: the sites a quantiser of activations is for, found by what each op contracts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxcompress.dataflow import WEIGHT_ARGUMENTS
+from fxcompress.program import Program
+from fxcompress.target import SiteFamily
+
+aten = torch.ops.aten
+CLAMPS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
+SUMMED = (aten.addmm.default, aten.baddbmm.default)  # the first argument is added, the next two are multiplied
+
+
+@dataclass(frozen=True)
+class MatmulSite:
+    """One op that contracts. family: "linear" and "conv" multiply an activation by a constant, "product" two activations.
+
+    activations: the operands that an input decides, by argument position.
+    """
+
+    node: fx.Node
+    family: SiteFamily
+    activations: dict[int, fx.Node]
+
+
+def matmul_sites(program: Program) -> Iterator[MatmulSite]:
+    """Every linear, convolution and matrix product that multiplies at least one activation, in order."""
+    decided = _decided_by_inputs(program)
+    for node in program.graph.nodes:
+        entry = WEIGHT_ARGUMENTS.get(node.target) if node.op == "call_function" else None
+        if entry is None or entry[0] == "embedding":
+            continue
+        family = entry[0]
+        positions = (1, 2) if node.target in SUMMED else (0, 1)
+        found = {i: node.args[i] for i in positions if node.args[i] in decided}
+        if found:
+            yield MatmulSite(node, "product" if len(found) == 2 else family, found)
+
+
+def result_of(node: fx.Node) -> fx.Node:
+    """Where the result of a site is read: behind the relu or clamp that is its only reader, else the node itself."""
+    reader = next(iter(node.users)) if len(node.users) == 1 else node
+    return reader if reader.target in CLAMPS else node
+
+
+def _decided_by_inputs(program: Program) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
