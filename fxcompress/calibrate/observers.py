@@ -43,7 +43,7 @@ class Observer(ABC):
 
 @dataclass(frozen=True)
 class Extremes:
-    """lo, hi: least and greatest value, float64; 0-d, or one entry per index of the observed axis."""
+    """lo, hi: least and greatest value, float64; 0-d, or one entry per index of the observed axes."""
 
     lo: Tensor
     hi: Tensor
@@ -56,22 +56,22 @@ class Extremes:
 
 @dataclass(frozen=True)
 class Range(Observer):
-    """`Extremes` of the whole value, or of every index along an axis."""
+    """`Extremes` of the whole value, or of every index along the axes."""
 
-    axis: int | None = None
+    axes: tuple[int, ...] = ()
 
     def start(self) -> Accumulator:
-        return _Range(self.axis)
+        return _Range(self.axes)
 
 
 class _Range(Accumulator):
-    def __init__(self, axis: int | None) -> None:
-        self.axis = axis
+    def __init__(self, axes: tuple[int, ...]) -> None:
+        self.axes = axes
         self.found: Extremes | None = None
 
     def add(self, value: Tensor) -> None:
-        rows = value.detach().reshape(1, -1) if self.axis is None else _rows(value, self.axis)
-        lo, hi = (v.double().reshape(-1 if self.axis is not None else ()) for v in torch.aminmax(rows, dim=1))
+        rows = _rows(value, self.axes)
+        lo, hi = (v.double().reshape(_sizes(value, self.axes)) for v in torch.aminmax(rows, dim=1))
         old = self.found
         self.found = Extremes(lo, hi) if old is None else Extremes(torch.minimum(lo, old.lo), torch.maximum(hi, old.hi))
 
@@ -81,7 +81,7 @@ class _Range(Accumulator):
 
 @dataclass(frozen=True)
 class MeanAndVariance:
-    """mean, var: per index of the observed axis, float64 (population variance). count: values behind each."""
+    """mean, var: per index of the observed axes, float64 (population variance). count: values behind each."""
 
     mean: Tensor
     var: Tensor
@@ -90,23 +90,25 @@ class MeanAndVariance:
 
 @dataclass(frozen=True)
 class Moments(Observer):
-    """`MeanAndVariance` of every index along an axis."""
+    """`MeanAndVariance` of every index along the axes."""
 
-    axis: int = -1
+    axes: tuple[int, ...] = (-1,)
 
     def start(self) -> Accumulator:
-        return _Moments(self.axis)
+        return _Moments(self.axes)
 
 
 class _Moments(Accumulator):
     """Merged item by item, which keeps the digits that a plain sum of squares loses. Source: Chan, Golub, LeVeque (1979), equation 2.1."""
 
-    def __init__(self, axis: int) -> None:
-        self.axis, self.count = axis, 0
+    def __init__(self, axes: tuple[int, ...]) -> None:
+        self.axes, self.count = axes, 0
+        self.sizes: list[int] = []
         self.mean = self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, value: Tensor) -> None:
-        rows = _rows(value, self.axis).double()
+        rows = _rows(value, self.axes).double()
+        self.sizes = _sizes(value, self.axes)
         count, mean = rows.shape[1], rows.mean(1)
         total = self.count + count
         apart = mean - self.mean
@@ -115,7 +117,7 @@ class _Moments(Accumulator):
         self.count = total
 
     def result(self) -> MeanAndVariance:
-        return MeanAndVariance(self.mean, self.squares / max(self.count, 1), self.count)
+        return MeanAndVariance(self.mean.reshape(self.sizes), (self.squares / max(self.count, 1)).reshape(self.sizes), self.count)
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class _Gram(Accumulator):
         self.gram: Tensor | None = None
 
     def add(self, value: Tensor) -> None:
-        rows = _rows(value, self.axis)
+        rows = _rows(value, (self.axis,))
         product = (rows @ rows.T).double()
         self.gram = product if self.gram is None else self.gram.add_(product)
         self.count += rows.shape[1]
@@ -179,7 +181,11 @@ class _Gram(Accumulator):
         return Products(self.gram, self.count)
 
 
-def _rows(value: Tensor, axis: int) -> Tensor:
-    """[indices along the axis, everything else]."""
-    moved = value.detach().movedim(axis, 0)
-    return moved.reshape(moved.shape[0], math.prod(moved.shape[1:]))
+def _rows(value: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """[indices along the axes, everything else]."""
+    moved = value.detach().movedim(axes, tuple(range(len(axes))))
+    return moved.reshape(math.prod(moved.shape[: len(axes)]), math.prod(moved.shape[len(axes) :]))
+
+
+def _sizes(value: Tensor, axes: tuple[int, ...]) -> list[int]:
+    return [value.shape[a] for a in axes]

@@ -43,6 +43,14 @@ def matmul_sites(program: Program) -> Iterator[MatmulSite]:
             yield MatmulSite(node, "product" if len(found) == 2 else family, found)
 
 
+def summed_axis(site: MatmulSite) -> int:
+    """The axis of a layer's input that it sums over: a convolution's channels, else the last one, or the last but one of a right factor."""
+    if site.family == "conv":
+        return 1
+    is_right = next(iter(site.activations)) == (2 if site.node.target in SUMMED else 1) and site.node.target is not aten.linear.default
+    return -2 if is_right else -1
+
+
 def result_of(node: fx.Node) -> fx.Node:
     """Where the result of a site is read: behind the relu or clamp that is its only reader, else the node itself."""
     reader = next(iter(node.users)) if len(node.users) == 1 else node
