@@ -83,7 +83,8 @@ class Channels:
         return (self.hi.max().clamp(min=0) - self.lo.min().clamp(max=0)) / (levels - 1)
 
 
-Known = dict[tuple[fx.Node, tuple[int, ...]], Channels]  # by value and axes
+Key = tuple[fx.Node, tuple[int, ...]]  # a value and some of its axes
+Known = dict[Key, Channels]
 
 
 class Smooth(Transform):
@@ -104,7 +105,7 @@ class Smooth(Transform):
         firsts = {layer.x: layer for layer in reversed(layers) if on.admits(layer.node)}.values()
         engine = Transport(on.program)
         plans = {first: engine.solve(Kind.SCALE, _seed(first)) for first in firsts}
-        asked = [key for plan in plans.values() for key in _reached(plan, factors)]
+        asked: list[Key] = [key for plan in plans.values() for key in _reached(plan, factors)]
         asked += [(y.x, (y.axis,)) for y in layers]
         known = _observed(asked, on)
         for first, plan in plans.items():
@@ -153,12 +154,13 @@ class _Site:
 
     plan: Plan
     layers: list[Layer]
-    factors: list[tuple[fx.Node, tuple[int, ...]]]
+    factors: list[Key]
 
-    def divisors(self, vector: Tensor) -> dict[tuple[fx.Node, tuple[int, ...]], Tensor]:
+    def divisors(self, vector: Tensor) -> dict[Key, Tensor]:
         """What each of these values is divided by, per index along its axes."""
         numbers = self.plan.numbers(vector)
-        return {key: _divisor(self.plan, numbers, *key) for key in [*((y.x, (y.axis,)) for y in self.layers), *self.factors]}
+        keys: list[Key] = [*((y.x, (y.axis,)) for y in self.layers), *self.factors]
+        return {key: _divisor(self.plan, numbers, *key) for key in keys}
 
     def gathered(self, values: Mapping[Layer, Tensor]) -> Tensor:
         """The greatest of some figures [in] of the layers' inputs, per class."""
@@ -186,7 +188,7 @@ def _seed(layer: Layer) -> Seed:
     return Seed(layer.x, (layer.axis,), power=-1)
 
 
-def _observed(asked: Iterable[tuple[fx.Node, tuple[int, ...]]], on: Context) -> Known:
+def _observed(asked: Iterable[Key], on: Context) -> Known:
     keys = list(dict.fromkeys(asked))
     answers = on.observe((value, observer(axes)) for value, axes in keys for observer in (Range, Moments))
     found: Known = {}
@@ -196,7 +198,7 @@ def _observed(asked: Iterable[tuple[fx.Node, tuple[int, ...]]], on: Context) -> 
     return found
 
 
-def _reached(plan: Plan, values: Iterable[fx.Node]) -> list[tuple[fx.Node, tuple[int, ...]]]:
+def _reached(plan: Plan, values: Iterable[fx.Node]) -> list[Key]:
     """The values among these that the plan changes, with the axes it tells apart."""
     slots = {v: sorted({a for label in plan.values.get(v, ()) for a in label.slot}) for v in values}
     return [(v, tuple(slot)) for v, slot in slots.items() if slot]
