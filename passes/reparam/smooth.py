@@ -137,7 +137,7 @@ class Smooth(Transform):
         levels_x, levels_w = 2**self.options.activation_bits, 2**self.options.weight_bits
         total = 0.0
         for layer, w in matrices.items():
-            key = layer.x, (layer.axis,)
+            key: Key = (layer.x, (layer.axis,))
             after, scaled = known[key].divided(divisors[key]), w * divisors[key][:, None].float()
             of_x = after.step(levels_x).square() * scaled.square().sum()
             of_w = (2 * scaled.amax((1, 2)) / (levels_w - 1)).square().sum() * after.square.sum() * w.shape[2]
