@@ -123,6 +123,16 @@ class BackendReport(Frozen):
     file_bytes: int | None = None
 
 
+class GuardReport(Frozen):
+    """What the quality guard did: the user's metric in float, with every site quantised and as shipped, and the nodes given back to float."""
+
+    float_metric: float
+    quantised_metric: float
+    metric: float
+    max_drop: float
+    given_back: tuple[str, ...]
+
+
 class Report(Frozen):
     """Everything a compilation has to say. `notes`: what capture had to fix or leave out.
 
@@ -147,6 +157,7 @@ class Report(Frozen):
     output_sqnr: Figure
     passes: tuple[PassReport, ...]
     backend: BackendReport | None = None
+    guard: GuardReport | None = None
 
 
 def schema() -> str:

@@ -1,0 +1,120 @@
+"""Quality guard: the quantised sites that cost most go back to float until the user's own metric has lost no more than allowed.
+
+A site is a node that reads quantised values. What it costs is measured, not guessed: the noise at the outputs on the probe with all sites
+quantised, less the noise with this one reading the float values. Sites are given back in that order; how many is found by doubling and
+halving, every step a whole compilation judged by the metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.errors import ContractViolation
+from fxcompress.interpret import run
+from fxcompress.program import Program
+from fxcompress.recipe import Recipe, Where
+from fxcompress.registry import find_pass
+from fxcompress.report import GuardReport
+
+QUANTIZE, DEQUANTIZE = torch.ops.fxc.quantize.default, torch.ops.fxc.dequantize.default
+Model = TypeVar("Model")
+
+
+def quantised_sites(program: Program) -> list[fx.Node]:
+    """The nodes that read a dequantised value and are no quantiser of it, in order."""
+    return [n for n in program.graph.nodes if n.target is not QUANTIZE and any(_is_pair(a) for a in n.all_input_nodes)]
+
+
+def costs(program: Program, probe: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, float]:
+    """Per quantised site, by node name, the share of the outputs' noise that goes when it reads float values. The program isn't changed.
+
+    program: with its quantisers, before they are folded into codes.
+    """
+    total = _noise(reference, run(program, probe))
+    found = {}
+    for site in quantised_sites(program):
+        args, kwargs = site.args, site.kwargs
+        site.args, site.kwargs = fx.node.map_arg((args, kwargs), lambda n: _source(n) if _is_pair(n) else n)
+        try:
+            found[site.name] = total - _noise(reference, run(program, probe))
+        finally:
+            site.args, site.kwargs = args, kwargs
+    return found
+
+
+def give_back(
+    recipe: Recipe,
+    ranked: Mapping[str, float],
+    build: Callable[[Recipe], Model],
+    evaluate: Callable[[Model], float],
+    float_metric: float,
+    max_drop: float,
+) -> tuple[Model, GuardReport]:
+    """The model with the fewest sites given back whose metric is at most max_drop below that of the float model, and what that cost.
+
+    ranked: sites with their costs. Raises ContractViolation if the drop is larger even with every site given back.
+    """
+    names = sorted(ranked, key=lambda n: -ranked[n])
+    tried: dict[int, tuple[Model, float]] = {}
+
+    def is_met(count: int) -> bool:
+        if count not in tried:
+            model = build(without(recipe, names[:count]))
+            tried[count] = model, float(evaluate(model))
+        return float_metric - tried[count][1] <= max_drop
+
+    least, most = 0, 1
+    if is_met(0):
+        most = 0
+    while most and not is_met(most):
+        if most == len(names):
+            raise _unreachable(float_metric, tried[most][1], max_drop, len(names))
+        least, most = most, min(2 * most, len(names))
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (least, middle) if is_met(middle) else (middle, most)
+    model, metric = tried[most]
+    return model, GuardReport(
+        float_metric=float_metric, quantised_metric=tried[0][1], metric=metric, max_drop=max_drop, given_back=tuple(names[:most])
+    )
+
+
+def without(recipe: Recipe, sites: Sequence[str]) -> Recipe:
+    """The recipe with these nodes excluded from every pass that quantises."""
+    if not sites:
+        return recipe
+    steps = [
+        step.model_copy(update={"where": Where(include=step.where.include, exclude=(*step.where.exclude, *sites))})
+        if "quantised" in find_pass(step.use).gives
+        else step
+        for step in recipe.passes
+    ]
+    return recipe.model_copy(update={"passes": tuple(steps)})
+
+
+def _is_pair(node: fx.Node) -> bool:
+    """Whether a value is dequantised from what a quantiser made of a float value."""
+    return node.target is DEQUANTIZE and node.args[0].target is QUANTIZE  # type: ignore[union-attr]
+
+
+def _source(pair: Any) -> Any:
+    """The float value that a pair quantises."""
+    return pair.args[0].args[0]
+
+
+def _noise(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """Σ over the floating-point outputs of noise over signal."""
+    pairs = [(a.double(), b.double()) for a, b in zip(reference, outputs, strict=True) if a.is_floating_point()]
+    return sum(float((a - b).square().sum() / a.square().sum().clamp(min=1e-30)) for a, b in pairs)
+
+
+def _unreachable(float_metric: float, metric: float, max_drop: float, count: int) -> ContractViolation:
+    return ContractViolation(
+        "the quality asked for can't be reached by giving sites back",
+        why=f"the metric is {float_metric:.6g} in float and {metric:.6g} with all {count} sites given back; allowed drop {max_drop:g}",
+        do="allow a larger max_drop, or take the other lossy passes out of the recipe",
+    )
