@@ -15,6 +15,7 @@ from torch import fx
 
 from fxcompress.contract import Exact
 from fxcompress.edit import Edit
+from fxcompress.interpret import constant_value
 from fxcompress.numerics.formats import format_of
 from fxcompress.numerics.packing import pack
 from fxcompress.rewrite import Context, Match, Rewrite
@@ -30,26 +31,22 @@ class Finalize(Rewrite):
     gives = frozenset({"finalised"})
 
     def match(self, node: fx.Node, on: Context) -> Match | None:
-        """A quantiser whose value, scale and zero point are constants; one of an activation stays in the graph."""
-        operands = [on.constant(a) for a in node.all_input_nodes]
-        if any(t is None for t in operands):
+        """A quantiser of a constant; one of an activation stays in the graph."""
+        if on.constant(node.args[0]) is None:
             return None
-        return Match(node, codes=_codes(node, on))
+        return Match(node, codes=constant_value(node, on.program.constants))
 
     def apply(self, match: Any, edit: Edit) -> None:
-        """Store the packed codes; the unpacked ones take the quantiser's place."""
+        """Packed codes take the quantiser's place, codes wider than a byte as they are. A computed scale becomes a constant."""
         node, name = match.node, str(match.node.args[0].target)
-        format = format_of(node.args[3])
+        format, scale = format_of(node.args[3]), node.args[1]
         with edit.site(node, f"{match.codes.numel()} codes of {format.bits} bits"):
+            if scale.op != "get_attr":
+                known = constant_value(scale, edit.program.constants).contiguous()
+                edit.replace(scale, edit.constant(f"{name}.scale", known, like=node, before=node))
             if format.bits > 8:
                 edit.replace(node, edit.constant(f"{name}.codes", match.codes, like=node))
                 return
             packed = edit.constant(f"{name}.packed", pack(match.codes, format), like=node)
             size = match.codes.shape[-1]
             edit.replace(node, edit.insert(torch.ops.fxc.unpack.default, packed, format.name, size, like=node, val=node.meta["val"]))
-
-
-def _codes(node: fx.Node, on: Context) -> torch.Tensor:
-    args = [on.constant(a) if isinstance(a, fx.Node) else a for a in node.args]
-    codes: torch.Tensor = torch.ops.fxc.quantize.default(*args)
-    return codes

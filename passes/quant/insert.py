@@ -13,26 +13,23 @@ Source: Krishnamoorthi, Quantizing deep convolutional networks for efficient inf
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from pydantic import field_validator
-from torch import Tensor, fx
+from torch import fx
 
-from fxcompress.calibrate.observers import Distribution, Observer, Range
 from fxcompress.contract import MEASURED, Bounded
 from fxcompress.dataflow import weight_uses
 from fxcompress.edit import Edit
-from fxcompress.errors import CalibrationError, RecipeError
+from fxcompress.errors import RecipeError
 from fxcompress.numerics.formats import Format
-from fxcompress.numerics.histogram import Histogram, least_divergence, least_error, percentile
-from fxcompress.numerics.ranges import scale_from_range
+from fxcompress.passes.quant.grids import Grid, check_method, grid_of, observer_of
 from fxcompress.passes.quant.sites import SUMMED, MatmulSite, matmul_sites, result_of
 from fxcompress.passes.quant.weight_only import WeightOnly, WeightOnlyOptions, parse
 from fxcompress.passes.tidy.schema import arguments
-from fxcompress.program import module_path
 from fxcompress.rewrite import Context, Match, Options, Reject, Transform
 from fxcompress.target import ActivationKernel, Target
 
@@ -65,12 +62,7 @@ class InsertOptions(Options):
     @field_validator("range")
     @classmethod
     def _is_method(cls, value: str) -> str:
-        name, _, share = value.partition(":")
-        if name not in ("minmax", "mse", "entropy", "percentile") or bool(share) != (name == "percentile"):
-            raise ValueError(f"{value!r}: one of minmax, mse, entropy, percentile:99.99")
-        if share and not 50 < float(share) <= 100:
-            raise ValueError("a percentile lies above 50, up to 100")
-        return value
+        return check_method(value)
 
     @property
     def format(self) -> Format:
@@ -81,16 +73,6 @@ class InsertOptions(Options):
     def is_static(self) -> bool:
         """Whether ranges come from the feed."""
         return parse(self.activations)[1] == "tensor"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A static quantiser: scale and zero point 0-d, lo and hi the range it was made for."""
-
-    scale: Tensor
-    zero_point: Tensor | None
-    lo: Tensor
-    hi: Tensor
 
 
 class Insert(Transform):
@@ -163,33 +145,9 @@ class Insert(Transform):
     def _grids(self, sites: Sequence[MatmulSite], on: Context) -> dict[fx.Node, Grid | Reject]:
         """A grid for every value of every site, from the feed; a Reject where a value never changes."""
         values = dict.fromkeys(v for s in sites for v in self._values(s, on))
-        observer: Observer = Range() if self.options.range == "minmax" else Distribution()
+        observer = observer_of(self.options.range)
         answers = on.observe((v, observer) for v in values)
-        return {v: self._grid(v, answers[v, observer], on) for v in values}
-
-    def _grid(self, value: fx.Node, seen: Any, on: Context) -> Grid | Reject:
-        lo, hi = float(seen.lo), float(seen.hi)
-        if lo == hi:
-            return Reject("{} is {} everywhere on the calibration feed", value, f"{lo:g}")
-        if isinstance(seen, Histogram):
-            lo, hi = self._range(value, seen)
-        format, dtype = self.options.format, value.meta["val"].dtype
-        ends = torch.tensor(lo, dtype=torch.float64), torch.tensor(hi, dtype=torch.float64)
-        scale, zero = scale_from_range(torch.minimum(*ends).to(dtype), torch.maximum(*ends).to(dtype), format, format.signed)
-        return Grid(scale, zero, *ends)
-
-    def _range(self, value: fx.Node, seen: Histogram) -> tuple[float, float]:
-        name, _, share = self.options.range.partition(":")
-        if name == "mse":
-            return least_error(seen, self.options.format, self.options.format.signed)
-        if name == "entropy":
-            return least_divergence(seen, self.options.format)
-        try:
-            return percentile(seen, float(share) / 100)
-        except ValueError as error:
-            where = f"{module_path(value) or '<root>'}  ({value.name})"
-            do = f"pass more items, or a lower percentile: - {self.name}: {{range: 'percentile:99.9'}}"
-            raise CalibrationError("the calibration feed is too small", where=where, why=str(error), do=do) from None
+        return {v: grid_of(v, answers[v, observer], self.options.format, self.options.range, self.name) for v in values}
 
     def _weights(self, sites: Sequence[MatmulSite], on: Context, declined: dict[str, Reject]) -> list[Match]:
         """The legal weights. One that only quantised sites read needs no kernel for float activations."""
@@ -258,22 +216,22 @@ def _token_scale(value: fx.Node, format: Format, op: Any) -> fx.Node:
 
 
 def _insert_bias(site: MatmulSite, edit: Edit) -> None:
-    """The bias on the grid of the products: scale s_x s_W per channel, int32. Left in float where it is 0 or beyond int32."""
+    """The bias on the grid of the products, int32. Its scale s_x s_W is computed in the graph, so that it follows both, until quant.finalize
+    folds it. Left in float where it is 0 or beyond int32."""
     given = arguments(site.node)
     bias, x, weight = given.get("bias"), given["input"], given["weight"]
     value = edit.program.constant(bias) if isinstance(bias, fx.Node) else None
     if bias is None or value is None or not value.any():
         return
-    constants = edit.program.constants
-    scale = (constants[str(x.args[1].target)].double().reshape(()) * constants[str(weight.args[1].target)].double().reshape(-1)).to(value.dtype)
-    scale = scale.expand(value.shape).contiguous()
-    limit = 2.0**31 * scale.double()
-    if bool((value.double().abs() >= limit).any()) or not bool((scale > 0).all()):
+    s_x, s_w = (edit.program.constants[str(n.args[1].target)].double().reshape(-1) for n in (x, weight))
+    limit = 2.0**31 * (s_w * s_x).expand(value.shape)
+    if bool((value.double().abs() >= limit).any()):
         return
     with edit.site(site.node, "bias on the grid of the products"):
-        at = {"like": site.node, "before": site.node}
-        name = edit.constant(f"{bias.target}.scale", scale, **at)
-        codes = edit.insert(QUANTIZE, bias, name, None, "int32", [1], **at)
-        pair = edit.insert(DEQUANTIZE, codes, name, None, "int32", [1], val=bias.meta["val"], **at)
+        at: dict[str, Any] = {"like": site.node, "before": site.node}
+        one, many = (edit.insert(aten.reshape.default, n, [-1], **at) for n in (x.args[1], weight.args[1]))
+        scale = edit.insert(aten.expand.default, edit.insert(aten.mul.Tensor, many, one, **at), list(value.shape), **at)
+        codes = edit.insert(QUANTIZE, bias, scale, None, "int32", [1], **at)
+        pair = edit.insert(DEQUANTIZE, codes, scale, None, "int32", [1], val=bias.meta["val"], **at)
         pair.meta[MEASURED] = -limit, limit
         edit.replace(bias, pair, [site.node])

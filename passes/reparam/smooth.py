@@ -102,9 +102,12 @@ class Smooth(Transform):
         factors = (
             [v for s in matmul_sites(on.program) if s.family == "product" for v in s.activations.values()] if self.options.products else []
         )
-        firsts = {layer.x: layer for layer in reversed(layers) if on.admits(layer.node)}.values()
+        firsts: dict[fx.Node, Layer] = {}
+        for layer in layers:
+            if on.admits(layer.node):
+                firsts.setdefault(layer.x, layer)
         engine = Transport(on.program)
-        plans = {first: engine.solve(Kind.SCALE, _seed(first)) for first in firsts}
+        plans = {first: engine.solve(Kind.SCALE, _seed(first)) for first in firsts.values()}
         asked: list[Key] = [key for plan in plans.values() for key in _reached(plan, factors)]
         asked += [(y.x, (y.axis,)) for y in layers]
         known = _observed(asked, on)

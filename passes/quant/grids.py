@@ -1,0 +1,68 @@
+"""Static grids of activations from what was observed: the methods that quant.insert and quant.ranges share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.calibrate.observers import Distribution, Extremes, Observer, Range
+from fxcompress.errors import CalibrationError
+from fxcompress.numerics.formats import Format
+from fxcompress.numerics.histogram import Histogram, least_divergence, least_error, percentile
+from fxcompress.numerics.ranges import scale_from_range
+from fxcompress.program import module_path
+from fxcompress.rewrite import Reject
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A static quantiser: scale and zero point 0-d, lo and hi the range it was made for."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+    lo: Tensor
+    hi: Tensor
+
+
+def check_method(value: str) -> str:
+    """The method's text. ValueError if it is none of minmax, mse, entropy, percentile:99.99."""
+    name, _, share = value.partition(":")
+    if name not in ("minmax", "mse", "entropy", "percentile") or bool(share) != (name == "percentile"):
+        raise ValueError(f"{value!r}: one of minmax, mse, entropy, percentile:99.99")
+    if share and not 50 < float(share) <= 100:
+        raise ValueError("a percentile lies above 50, up to 100")
+    return value
+
+
+def observer_of(method: str) -> Observer:
+    """What the method asks about a value."""
+    return Range() if method == "minmax" else Distribution()
+
+
+def grid_of(value: fx.Node, seen: Extremes | Histogram, format: Format, method: str, by: str) -> Grid | Reject:
+    """The grid of a value; a Reject where it never changes. Signed formats are symmetric. by: the pass, for the error of a feed too small."""
+    lo, hi = float(seen.lo), float(seen.hi)
+    if lo == hi:
+        return Reject("{} is {} everywhere on the calibration feed", value, f"{lo:g}")
+    if isinstance(seen, Histogram) and method != "minmax":
+        lo, hi = _range(value, seen, format, method, by)
+    dtype = value.meta["val"].dtype
+    ends = torch.tensor(min(lo, hi), dtype=torch.float64), torch.tensor(max(lo, hi), dtype=torch.float64)
+    scale, zero = scale_from_range(ends[0].to(dtype), ends[1].to(dtype), format, format.signed)
+    return Grid(scale, zero, *ends)
+
+
+def _range(value: fx.Node, seen: Histogram, format: Format, method: str, by: str) -> tuple[float, float]:
+    name, _, share = method.partition(":")
+    if name == "mse":
+        return least_error(seen, format, format.signed)
+    if name == "entropy":
+        return least_divergence(seen, format)
+    try:
+        return percentile(seen, float(share) / 100)
+    except ValueError as error:
+        where = f"{module_path(value) or '<root>'}  ({value.name})"
+        do = f"pass more items, or ask {by} for a lower percentile, as percentile:99.9"
+        raise CalibrationError("the calibration feed is too small", where=where, why=str(error), do=do) from None
