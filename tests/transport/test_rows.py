@@ -95,6 +95,10 @@ ROWS: dict[str, Row] = {
     "slice_scatter": Row(aten.slice_scatter.default, X, rand(2, 2, 4), 1, 0, 2, lands=EVERY),
     "select_scatter": Row(aten.select_scatter.default, X, rand(2, 4), 1, 1, lands=EVERY),
     "to": Row(aten.clone.default, X, lands=EVERY),
+    "type_as": Row(aten.type_as.default, X, rand(2, 3, 4), lands=EVERY),
+    "to other": Row(aten.to.other, X, rand(2, 3, 4), lands=EVERY),
+    "reshape_as": Row(aten.reshape_as.default, X, rand(2, 12), lands=EVERY),
+    "expand_as": Row(aten.expand_as.default, rand(2, 1, 4), Y, lands=EVERY),
     "neg": Row(aten.neg.default, X, lands=EVERY),
     "relu": Row(aten.relu.default, X, lands="scale permute remove"),
     "abs": Row(aten.abs.default, X, lands="scale sign permute remove"),
@@ -305,3 +309,14 @@ def landings(program: Program, kind: Kind) -> int:
             continue
         count += 1
     return count
+
+
+@pytest.mark.parametrize("op", [aten.type_as.default, aten.to.other, aten.expand_as.default, aten.reshape_as.default], ids=str)
+def test_what_lends_its_form_only_carries_nothing(op: Any) -> None:
+    """A program's input may lend: it doesn't change."""
+    built = Builder(x=rand(3, 4), lender=rand(3, 4))
+    inner = built.op(aten.linear.default, built.x, built.constant("w", rand(4, 4)))
+    cast = built.op(op, inner, built.lender)
+    program = built.program(built.op(aten.linear.default, cast, built.constant("v", rand(2, 4))))
+    for kind in (Kind.SCALE, Kind.SIGN, Kind.SHIFT, Kind.PERMUTE, Kind.ROTATE):
+        assert Transport(program).solve(kind, Seed(cast)).is_whole

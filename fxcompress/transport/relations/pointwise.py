@@ -45,12 +45,12 @@ def _name(node: fx.Node) -> str:
 
 
 def cast(s: Solver, node: fx.Node) -> None:
-    """To another number format. Into integers only moves pass."""
+    """To another number format, which a second operand may lend. Into integers only moves pass."""
     x: Any = node.args[0]
     value = s.facts.value(node)
     if not s.kind.is_mixing and value is not None and not (value.dtype.is_floating_point or value.dtype.is_complex):
         return s.stop_all(node, [x, node], f"{node.name} rounds to {value.dtype}")
-    alike(s, node)
+    spread_over(s, [x, node])
 
 
 def alike(s: Solver, node: fx.Node) -> None:
@@ -435,11 +435,6 @@ def _copied(s: Solver, node: fx.Node) -> None:
     """aten.copy(self, src): src in the form of self."""
     given = s.args(node)
     spread_over(s, [given["src"], node] if s.kind != Kind.REMOVE else [given["self"], given["src"], node])
-
-
-def _first_only(s: Solver, node: fx.Node) -> None:
-    """The other arguments lend their form or dtype."""
-    spread_over(s, [node.args[0], node])
 
 
 Relation = Callable[[Solver, fx.Node], None]
