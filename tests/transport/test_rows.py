@@ -120,9 +120,9 @@ ROWS: dict[str, Row] = {
     "div": Row(aten.div.Tensor, X, positive(2, 3, 4), lands="scale sign permute remove"),
     "add": Row(aten.add.Tensor, X, Y, lands=EVERY),
     "add narrow": Row(aten.add.Tensor, X, rand(4), constants=(1,), lands=EVERY),
-    "add number": Row(aten.add.Tensor, X, 2.0, lands="scale sign shift permute remove"),
+    "add number": Row(aten.add.Tensor, X, 2.0, lands="scale sign shift permute rotate remove"),
     "sub": Row(aten.sub.Tensor, X, Y, lands=EVERY),
-    "rsub": Row(aten.rsub.Scalar, X, 1.0, lands="scale sign shift permute remove"),
+    "rsub": Row(aten.rsub.Scalar, X, 1.0, lands="scale sign shift permute rotate remove"),
     "where": Row(aten.where.self, rand(2, 3, 1) > 0, X, Y, lands="scale sign shift permute rotate remove"),
     "where by channel": Row(aten.where.self, rand(2, 3, 4) > 0, X, Y, lands="scale sign shift permute remove"),
     "where zero": Row(aten.where.ScalarOther, rand(2, 3, 1) > 0, X, 0.0, lands="scale sign permute rotate remove"),
@@ -185,7 +185,10 @@ ROWS: dict[str, Row] = {
     "adaptive_avg_pool2d": Row(aten.adaptive_avg_pool2d.default, IMAGE, [1, 1], lands=EVERY),
     "upsample": Row(aten.upsample_nearest2d.vec, IMAGE, None, [2.0, 2.0], lands=EVERY),
     "layer_norm": Row(aten.layer_norm.default, X, [4], positive(4), rand(4), constants=(2, 3), lands="scale sign shift permute"),
-    "layer_norm plain": Row(aten.layer_norm.default, X, [4], lands="scale sign shift permute"),
+    "layer_norm even": Row(
+        aten.layer_norm.default, X, [4], torch.full((4,), 2.0, dtype=F64), rand(4), constants=(2, 3), lands="scale sign shift permute rotate"
+    ),
+    "layer_norm plain": Row(aten.layer_norm.default, X, [4], lands="scale sign shift permute rotate"),
     "rms_norm": Row(aten.rms_norm.default, X, [4], positive(4), 1e-6, constants=(2,), lands="scale sign permute"),
     "rms_norm plain": Row(aten.rms_norm.default, X, [4], None, 1e-6, lands="scale sign permute rotate"),
     "group_norm": Row(aten.group_norm.default, IMAGE, 2, positive(4), rand(4), constants=(2, 3), lands="scale sign shift permute"),

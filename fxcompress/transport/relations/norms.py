@@ -23,6 +23,12 @@ def layer_norm(s: Solver, node: fx.Node) -> None:
     x, weight, bias, depth = given["input"], given["weight"], given["bias"], len(given["normalized_shape"])
     if s.kind == Kind.PERMUTE:
         _permuted(s, node, x, [weight, bias], depth)
+    elif s.kind == Kind.ROTATE:
+        for value in (x, node):
+            for label in s.labels(value):
+                s.keep_mean((node, value), label.index)
+        s.stop_all(node, [weight], f"{node.name} has a gain that a rotation would mix")
+        _rotated(s, node, x, weight, bias)
     else:
         _stop_statistics(s, node, x, depth)
         _affine(s, node, weight, bias, depth)
@@ -42,7 +48,7 @@ def rms_norm(s: Solver, node: fx.Node) -> None:
         _permuted(s, node, x, [weight], depth)
     elif s.kind == Kind.ROTATE:
         s.stop_all(node, [weight], f"{node.name} has a gain that a rotation would mix")
-        _rotated(s, node, x, weight)
+        _rotated(s, node, x, weight, None)
     elif s.kind == Kind.SIGN:
         _signed(s, node, x, weight)
     else:
@@ -58,14 +64,15 @@ def _signed(s: Solver, node: fx.Node, x: fx.Node, weight: Any) -> None:
         triple(s, node, (x, weight), (1.0, 1.0))
 
 
-def _rotated(s: Solver, node: fx.Node, x: fx.Node, weight: Any) -> None:
+def _rotated(s: Solver, node: fx.Node, x: fx.Node, weight: Any, bias: Any) -> None:
+    """The mean of squares is kept, and so is the mean by a rotation that keeps it; a shift turns with the result."""
     for label in (*s.labels(x), *s.labels(node)):
         s.keep_rows(node, label.index, [a for a in label.slot if a < label.index.ndim - 1])
         if label.index.ndim - 1 not in label.slot:
             s.stop(node, label.index, f"{node.name} norms other channels than the rotated ones")
         elif weight is not None and not is_uniform(s, weight, label.index):
             s.stop(node, label.index, f"{node.name} scales the channels by different gains, {weight.name}")
-    spread_over(s, [x, node])
+    spread_over(s, [x, node, *([] if bias is None else [bias])])
 
 
 def _stop_statistics(s: Solver, node: fx.Node, x: Any, depth: int) -> None:
@@ -80,7 +87,7 @@ def _affine(s: Solver, node: fx.Node, weight: Any, bias: Any, depth: int) -> Non
         index = s.coarsen(label.index, outside)
         s.put(node, index, label.power)
         index = index.reshape(index.shape[index.ndim - depth :])
-        if s.kind in (Kind.ROTATE, Kind.REMOVE):
+        if s.kind == Kind.REMOVE:
             s.stop(node, label.index, f"{node.name} norms over the channels that a {s.kind} would change")
         elif s.kind == Kind.SHIFT:
             _shifted(s, node, bias, index, label.power)

@@ -59,7 +59,8 @@ def alike(s: Solver, node: fx.Node) -> None:
 
 
 def spread_over(s: Solver, ports: Sequence[Any]) -> None:
-    """What one port carries, all carry. A port that is constant along the labelled axes needs nothing when channels only move."""
+    """What one port carries, all carry. A port that is constant along the labelled axes needs nothing when channels only move, or turn
+    about their mean."""
     for port in ports:
         for label in s.labels(port):
             for other in ports:
@@ -69,9 +70,7 @@ def spread_over(s: Solver, ports: Sequence[Any]) -> None:
 
 def _is_spared(s: Solver, port: Any, value: Any, index: Index) -> bool:
     """Whether a value needs no label where channels only move: it is the same for all that may change places."""
-    if s.kind == Kind.PERMUTE:
-        return s.is_flat_in_rows((port, value), value, index)
-    return s.kind == Kind.REMOVE and is_flat(s, value, index)
+    return s.is_unmoved((port, value), value, index) or (s.kind == Kind.REMOVE and is_flat(s, value, index))
 
 
 def is_flat(s: Solver, value: Any, index: Index) -> bool:
@@ -108,7 +107,7 @@ def _literals(s: Solver, node: fx.Node, a: Any, b: Any) -> None:
         return
     for label in s.labels(node):
         if s.kind == Kind.ROTATE:
-            s.stop(node, label.index, f"{node.name} adds one number to all channels, and a rotation would make it many")
+            s.keep_mean(node, label.index)
         elif s.kind in (Kind.SCALE, Kind.SIGN):
             s.extra(node, "literal", label.index, label.power)
 

@@ -53,10 +53,10 @@ def keep_rows(s: Solver, node: fx.Node, x: Any, axes: list[int]) -> None:
 
 
 def _within(s: Solver, node: fx.Node, index: Index, axes: list[int], slot: tuple[int, ...]) -> None:
-    """A label along a reduced axis: swallowed where the result can't see order, or length under a rotation."""
-    outside = [a for a in slot if a not in axes]
-    if s.kind == Kind.PERMUTE:
-        return s.keep_rows(node, index, outside)
+    """A label along a reduced axis: swallowed where the result can't see order; a rotation if it keeps the mean."""
+    if s.kind in (Kind.PERMUTE, Kind.ROTATE):
+        s.keep_mean(node, index)
+        return s.keep_rows(node, index, [a for a in slot if a not in axes])
     s.stop(node, index, f"{node.name} sums over the channels that a {s.kind} would change")
 
 

@@ -80,7 +80,7 @@ def expand(s: Solver, node: fx.Node) -> None:
     for label in s.labels(x):
         s.put(node, label.index, label.power)
     for label in s.labels(node):
-        if not (s.kind == Kind.PERMUTE and s.is_flat_in_rows(node, x, label.index)):
+        if not s.is_unmoved(node, x, label.index):
             s.put(x, label.index, label.power)
 
 
