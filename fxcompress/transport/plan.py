@@ -71,7 +71,7 @@ class Plan:
         result = torch.full((self.count,), start, dtype=torch.float64)
         for node, tensor in statistics.items():
             for label in self.values.get(node, ()):
-                index = as_tensor(self._class_of(label.index))
+                index = as_tensor(self.class_of(label.index))
                 axes = [a for a in range(tensor.dim()) if a not in label.slot]
                 found = getattr(torch, reduce)(tensor.double(), dim=axes, keepdim=True) if axes else tensor.double()
                 known = index != UNSET
@@ -123,7 +123,8 @@ class Plan:
             return removed(labels, numbers)
         return rotated(labels, self.classes, self.blocks, numbers)
 
-    def _class_of(self, index: Index) -> Index:
+    def class_of(self, index: Index) -> Index:
+        """The class of each parameter in a label's index; UNSET where pinned or not known."""
         return np.append(self.classes, UNSET)[index]
 
     def _elementwise(self, vector: Tensor) -> Tensor:
