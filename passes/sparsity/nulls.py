@@ -17,6 +17,7 @@ from fxcompress.interpret import constant_value
 from fxcompress.program import Program
 from fxcompress.transport import Plan
 from fxcompress.transport.facts import is_getitem
+from fxcompress.transport.labels import canon
 
 aten = torch.ops.aten
 CONVS = ("conv1d", "conv2d", "conv3d", "convolution")
@@ -78,8 +79,9 @@ class Nulls:
         """Per class whether a label of the value holds it; of those labels only that vary along the axis, or that don't."""
         held = torch.zeros(self.plan.count + 1, dtype=torch.bool)
         for label in self.plan.values.get(value, ()):
-            if axis is None or (axis % label.index.ndim in label.slot) == summed:
-                held[torch.from_numpy(self.plan.class_of(label.index)).flatten()] = True
+            index = canon(self.plan.class_of(label.index))
+            if axis is None or (index.shape[axis] > 1) == summed:
+                held[torch.from_numpy(index.ravel())] = True
         return held[:-1]
 
     def _is_null(self, value: Any) -> Tensor:
