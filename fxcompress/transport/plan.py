@@ -4,7 +4,7 @@ written down."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,11 @@ class Plan:
     def reason(self) -> str:
         """The first stop as a sentence; "" if nothing is pinned."""
         return next((stop.reason for stop in self.pinned), "")
+
+    def nothing(self) -> Plan:
+        """The same reasons, and no class free."""
+        none = np.empty(0, np.int64)
+        return replace(self, classes=np.full_like(self.classes, UNSET), blocks=none, steady=frozenset())
 
     def gather(self, statistics: Mapping[fx.Node, Tensor], reduce: str = "amax") -> Tensor:
         """A statistic per class, [classes], float64, over every position that carries it. statistics: per labelled node a tensor of the node's
