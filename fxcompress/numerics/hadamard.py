@@ -21,6 +21,17 @@ def randomised_hadamard(size: int, seed: int) -> Tensor:
     return signs * hadamard(size)
 
 
+def mean_keeping(matrix: Tensor) -> Tensor:
+    """R P with P the reflection that takes 1 R to 1: orthogonal if R is, and its rows and columns sum to 1, so that x R has the mean of x.
+
+    [n, n], float64. Entries of a randomised Hadamard matrix stay below 5 / sqrt(n): an outlier is still spread over all channels.
+    """
+    ones = torch.ones(len(matrix), dtype=torch.float64)
+    across = ones @ matrix - ones
+    length = across @ across
+    return matrix if length < 1e-20 else matrix - (2 / length) * torch.outer(matrix @ across, across)
+
+
 def hadamard(size: int) -> Tensor:
     """H with H H^T = I: [size, size], float64. ValueError for size < 1."""
     if size < 1:

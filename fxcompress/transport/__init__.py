@@ -12,6 +12,7 @@ Run dead-code elimination and constant folding before: dead readers pin, and val
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from torch import fx
 
@@ -24,6 +25,10 @@ from fxcompress.transport.solver import Extra, Seed, Solver
 __all__ = ["Extra", "Kind", "Label", "Plan", "Seed", "Stop", "Transport", "transport"]
 
 
+Require = Literal["any", "all"]
+OTHER = {"a-out": "b-out", "b-out": "a-out"}  # the other operand that may take a change of the result
+
+
 class Transport:
     """Plans on one program as it stands; facts about it are computed once. After an edit that changes its graph, make a new one."""
 
@@ -31,15 +36,30 @@ class Transport:
         self.facts = Facts(program)
 
     def solve(
-        self, kind: Kind, *seeds: Seed, choices: Mapping[fx.Node, str] | None = None, shuffle: int | None = None, is_open: bool = False
+        self,
+        kind: Kind,
+        *seeds: Seed,
+        choices: Mapping[fx.Node, str] | None = None,
+        shuffle: int | None = None,
+        is_open: bool = False,
+        require: Require = "any",
     ) -> Plan:
-        """The plan of a change that starts at the seeds, one vector for all. choices: routes to take where there is a choice. shuffle: a seed
-        for the order of work, which the result doesn't depend on. is_open: inputs and outputs may change too; the caller sees to them.
+        """The plan of a change that starts at the seeds, one vector for all. choices: routes to take where there is a choice; a shift that is
+        stopped tries the other addend of one sum after the other. shuffle: a seed for the order of work, which the result doesn't depend on.
+        is_open: inputs and outputs may change too; the caller sees to them. require "all": nothing is free if anything is pinned.
         ValueError for a seed axis of dynamic size."""
-        solver = Solver(self.facts, Kind(kind), dict(choices or {}), shuffle, is_open)
-        for seed in seeds:
-            solver.seed(seed)
-        return solved(solver)
+        given = dict(choices or {})
+
+        def attempt(routes: Mapping[fx.Node, str]) -> Plan:
+            solver = Solver(self.facts, Kind(kind), {**given, **routes}, shuffle, is_open)
+            for seed in seeds:
+                solver.seed(seed)
+            return solved(solver)
+
+        plan = attempt({})
+        flips = [n for n, route in plan.choices.items() if route in OTHER and n not in given] if plan.pinned and plan.kind == Kind.SHIFT else []
+        found = next((p for p in (attempt({n: OTHER[plan.choices[n]]}) for n in flips) if p.count > plan.count), plan)
+        return found.nothing() if require == "all" and found.pinned else found
 
 
 def transport(program: Program, kind: Kind, *seeds: Seed) -> Plan:

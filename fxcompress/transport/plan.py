@@ -4,7 +4,7 @@ written down."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ IDENTITY = {Kind.SCALE: 1.0, Kind.SIGN: 1.0, Kind.SHIFT: 0.0}
 class Plan:
     """classes: parameter -> class, UNSET where pinned. blocks: class -> block, for kinds that mix. pinned: per reason the parameters.
 
+    steady: blocks whose rotation must keep the mean of its channels, R 1 = 1, since some op adds one number to all or sees their mean.
     values: every labelled value with its labels; leaves: the constants among them. loose: values that change in a way no label says, until an
     op swallows it. choices: the route taken where there was one.
     """
@@ -37,6 +38,7 @@ class Plan:
     seeds: tuple[tuple[Seed, Index], ...]
     classes: Index
     blocks: Index
+    steady: frozenset[int]
     pinned: Mapping[Stop, Index]
     values: Mapping[fx.Node, tuple[Label, ...]]
     loose: tuple[fx.Node, ...]
@@ -62,6 +64,11 @@ class Plan:
         """The first stop as a sentence; "" if nothing is pinned."""
         return next((stop.reason for stop in self.pinned), "")
 
+    def nothing(self) -> Plan:
+        """The same reasons, and no class free."""
+        none = np.empty(0, np.int64)
+        return replace(self, classes=np.full_like(self.classes, UNSET), blocks=none, steady=frozenset())
+
     def gather(self, statistics: Mapping[fx.Node, Tensor], reduce: str = "amax") -> Tensor:
         """A statistic per class, [classes], float64, over every position that carries it. statistics: per labelled node a tensor of the node's
         rank, whose size along unlabelled axes is reduced first. reduce: amax, amin or sum. Classes met nowhere get the neutral element."""
@@ -69,7 +76,7 @@ class Plan:
         result = torch.full((self.count,), start, dtype=torch.float64)
         for node, tensor in statistics.items():
             for label in self.values.get(node, ()):
-                index = as_tensor(self._class_of(label.index))
+                index = as_tensor(self.class_of(label.index))
                 axes = [a for a in range(tensor.dim()) if a not in label.slot]
                 found = getattr(torch, reduce)(tensor.double(), dim=axes, keepdim=True) if axes else tensor.double()
                 known = index != UNSET
@@ -121,7 +128,8 @@ class Plan:
             return removed(labels, numbers)
         return rotated(labels, self.classes, self.blocks, numbers)
 
-    def _class_of(self, index: Index) -> Index:
+    def class_of(self, index: Index) -> Index:
+        """The class of each parameter in a label's index; UNSET where pinned or not known."""
         return np.append(self.classes, UNSET)[index]
 
     def _elementwise(self, vector: Tensor) -> Tensor:
@@ -152,6 +160,8 @@ class Plan:
             self._check(n > 0 and tuple(matrix.shape) == (n, n), f"block {block} has {n} classes, its matrix is {list(matrix.shape)}")
             off = (matrix.double() @ matrix.double().T - torch.eye(n, dtype=torch.float64)).abs().max()
             self._check(bool(off < 1e-9), f"the matrix of block {block} is off orthogonal by {float(off):.1e}")
+            tilt = (matrix.double().sum(1) - 1).abs().max()
+            self._check(block not in self.steady or bool(tilt < 1e-9), f"block {block} must keep its mean, a row is off by {float(tilt):.1e}")
         return matrices
 
     def _check(self, holds: bool, why: str) -> None:
@@ -167,6 +177,12 @@ def _kept(program: Program, inputs: Sequence[Tensor], names: Mapping[str, Any]) 
     kept: dict[str, Tensor] = {}
     run(program, inputs, lambda node, value: kept.__setitem__(node.name, value) if node.name in names else None)
     return kept
+
+
+def _steady(solver: Solver, classes: Index, blocks: Index) -> frozenset[int]:
+    """The blocks of the classes whose mean is to be kept."""
+    met = np.unique(np.append(classes, UNSET)[np.concatenate([np.ravel(i) for i in solver.means.values()])]) if solver.means else np.array([])
+    return frozenset(blocks[met[met != UNSET].astype(np.int64)].tolist()) if solver.kind == Kind.ROTATE else frozenset()
 
 
 def solved(solver: Solver) -> Plan:
@@ -194,6 +210,7 @@ def solved(solver: Solver) -> Plan:
         tuple(solver.seeds),
         numbered,
         blocks,
+        _steady(solver, numbered, blocks),
         pinned,
         values,
         tuple(solver.loose),

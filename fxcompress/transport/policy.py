@@ -16,7 +16,7 @@ from fxcompress.transport.solver import Solver
 
 aten = torch.ops.aten
 LAYERS = ("linear", "addmm", "mm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
-NORMS = ("layer_norm", "group_norm", "rms_norm", "batch_norm")
+NORMS = ("layer_norm", "group_norm", "rms_norm", "batch_norm", "native_layer_norm", "native_group_norm")
 ARRANGED = (
     *("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "permute", "transpose", "t", "expand", "slice"),
     *("select", "split", "chunk", "unbind", "split_with_sizes", "getitem", "roll", "flip", "repeat", "repeat_interleave", "cat", "stack"),

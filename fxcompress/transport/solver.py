@@ -51,6 +51,7 @@ class Solver:
         self.stops: list[Stop] = []
         self.seeds: list[tuple[Seed, Index]] = []
         self.loose: dict[fx.Node, None] = {}
+        self.means: dict[Any, Index] = {}  # per op and value: channels whose mean a rotation must keep
         self.extras: dict[tuple[fx.Node, str], Extra] = {}
         self.choices: dict[fx.Node, str] = dict(choices or {})
         self._queue: deque[fx.Node] = deque()
@@ -133,6 +134,17 @@ class Solver:
             return False
         self.keep_rows(tag, index, own)
         return True
+
+    def is_unmoved(self, tag: Any, value: Any, index: Index) -> bool:
+        """Whether a value is the same for all channels that may mix, so that a move leaves it, and a rotation that keeps their mean."""
+        if self.kind not in (Kind.PERMUTE, Kind.ROTATE) or not self.is_flat_in_rows(tag, value, index):
+            return False
+        self.keep_mean(tag, index)
+        return True
+
+    def keep_mean(self, tag: Any, index: Index) -> None:
+        """A rotation of these channels must keep their mean: R 1 = 1."""
+        self.means[tag, index.shape] = index
 
     def coarsen(self, index: Index, axes: Iterable[int]) -> Index:
         """One parameter along each of the axes."""

@@ -5,9 +5,11 @@
 
 R is a randomised Hadamard matrix: +-1 signs times a matrix of entries of about equal size. Legal where only additions, norms without gain, and
 layers touch the stream, all found from the dataflow; declined with the op that doesn't commute: run tidy.fold_norm_gain before, since a gain is
-no rotation. Layer norms subtract a mean and decline. A head tied to the embedding can't take the last gain: `keep_tied` puts one linear layer
-[d, d] before the head, R^T diag(g) R, and keeps the table shared. Exact but for rounding. Costs nothing else at run time.
-Source: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406).
+no rotation. A stream with layer norms turns about its mean, R 1 = 1: then (x R - mean) / std = (x - mean) / std R, and the norms stay as they
+are, where SliceGPT takes the mean out of the stream and root mean square norms in their place. A head tied to the embedding can't take the last
+gain: `keep_tied` puts one linear layer [d, d] before the head, R^T diag(g) R, and keeps the table shared. Exact but for rounding. Costs nothing
+else at run time.
+Source: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406), SliceGPT (arXiv 2401.15024).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor, fx
 
 from fxcompress.contract import Exact
 from fxcompress.edit import Edit
-from fxcompress.numerics.hadamard import randomised_hadamard
+from fxcompress.numerics.hadamard import mean_keeping, randomised_hadamard
 from fxcompress.passes.norms import CASTS, Norm, norms
 from fxcompress.passes.tidy.fold_norm_gain import fold_gain, is_gain_free
 from fxcompress.program import Program
@@ -74,7 +76,8 @@ class Residual(Transform):
 def rotations(plan: Plan, seed: int) -> dict[int, Tensor]:
     """One matrix per block, each with signs of its own; blocks count in the order of their first channel."""
     blocks = plan.blocks.tolist()
-    return {b: randomised_hadamard(blocks.count(b), seed + number) for number, b in enumerate(dict.fromkeys(blocks))}
+    matrices = {b: randomised_hadamard(blocks.count(b), seed + number) for number, b in enumerate(dict.fromkeys(blocks))}
+    return {b: mean_keeping(matrix) if b in plan.steady else matrix for b, matrix in matrices.items()}
 
 
 def free_tied_heads(program: Program, edit: Edit) -> bool:

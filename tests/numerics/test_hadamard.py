@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fxcompress.numerics.hadamard import hadamard, hartley, randomised_hadamard
+from fxcompress.numerics.hadamard import hadamard, hartley, mean_keeping, randomised_hadamard
 
 FLAT = (1, 2, 4, 8, 12, 20, 28, 36, 48, 64, 576, 896, 1536)
 
@@ -38,6 +38,17 @@ def test_seeds() -> None:
     assert torch.equal(randomised_hadamard(12, 1), randomised_hadamard(12, 1))
     assert not torch.equal(randomised_hadamard(12, 1), randomised_hadamard(12, 2))
     assert torch.equal(randomised_hadamard(12, 1).abs(), hadamard(12).abs())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 12, 64, 100])
+def test_a_rotation_that_keeps_the_mean(size: int) -> None:
+    """Still orthogonal, still flat, and 1 R = 1 = R 1; one that keeps it already stays."""
+    matrix = mean_keeping(randomised_hadamard(size, 1))
+    ones = torch.ones(size, dtype=torch.float64)
+    assert off_orthogonal(matrix) < 1e-13 * math.sqrt(size)
+    assert max((matrix @ ones - ones).abs().max(), (ones @ matrix - ones).abs().max()) < 1e-13 * math.sqrt(size)
+    assert matrix.abs().max() < 5 / math.sqrt(size)
+    assert torch.equal(mean_keeping(torch.eye(size, dtype=torch.float64)), torch.eye(size, dtype=torch.float64))
 
 
 def test_no_size() -> None:

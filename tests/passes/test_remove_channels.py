@@ -100,3 +100,131 @@ def test_real_model(name: str) -> None:
     assert len(wide) == 2
     assert all(after.constants[n].shape == (64, 64) for n in wide)
     assert error(before, after) < 1e-5
+
+
+HEADS = 3
+ATTENTION = {n: seeded(6, 6, seed=i) for i, n in enumerate(("wq", "wk", "wv", "wo"))} | {"bv": seeded(6, seed=7)}
+FIRST = torch.tensor([0.0, 0, 1, 1, 1, 1])  # without the first of three heads
+
+
+def split(x: Tensor, heads: int = HEADS) -> Tensor:
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def merged(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).reshape(*x.shape[:1], -1, x.shape[1] * x.shape[3])
+
+
+def attention(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, bv: Tensor) -> Tensor:
+    q, k, v = split(nnf.linear(x, wq)), split(nnf.linear(x, wk)), split(nnf.linear(x, wv, bv))
+    return nnf.linear(merged(nnf.scaled_dot_product_attention(q, k, v)), wo)
+
+
+def opened(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, bv: Tensor) -> Tensor:
+    q, k, v = split(nnf.linear(x, wq)), split(nnf.linear(x, wk)), split(nnf.linear(x, wv, bv))
+    return nnf.linear(merged((q @ k.transpose(-1, -2) * 0.5).softmax(-1) @ v), wo)
+
+
+def fused(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor, bv: Tensor) -> Tensor:
+    q, k, v = nnf.linear(x, torch.cat([wq, wk, wv]), torch.cat([bv, bv, bv])).chunk(3, -1)
+    return nnf.linear(merged(nnf.scaled_dot_product_attention(split(q), split(k), split(v))), wo)
+
+
+def pruned(where: str) -> dict[str, Tensor]:
+    rows = {"out": ("wo", FIRST), "values": ("wv", FIRST[:, None])}[where]
+    changed = ATTENTION | {rows[0]: ATTENTION[rows[0]] * rows[1]}
+    return changed | {"bv": ATTENTION["bv"] * FIRST} if where == "values" else changed
+
+
+@pytest.mark.parametrize(("body", "where"), [(attention, "out"), (attention, "values"), (opened, "out"), (opened, "values"), (fused, "out")])
+def test_a_head_goes_from_all_four(body: Callable[..., Tensor], where: str) -> None:
+    before, _ = run(function(body, X, **pruned(where)), "tidy.fold_constants")
+    after, report = run(before, RemoveChannels())
+    assert report.fired == 1
+    assert {tuple(t.shape) for t in after.constants.values() if t.dim() == 2} <= {(4, 6), (6, 4), (12, 6)}
+    assert error(before, after) < 1e-6
+    assert error(before, after, [seeded(2, 5, 6, seed=8)]) < 1e-6
+
+
+def test_shared_keys_and_values_go_with_all_that_read_them() -> None:
+    """Two key/value heads for four queries each read by two: one of a pair pruned isn't enough, both are."""
+
+    def grouped(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, wo: Tensor) -> Tensor:
+        q, k, v = split(nnf.linear(x, wq), 4), split(nnf.linear(x, wk), 2), split(nnf.linear(x, wv), 2)
+        k, v = (t[:, :, None].expand(2, 2, 2, -1, 2).reshape(2, 4, -1, 2) for t in (k, v))
+        return nnf.linear(merged(nnf.scaled_dot_product_attention(q, k, v)), wo)
+
+    shapes = {"wq": (8, 6), "wk": (4, 6), "wv": (4, 6), "wo": (5, 8)}
+    weights = {n: seeded(*s, seed=i) for i, (n, s) in enumerate(shapes.items())}
+    for zeros, wanted in ((2, (0, 8)), (4, (1, 4))):
+        keep = (torch.arange(8) >= zeros).float()
+        before = function(grouped, X, **weights | {"wo": weights["wo"] * keep}, dynamic=False)
+        after, report = run(before, RemoveChannels())
+        assert (report.fired, after.constants["wo"].shape[1]) == wanted
+        assert error(before, after) < 1e-6
+    assert [tuple(after.constants[n].shape) for n in shapes] == [(4, 6), (2, 6), (2, 6), (5, 4)]
+
+
+def test_null_values_in_a_fused_weight_are_not_seen() -> None:
+    """Their class has the rows of queries and keys too, which aren't 0: declined, though they could go."""
+    before, _ = run(function(fused, X, **pruned("values")), "tidy.fold_constants")
+    _, report = run(before, RemoveChannels())
+    assert (report.fired, [reason for _, reason in declined(report)]) == (0, ["every channel is read by some layer"])
+
+
+def test_half_a_head_stays() -> None:
+    half = ATTENTION | {"wo": ATTENTION["wo"] * torch.tensor([0.0, 1, 1, 1, 1, 1])}
+    _, report = run(function(attention, X, **half, dynamic=False), RemoveChannels())
+    assert (report.fired, declined(report)) == (0, [("linear_3", "every channel is read by some layer")])
+
+
+def test_a_shifted_head_stays() -> None:
+    """Rows of zeros, but the values are their bias."""
+    shifted = ATTENTION | {"wv": ATTENTION["wv"] * FIRST[:, None]}
+    _, report = run(function(attention, X, **shifted, dynamic=False), RemoveChannels())
+    assert (report.fired, declined(report)) == (0, [("linear_2", "every channel is read by some layer")])
+
+
+NULL: dict[str, tuple[Callable[..., Tensor], bool]] = {  # what becomes of a row of zeros with no shift
+    "gelu": (lambda y, v: nnf.linear(nnf.gelu(y), v), True),
+    "sigmoid": (lambda y, v: nnf.linear(y.sigmoid(), v), False),
+    "a gate": (lambda y, v: nnf.linear(y * y.sigmoid(), v), True),
+    "one added": (lambda y, v: nnf.linear(y + 1, v), False),
+    "a token's number added": (lambda y, v: nnf.linear(y + torch.arange(3.0)[:, None], v), False),
+    "itself added": (lambda y, v: nnf.linear(y + y.relu(), v), True),
+    "squared": (lambda y, v: nnf.linear((y @ y.transpose(-1, -2)) @ y, v), True),
+}
+
+
+@pytest.mark.parametrize(("tail", "goes"), [pytest.param(*c, id=i) for i, c in NULL.items()])
+def test_null_rows(tail: Callable[..., Tensor], goes: bool) -> None:
+    full = seeded(5, 8, seed=3)
+    before = function(lambda x, w, v: tail(nnf.linear(x, w), v), X, w=W * ALIVE[:, None], v=full, dynamic=False)
+    after, report = run(before, RemoveChannels())
+    assert (report.fired, after.constants["w"].shape[0]) == ((1, 6) if goes else (0, 8))
+    assert error(before, after) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+def test_heads_of_a_real_model(name: str) -> None:
+    """The first key/value head's share of every output projection pruned."""
+    before, _ = run(zoo(name), "tidy.fold_constants")
+    program = before.copy()
+    for site in program.graph.nodes:
+        if site.target is torch.ops.aten.scaled_dot_product_attention.default:
+            leaf = _projection(site)
+            tensor, heads = program.constants[leaf], site.meta["val"].shape[1]
+            axis = 0 if name == "gpt2" else 1
+            shared = 2 if name == "llama" else 1
+            keep = (torch.arange(64) >= 64 // heads * shared).float()
+            program.constants[leaf] = tensor * (keep[:, None] if axis == 0 else keep)
+    after, report = run(program, RemoveChannels())
+    assert (report.fired, declined(report)) == (2, [])
+    assert report.bytes_after < report.bytes_before
+    assert error(program, after) < 1e-5
+
+
+def _projection(node: Any) -> str:
+    while not (leaves := [n for n in node.all_input_nodes if n.op == "get_attr" and n.meta["val"].dim() == 2]):
+        node = next(iter(node.users))
+    return str(leaves[0].target)

@@ -12,6 +12,7 @@ from fxcompress.contract import Exact, check
 from fxcompress.edit import Edit
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
+from fxcompress.numerics.hadamard import mean_keeping
 from fxcompress.program import Program
 from fxcompress.transport import Kind, Plan, Transport
 
@@ -50,7 +51,8 @@ def vector_for(plan: Plan, seed: int = 0) -> Any:
     if plan.kind == Kind.PERMUTE:
         return _shuffled(plan, rng)
     if plan.kind == Kind.ROTATE:
-        return {b: _orthogonal(int((plan.blocks == b).sum()), rng) for b in set(plan.blocks.tolist())}
+        turns = {b: _orthogonal(int((plan.blocks == b).sum()), rng) for b in set(plan.blocks.tolist())}
+        return {b: mean_keeping(r) if b in plan.steady else r for b, r in turns.items()}
     keep = torch.rand(plan.count, generator=rng) < 0.6
     keep[0] = True
     return keep.numpy()

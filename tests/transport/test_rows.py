@@ -36,10 +36,10 @@ def positive(*shape: int) -> Tensor:
 
 
 class Row:
-    """One op on operands: tensors are inputs, tensors in `constants` become constants, lists of them lists."""
+    """One op on operands: tensors are inputs, or constants where `constants` says so; lists of them lists. first: the only result read."""
 
-    def __init__(self, target: Any, *args: Any, lands: str, constants: tuple[int, ...] = (), take: int | None = None, **kwargs: Any) -> None:
-        self.target, self.args, self.lands, self.constants, self.take, self.kwargs = target, args, lands.split(), constants, take, kwargs
+    def __init__(self, target: Any, *args: Any, lands: str, constants: tuple[int, ...] = (), first: bool = False, **kwargs: Any) -> None:
+        self.target, self.args, self.lands, self.constants, self.first, self.kwargs = target, args, lands.split(), constants, first, kwargs
 
     def program(self) -> Program:
         operands = {
@@ -52,7 +52,7 @@ class Row:
         out = built.op(self.target, *args, kwargs=self.kwargs)
         value = out.meta["val"]
         if isinstance(value, tuple | list):
-            return built.program(*(built.op(getitem, out, i) for i in range(len(value))))
+            return built.program(*(built.op(getitem, out, i) for i in range(1 if self.first else len(value))))
         return built.program(out)
 
     def _argument(self, number: int, value: Any, nodes: dict[str, fx.Node]) -> Any:
@@ -95,6 +95,10 @@ ROWS: dict[str, Row] = {
     "slice_scatter": Row(aten.slice_scatter.default, X, rand(2, 2, 4), 1, 0, 2, lands=EVERY),
     "select_scatter": Row(aten.select_scatter.default, X, rand(2, 4), 1, 1, lands=EVERY),
     "to": Row(aten.clone.default, X, lands=EVERY),
+    "type_as": Row(aten.type_as.default, X, rand(2, 3, 4), lands=EVERY),
+    "to other": Row(aten.to.other, X, rand(2, 3, 4), lands=EVERY),
+    "reshape_as": Row(aten.reshape_as.default, X, rand(2, 12), lands=EVERY),
+    "expand_as": Row(aten.expand_as.default, rand(2, 1, 4), Y, lands=EVERY),
     "neg": Row(aten.neg.default, X, lands=EVERY),
     "relu": Row(aten.relu.default, X, lands="scale permute remove"),
     "abs": Row(aten.abs.default, X, lands="scale sign permute remove"),
@@ -116,9 +120,9 @@ ROWS: dict[str, Row] = {
     "div": Row(aten.div.Tensor, X, positive(2, 3, 4), lands="scale sign permute remove"),
     "add": Row(aten.add.Tensor, X, Y, lands=EVERY),
     "add narrow": Row(aten.add.Tensor, X, rand(4), constants=(1,), lands=EVERY),
-    "add number": Row(aten.add.Tensor, X, 2.0, lands="scale sign shift permute remove"),
+    "add number": Row(aten.add.Tensor, X, 2.0, lands="scale sign shift permute rotate remove"),
     "sub": Row(aten.sub.Tensor, X, Y, lands=EVERY),
-    "rsub": Row(aten.rsub.Scalar, X, 1.0, lands="scale sign shift permute remove"),
+    "rsub": Row(aten.rsub.Scalar, X, 1.0, lands="scale sign shift permute rotate remove"),
     "where": Row(aten.where.self, rand(2, 3, 1) > 0, X, Y, lands="scale sign shift permute rotate remove"),
     "where by channel": Row(aten.where.self, rand(2, 3, 4) > 0, X, Y, lands="scale sign shift permute remove"),
     "where zero": Row(aten.where.ScalarOther, rand(2, 3, 1) > 0, X, 0.0, lands="scale sign permute rotate remove"),
@@ -181,7 +185,33 @@ ROWS: dict[str, Row] = {
     "adaptive_avg_pool2d": Row(aten.adaptive_avg_pool2d.default, IMAGE, [1, 1], lands=EVERY),
     "upsample": Row(aten.upsample_nearest2d.vec, IMAGE, None, [2.0, 2.0], lands=EVERY),
     "layer_norm": Row(aten.layer_norm.default, X, [4], positive(4), rand(4), constants=(2, 3), lands="scale sign shift permute"),
-    "layer_norm plain": Row(aten.layer_norm.default, X, [4], lands="scale sign shift permute"),
+    "layer_norm even": Row(
+        aten.layer_norm.default, X, [4], torch.full((4,), 2.0, dtype=F64), rand(4), constants=(2, 3), lands="scale sign shift permute rotate"
+    ),
+    "layer_norm plain": Row(aten.layer_norm.default, X, [4], lands="scale sign shift permute rotate"),
+    "native_layer_norm": Row(
+        aten.native_layer_norm.default, X, [4], positive(4), rand(4), 1e-5, constants=(2, 3), first=True, lands="scale sign shift permute"
+    ),
+    "native_layer_norm plain": Row(aten.native_layer_norm.default, X, [4], None, None, 1e-5, first=True, lands="permute rotate"),
+    "native_group_norm": Row(
+        aten.native_group_norm.default,
+        IMAGE,
+        positive(4),
+        rand(4),
+        2,
+        4,
+        25,
+        2,
+        1e-5,
+        constants=(1, 2),
+        first=True,
+        lands="scale sign shift permute",
+    ),
+    "native_group_norm plain": Row(aten.native_group_norm.default, IMAGE, None, None, 2, 4, 25, 2, 1e-5, first=True, lands="permute"),
+    "var": Row(aten.var.correction, X, [-1], correction=0, keepdim=True, lands=EVERY),
+    "var all": Row(aten.var.correction, X, None, correction=0, lands="permute rotate"),
+    "std": Row(aten.std.correction, X, [1], correction=1, lands=EVERY),
+    "var_mean": Row(aten.var_mean.correction, X, [-1], correction=0, keepdim=True, lands=EVERY),
     "rms_norm": Row(aten.rms_norm.default, X, [4], positive(4), 1e-6, constants=(2,), lands="scale sign permute"),
     "rms_norm plain": Row(aten.rms_norm.default, X, [4], None, 1e-6, lands="scale sign permute rotate"),
     "group_norm": Row(aten.group_norm.default, IMAGE, 2, positive(4), rand(4), constants=(2, 3), lands="scale sign shift permute"),
@@ -305,3 +335,23 @@ def landings(program: Program, kind: Kind) -> int:
             continue
         count += 1
     return count
+
+
+@pytest.mark.parametrize("op", [aten.type_as.default, aten.to.other, aten.expand_as.default, aten.reshape_as.default], ids=str)
+def test_what_lends_its_form_only_carries_nothing(op: Any) -> None:
+    """A program's input may lend: it doesn't change."""
+    built = Builder(x=rand(3, 4), lender=rand(3, 4))
+    inner = built.op(aten.linear.default, built.x, built.constant("w", rand(4, 4)))
+    cast = built.op(op, inner, built.lender)
+    program = built.program(built.op(aten.linear.default, cast, built.constant("v", rand(2, 4))))
+    for kind in (Kind.SCALE, Kind.SIGN, Kind.SHIFT, Kind.PERMUTE, Kind.ROTATE):
+        assert Transport(program).solve(kind, Seed(cast)).is_whole
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_norm_that_hands_out_its_statistics_stops(kind: Kind) -> None:
+    built = Builder(anchor=rand(1), x=rand(3, 4))
+    norm = built.op(aten.native_layer_norm.default, built.x, [4], None, None, 1e-5)
+    program = built.program(built.op(getitem, norm, 0), built.op(getitem, norm, 1))
+    plan = Transport(program).solve(kind, Seed(built.x), is_open=True)
+    assert (plan.count, plan.reason()) == (0, "native_layer_norm_default hands out its statistics")

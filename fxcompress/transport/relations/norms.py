@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxcompress.transport.facts import outputs
 from fxcompress.transport.labels import Index, Kind, aligned
 from fxcompress.transport.relations.pointwise import is_uniform, spread_over, triple, vectors
 from fxcompress.transport.relations.reductions import keep_rows
@@ -20,17 +21,42 @@ aten = torch.ops.aten
 def layer_norm(s: Solver, node: fx.Node) -> None:
     """(x - mean) / std * w + b over the last axes."""
     given = s.args(node)
-    x, weight, bias, depth = given["input"], given["weight"], given["bias"], len(given["normalized_shape"])
+    _layer_norm(s, node, node, given["input"], given["weight"], given["bias"], len(given["normalized_shape"]))
+
+
+def native_layer_norm(s: Solver, node: fx.Node) -> None:
+    """The same with its mean and 1 / std as further results."""
+    given = s.args(node)
+    if out := _first(s, node):
+        _layer_norm(s, node, out, given["input"], given["weight"], given["bias"], len(given["normalized_shape"]))
+
+
+def _first(s: Solver, node: fx.Node) -> fx.Node | None:
+    """The normed value among the results, if nobody reads the statistics."""
+    results = outputs(node)
+    if len(results) == 1 and 0 in results:
+        return results[0]
+    s.stop_all(node, [*node.all_input_nodes, *results.values()], f"{node.name} hands out its statistics")
+    return None
+
+
+def _layer_norm(s: Solver, node: fx.Node, out: fx.Node, x: Any, weight: Any, bias: Any, depth: int) -> None:
     if s.kind == Kind.PERMUTE:
-        _permuted(s, node, x, [weight, bias], depth)
+        _permuted(s, node, out, x, [weight, bias], depth)
+    elif s.kind == Kind.ROTATE:
+        for value in (x, out):
+            for label in s.labels(value):
+                s.keep_mean((node, value), label.index)
+        s.stop_all(node, [weight], f"{node.name} has a gain that a rotation would mix")
+        _rotated(s, node, out, x, weight, bias)
     else:
-        _stop_statistics(s, node, x, depth)
-        _affine(s, node, weight, bias, depth)
+        _stop_statistics(s, node, x)
+        _affine(s, node, out, weight, bias, depth)
 
 
-def _permuted(s: Solver, node: fx.Node, x: Any, operands: list[Any], depth: int) -> None:
-    spread_over(s, [p for p in (x, *operands, node) if p is not None])
-    rank = len(s.shape(node))
+def _permuted(s: Solver, node: fx.Node, out: fx.Node, x: Any, operands: list[Any], depth: int) -> None:
+    spread_over(s, [p for p in (x, *operands, out) if p is not None])
+    rank = len(s.shape(out))
     keep_rows(s, node, x, list(range(rank - depth, rank)))
 
 
@@ -39,15 +65,15 @@ def rms_norm(s: Solver, node: fx.Node) -> None:
     given = s.args(node)
     x, weight, depth = given["input"], given["weight"], len(given["normalized_shape"])
     if s.kind == Kind.PERMUTE:
-        _permuted(s, node, x, [weight], depth)
+        _permuted(s, node, node, x, [weight], depth)
     elif s.kind == Kind.ROTATE:
         s.stop_all(node, [weight], f"{node.name} has a gain that a rotation would mix")
-        _rotated(s, node, x, weight)
+        _rotated(s, node, node, x, weight, None)
     elif s.kind == Kind.SIGN:
         _signed(s, node, x, weight)
     else:
-        _stop_statistics(s, node, x, depth)
-        _affine(s, node, weight, None, depth)
+        _stop_statistics(s, node, x)
+        _affine(s, node, node, weight, None, depth)
 
 
 def _signed(s: Solver, node: fx.Node, x: fx.Node, weight: Any) -> None:
@@ -58,29 +84,30 @@ def _signed(s: Solver, node: fx.Node, x: fx.Node, weight: Any) -> None:
         triple(s, node, (x, weight), (1.0, 1.0))
 
 
-def _rotated(s: Solver, node: fx.Node, x: fx.Node, weight: Any) -> None:
-    for label in (*s.labels(x), *s.labels(node)):
+def _rotated(s: Solver, node: fx.Node, out: fx.Node, x: fx.Node, weight: Any, bias: Any) -> None:
+    """The mean of squares is kept, and so is the mean by a rotation that keeps it; a shift turns with the result."""
+    for label in (*s.labels(x), *s.labels(out)):
         s.keep_rows(node, label.index, [a for a in label.slot if a < label.index.ndim - 1])
         if label.index.ndim - 1 not in label.slot:
             s.stop(node, label.index, f"{node.name} norms other channels than the rotated ones")
         elif weight is not None and not is_uniform(s, weight, label.index):
             s.stop(node, label.index, f"{node.name} scales the channels by different gains, {weight.name}")
-    spread_over(s, [x, node])
+    spread_over(s, [x, out, *([] if bias is None else [bias])])
 
 
-def _stop_statistics(s: Solver, node: fx.Node, x: Any, depth: int) -> None:
+def _stop_statistics(s: Solver, node: fx.Node, x: Any) -> None:
     for label in s.labels(x):
         s.stop(node, label.index, f"the statistics of {node.name} would change")
 
 
-def _affine(s: Solver, node: fx.Node, weight: Any, bias: Any, depth: int) -> None:
+def _affine(s: Solver, node: fx.Node, out: fx.Node, weight: Any, bias: Any, depth: int) -> None:
     """A change of the result lands in gain and bias, which are made if there are none."""
-    for label in s.labels(node):
+    for label in s.labels(out):
         outside = [a for a in label.slot if a < label.index.ndim - depth]
         index = s.coarsen(label.index, outside)
-        s.put(node, index, label.power)
+        s.put(out, index, label.power)
         index = index.reshape(index.shape[index.ndim - depth :])
-        if s.kind in (Kind.ROTATE, Kind.REMOVE):
+        if s.kind == Kind.REMOVE:
             s.stop(node, label.index, f"{node.name} norms over the channels that a {s.kind} would change")
         elif s.kind == Kind.SHIFT:
             _shifted(s, node, bias, index, label.power)
@@ -90,13 +117,13 @@ def _affine(s: Solver, node: fx.Node, weight: Any, bias: Any, depth: int) -> Non
         s.stop_all(node, [weight], f"{node.name} has a gain, which a shift of would act on every input differently")
     for operand in (weight, bias) if s.kind != Kind.SHIFT else (bias,):
         for label in s.labels(operand):
-            s.put(node, aligned(label.index, len(s.shape(node))), label.power)
+            s.put(out, aligned(label.index, len(s.shape(out))), label.power)
 
 
 def _shifted(s: Solver, node: fx.Node, bias: Any, index: Index, power: float) -> None:
     if bias is not None:
         s.put(bias, index, power)
-    elif node.target is aten.rms_norm.default:
+    elif node.target not in MAKE:
         s.stop(node, index, f"{node.name} has no bias")
     elif index.size > 1:
         s.extra(node, "bias", index, power)
@@ -105,6 +132,8 @@ def _shifted(s: Solver, node: fx.Node, bias: Any, index: Index, power: float) ->
 def _gained(s: Solver, node: fx.Node, weight: Any, bias: Any, index: Index, power: float) -> None:
     if weight is not None:
         s.put(weight, index, power)
+    elif node.target not in (*MAKE, aten.rms_norm.default):
+        s.stop(node, index, f"{node.name} has no gain")
     elif index.size > 1:
         s.extra(node, "gain", index, power)
     s.put(bias, index, power)
@@ -113,28 +142,41 @@ def _gained(s: Solver, node: fx.Node, weight: Any, bias: Any, index: Index, powe
 def group_norm(s: Solver, node: fx.Node) -> None:
     """Statistics over groups of channels (axis 1) and all positions; gain and bias per channel."""
     given = s.args(node)
-    x, weight, bias, groups = given["input"], given["weight"], given["bias"], given["num_groups"]
+    _group_norm(s, node, node, given["input"], given["weight"], given["bias"], given["num_groups"])
+
+
+def native_group_norm(s: Solver, node: fx.Node) -> None:
+    """The same with its mean and 1 / std as further results."""
+    given = s.args(node)
+    if out := _first(s, node):
+        _group_norm(s, node, out, given["input"], given["weight"], given["bias"], given["group"])
+
+
+def _group_norm(s: Solver, node: fx.Node, out: fx.Node, x: Any, weight: Any, bias: Any, groups: int) -> None:
     if s.kind == Kind.PERMUTE:
-        spread_over(s, [x, node])
-        _per_channel(s, node, weight, bias)
+        spread_over(s, [x, out])
+        _per_channel(s, node, out, weight, bias)
         return _refine(s, node, x, groups)
-    _stop_statistics(s, node, x, 1)
+    _stop_statistics(s, node, x)
     if s.kind in (Kind.ROTATE, Kind.REMOVE):
-        return s.stop_all(node, [node, weight, bias], f"{node.name} norms over the channels that a {s.kind} would change")
-    return _per_channel(s, node, weight, bias)
+        return s.stop_all(node, [out, weight, bias], f"{node.name} norms over the channels that a {s.kind} would change")
+    return _per_channel(s, node, out, weight, bias)
 
 
-def _per_channel(s: Solver, node: fx.Node, weight: Any, bias: Any) -> None:
+def _per_channel(s: Solver, node: fx.Node, out: fx.Node, weight: Any, bias: Any) -> None:
     """The result's labels on gain and bias, which are made where they are missing and needed."""
     wanted = [(bias, "bias")] if s.kind == Kind.SHIFT else [(weight, "gain"), (bias, "")]
     if s.kind == Kind.SHIFT:
         s.stop_all(node, [weight], f"{node.name} has a gain, which a shift of would act on every input differently")
-    vectors(s, node, [operand for operand, _ in wanted if operand is not None])
+    vectors(s, out, [operand for operand, _ in wanted if operand is not None])
     for operand, role in wanted:
-        for label in s.labels(node) if operand is None and role and not s.kind.is_mixing else ():
+        for label in s.labels(out) if operand is None and role and not s.kind.is_mixing else ():
             index = s.coarsen(label.index, [a for a in label.slot if a != 1])
-            s.put(node, index, label.power)
-            s.extra(node, role, index.reshape(-1), label.power)
+            s.put(out, index, label.power)
+            if node.target in MAKE:
+                s.extra(node, role, index.reshape(-1), label.power)
+            else:
+                s.stop(node, index, f"{node.name} has no {role}")
 
 
 def _refine(s: Solver, node: fx.Node, x: Any, groups: int) -> None:
@@ -181,7 +223,10 @@ def _normed_input(s: Solver, node: fx.Node, x: Any, mean: Any, var: Any) -> None
         s.put(x, label.index.reshape(1, -1, *(1,) * (len(s.shape(x)) - 2)), label.power)
 
 
+MAKE = (aten.layer_norm.default, aten.group_norm.default)  # what a gain or bias can be made for
 TABLE: Mapping[Any, Any] = {
+    aten.native_layer_norm.default: native_layer_norm,
+    aten.native_group_norm.default: native_group_norm,
     aten.layer_norm.default: layer_norm,
     aten.rms_norm.default: rms_norm,
     aten.group_norm.default: group_norm,

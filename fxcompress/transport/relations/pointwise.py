@@ -45,12 +45,12 @@ def _name(node: fx.Node) -> str:
 
 
 def cast(s: Solver, node: fx.Node) -> None:
-    """To another number format. Into integers only moves pass."""
+    """To another number format, which a second operand may lend. Into integers only moves pass."""
     x: Any = node.args[0]
     value = s.facts.value(node)
     if not s.kind.is_mixing and value is not None and not (value.dtype.is_floating_point or value.dtype.is_complex):
         return s.stop_all(node, [x, node], f"{node.name} rounds to {value.dtype}")
-    alike(s, node)
+    spread_over(s, [x, node])
 
 
 def alike(s: Solver, node: fx.Node) -> None:
@@ -59,7 +59,8 @@ def alike(s: Solver, node: fx.Node) -> None:
 
 
 def spread_over(s: Solver, ports: Sequence[Any]) -> None:
-    """What one port carries, all carry. A port that is constant along the labelled axes needs nothing when channels only move."""
+    """What one port carries, all carry. A port that is constant along the labelled axes needs nothing when channels only move, or turn
+    about their mean."""
     for port in ports:
         for label in s.labels(port):
             for other in ports:
@@ -69,9 +70,7 @@ def spread_over(s: Solver, ports: Sequence[Any]) -> None:
 
 def _is_spared(s: Solver, port: Any, value: Any, index: Index) -> bool:
     """Whether a value needs no label where channels only move: it is the same for all that may change places."""
-    if s.kind == Kind.PERMUTE:
-        return s.is_flat_in_rows((port, value), value, index)
-    return s.kind == Kind.REMOVE and is_flat(s, value, index)
+    return s.is_unmoved((port, value), value, index) or (s.kind == Kind.REMOVE and is_flat(s, value, index))
 
 
 def is_flat(s: Solver, value: Any, index: Index) -> bool:
@@ -108,7 +107,7 @@ def _literals(s: Solver, node: fx.Node, a: Any, b: Any) -> None:
         return
     for label in s.labels(node):
         if s.kind == Kind.ROTATE:
-            s.stop(node, label.index, f"{node.name} adds one number to all channels, and a rotation would make it many")
+            s.keep_mean(node, label.index)
         elif s.kind in (Kind.SCALE, Kind.SIGN):
             s.extra(node, "literal", label.index, label.power)
 
@@ -435,11 +434,6 @@ def _copied(s: Solver, node: fx.Node) -> None:
     """aten.copy(self, src): src in the form of self."""
     given = s.args(node)
     spread_over(s, [given["src"], node] if s.kind != Kind.REMOVE else [given["self"], given["src"], node])
-
-
-def _first_only(s: Solver, node: fx.Node) -> None:
-    """The other arguments lend their form or dtype."""
-    spread_over(s, [node.args[0], node])
 
 
 Relation = Callable[[Solver, fx.Node], None]

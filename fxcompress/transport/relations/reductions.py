@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from fxcompress.transport.facts import outputs
 from fxcompress.transport.labels import Index, Kind
 from fxcompress.transport.relations.pointwise import spread_over
 from fxcompress.transport.solver import Solver
@@ -18,19 +19,22 @@ aten = torch.ops.aten
 
 def reduced(s: Solver, node: fx.Node) -> None:
     """mean, sum, vector norm over axes."""
-    x: Any = node.args[0]
-    rank = len(s.shape(x))
-    dims = s.args(node).get("dim")
-    axes = sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank))})
-    kept = len(s.shape(node)) == rank
     if node.target in NORMS and s.kind in (Kind.SIGN, Kind.SHIFT, Kind.ROTATE):
-        return _length(s, node, axes)
+        return _length(s, node, _axes(s, node))
+    return _averaged(s, node, node)
+
+
+def _averaged(s: Solver, node: fx.Node, out: fx.Node) -> None:
+    """out: the result, or one of the results, that is linear in the operand."""
+    x: Any = node.args[0]
+    axes = _axes(s, node)
+    kept = len(s.shape(out)) == len(s.shape(x))
     for label in s.labels(x):
         if set(label.slot) & set(axes):
             _within(s, node, label.index, axes, label.slot)
         else:
-            s.put(node, label.index if kept else np.squeeze(label.index, tuple(axes)), _factor(s, node, axes) * label.power)
-    for label in s.labels(node):
+            s.put(out, label.index if kept else np.squeeze(label.index, tuple(axes)), _factor(s, node, axes) * label.power)
+    for label in s.labels(out):
         s.put(x, label.index if kept else np.expand_dims(label.index, tuple(axes)), label.power / _factor(s, node, axes))
 
 
@@ -53,10 +57,10 @@ def keep_rows(s: Solver, node: fx.Node, x: Any, axes: list[int]) -> None:
 
 
 def _within(s: Solver, node: fx.Node, index: Index, axes: list[int], slot: tuple[int, ...]) -> None:
-    """A label along a reduced axis: swallowed where the result can't see order, or length under a rotation."""
-    outside = [a for a in slot if a not in axes]
-    if s.kind == Kind.PERMUTE:
-        return s.keep_rows(node, index, outside)
+    """A label along a reduced axis: swallowed where the result can't see order; a rotation if it keeps the mean."""
+    if s.kind in (Kind.PERMUTE, Kind.ROTATE):
+        s.keep_mean(node, index)
+        return s.keep_rows(node, index, [a for a in slot if a not in axes])
     s.stop(node, index, f"{node.name} sums over the channels that a {s.kind} would change")
 
 
@@ -73,6 +77,37 @@ def _length(s: Solver, node: fx.Node, axes: list[int]) -> None:
 
 def _is_euclidean(node: fx.Node) -> bool:
     return len(node.args) < 2 or bool(node.args[1] == 2)
+
+
+def variance(s: Solver, node: fx.Node) -> None:
+    """var or std over axes: no shift and no order is seen along them, and no rotation that keeps the mean."""
+    for out in (node,) if node.target not in PAIRS else [r for i, r in outputs(node).items() if i == 0]:
+        _spread_of(s, node, out, 2.0 if "var" in str(node.target) else 1.0)
+    for mean in [r for i, r in outputs(node).items() if i == 1] if node.target in PAIRS else ():
+        _averaged(s, node, mean)
+
+
+def _axes(s: Solver, node: fx.Node) -> list[int]:
+    rank, dims = len(s.shape(node.args[0])), s.args(node).get("dim")
+    return sorted({d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank))})
+
+
+def _spread_of(s: Solver, node: fx.Node, out: fx.Node, power: float) -> None:
+    x: Any = node.args[0]
+    axes = _axes(s, node)
+    kept = len(s.shape(out)) == len(s.shape(x))
+    for label in s.labels(x):
+        if set(label.slot) & set(axes):
+            _within(s, node, label.index, axes, label.slot)
+        elif s.kind == Kind.ROTATE:
+            s.stop(node, label.index, f"{node.name} measures every channel alone")
+        elif s.kind in (Kind.SCALE, Kind.PERMUTE, Kind.REMOVE):
+            s.put(out, label.index if kept else np.squeeze(label.index, tuple(axes)), label.power * power)
+    if s.kind in (Kind.SIGN, Kind.SHIFT, Kind.ROTATE):
+        return s.stop_all(node, [out], f"{node.name} is a spread, which no {s.kind} of its operand changes")
+    for label in s.labels(out):
+        s.put(x, label.index if kept else np.expand_dims(label.index, tuple(axes)), label.power / power)
+    return None
 
 
 def softmax(s: Solver, node: fx.Node) -> None:
@@ -178,6 +213,8 @@ def embedding(s: Solver, node: fx.Node) -> None:
     s.stop_all(node, [numbers], f"{node.name} uses the value as a row number")
 
 
+PAIRS = (aten.var_mean.correction, aten.std_mean.correction, aten.var_mean.dim, aten.std_mean.dim)
+SPREADS = (*PAIRS, aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim)
 SUMS = (aten.sum.dim_IntList, aten.sum.default)
 NORMS = (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
 POOLS: Mapping[Any, int] = {
@@ -189,6 +226,7 @@ POOLS: Mapping[Any, int] = {
 }
 TABLE: Mapping[Any, Any] = {
     **dict.fromkeys((aten.mean.dim, aten.mean.default, *SUMS, *NORMS), reduced),
+    **dict.fromkeys(SPREADS, variance),
     **dict.fromkeys((aten.softmax.int, aten._softmax.default, aten.log_softmax.int), softmax),
     **dict.fromkeys(POOLS, pool),
     aten.cumsum.default: cumulated,

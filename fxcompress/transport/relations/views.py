@@ -44,10 +44,17 @@ def _order(s: Solver, node: fx.Node) -> list[int]:
 def reshape(s: Solver, node: fx.Node) -> None:
     """Axes split and merged: within a group of axes of equal product positions keep their order."""
     x: Any = node.args[0]
+    _lent(s, node)
     groups = s.facts.groups(node, x)
     before, after = s.shape(x), s.shape(node)
     swapped = [(b, a) for a, b in groups]
     mapped(s, node, x, lambda i: reshaped(s, i, groups, before, after), lambda i: reshaped(s, i, swapped, after, before))
+
+
+def _lent(s: Solver, node: fx.Node) -> None:
+    """A form taken from another value loses what that one loses."""
+    if s.kind == Kind.REMOVE and node.target in LENT:
+        mapped(s, node, node.args[1], lambda i: i, lambda i: i)
 
 
 def reshaped(s: Solver, index: Index, groups: Any, before: Any, after: Any) -> Index:
@@ -69,10 +76,11 @@ def reshaped(s: Solver, index: Index, groups: Any, before: Any, after: Any) -> I
 def expand(s: Solver, node: fx.Node) -> None:
     """Repetition along axes of size 1: the value knows one parameter for all copies."""
     x: Any = node.args[0]
+    _lent(s, node)
     for label in s.labels(x):
         s.put(node, label.index, label.power)
     for label in s.labels(node):
-        if not (s.kind == Kind.PERMUTE and s.is_flat_in_rows(node, x, label.index)):
+        if not s.is_unmoved(node, x, label.index):
             s.put(x, label.index, label.power)
 
 
@@ -120,6 +128,7 @@ def _is_linear_in_pairs(s: Solver, node: fx.Node, x: Any) -> bool:
     return True
 
 
+LENT = (aten.view_as.default, aten.reshape_as.default, aten.expand_as.default)
 TABLE: Mapping[Any, Any] = {
     **dict.fromkeys((aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default, aten.swapaxes.default), permute),
     **dict.fromkeys(
