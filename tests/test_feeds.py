@@ -126,3 +126,7 @@ def test_the_texts_are_what_their_table_says():
         assert data.isascii()
         assert f"{len(data):_}".replace("_", " ") in table
     assert len(list(TEXTS.glob("*.txt"))) == 2
+
+
+def test_one_row_of_an_expanded_tensor_is_hashed_as_its_content():
+    assert as_feed([torch.tensor(666).expand(1)]).digest == as_feed([torch.tensor([666])]).digest

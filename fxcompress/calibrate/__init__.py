@@ -2,5 +2,6 @@
 
 from fxcompress.calibrate.feed import Feed, as_feed
 from fxcompress.calibrate.text import text
+from fxcompress.calibrate.trajectory import Guidance, Sampler, recorded, trajectory
 
-__all__ = ["Feed", "as_feed", "text"]
+__all__ = ["Feed", "Guidance", "Sampler", "as_feed", "recorded", "text", "trajectory"]
