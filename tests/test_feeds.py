@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from fxcompress.calibrate import Feed, as_feed, text
+from fxcompress.calibrate import Feed, as_feed, images, text
 from fxcompress.calibrate.text import token_ids
 from fxcompress.errors import CalibrationError
 from fxcompress.signature import Inputs
@@ -126,3 +127,36 @@ def test_the_texts_are_what_their_table_says():
         assert data.isascii()
         assert f"{len(data):_}".replace("_", " ") in table
     assert len(list(TEXTS.glob("*.txt"))) == 2
+
+
+def test_one_row_of_an_expanded_tensor_is_hashed_as_its_content():
+    assert as_feed([torch.tensor(666).expand(1)]).digest == as_feed([torch.tensor([666])]).digest
+
+
+def test_images_come_in_batches():
+    x = torch.randn(7, 1, 2, 2)
+    found = list(images(x, batch=3, limit=5, name="x"))
+    assert [item["x"].shape[0] for item in found] == [3, 2]
+    assert torch.equal(torch.cat([item["x"] for item in found]), x[:5])
+
+
+def test_a_folder_of_images_is_read_by_name(tmp_path):
+    for name, level in (("b.png", 20), ("a.png", 10), ("c.PNG", 30)):
+        Image.new("L", (2, 2), level).save(tmp_path / name, format="png")
+    (tmp_path / "notes.txt").write_text("no image")
+    (item,) = images(tmp_path, lambda image: torch.tensor(image.getpixel((0, 0))))
+    assert item["pixel_values"].tolist() == [[10] * 3, [20] * 3, [30] * 3]
+
+
+def test_images_that_cannot_be_read(tmp_path):
+    with pytest.raises(CalibrationError, match="images can't be read") as error:
+        images(tmp_path, torch.tensor)
+    assert error.value.why == "0 image files, a preparation"
+    with pytest.raises(CalibrationError, match="empty"):
+        images(torch.zeros(0, 1, 2, 2))
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(CalibrationError, match="an image can't be read"):
+        images(tmp_path, torch.tensor)
+    with pytest.raises(CalibrationError) as error:
+        images(tmp_path)
+    assert error.value.why == "1 image files, no preparation"

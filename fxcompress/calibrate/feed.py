@@ -135,7 +135,8 @@ def _update(total: Any, leaf: Any, place: str) -> None:
         raise CalibrationError("a calibration item can't be used", where=place, why=f"got {type(leaf).__name__}", do="pass tensors")
     _require_finite(leaf, place)
     total.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
-    total.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    dense = leaf.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)  # one row of an expanded tensor has no stride
+    total.update(dense.view(torch.uint8).numpy())
 
 
 def _require_finite(tensor: Tensor, place: str) -> None:

@@ -27,7 +27,7 @@ def sqnr(reference: Tensor, approx: Tensor) -> float:
     for (a, _), (b, _) in zip(walk(reference, whole, _TILE), walk(approx, whole, _TILE), strict=True):
         signal += a.double().square().sum().item()
         noise += (a.double() - b.double()).square().sum().item()
-    return _decibel(signal, noise)
+    return decibel(signal, noise)
 
 
 def noise_power(step: Tensor, block: Sequence[int], shape: Sequence[int]) -> float:
@@ -70,7 +70,7 @@ def ideal_sqnr(x: Tensor, format: Format, block: Sequence[int], symmetric: bool)
         span = 2 * bound if symmetric and format.signed else hi.clamp(min=0) - lo.clamp(max=0)
         noise = noise_power(span / (2**format.bits - 1), block, x.shape)
     signal = sum(tile.double().square().sum().item() for tile, _ in walk(x, (-1,) * x.dim(), _TILE))
-    return _decibel(signal, noise * x.numel())
+    return decibel(signal, noise * x.numel())
 
 
 def _float_noise(x: Tensor, format: Format, block: Sequence[int], scale: Tensor) -> float:
@@ -85,7 +85,8 @@ def _float_noise(x: Tensor, format: Format, block: Sequence[int], scale: Tensor)
     return total / x.numel()
 
 
-def _decibel(signal: float, noise: float) -> float:
+def decibel(signal: float, noise: float) -> float:
+    """10 log10(signal / noise) of two powers; inf without noise, -inf without signal or of infinite noise, nan where one is nan."""
     if noise == 0:
         return inf
     if isnan(signal) or isnan(noise):

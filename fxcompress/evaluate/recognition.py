@@ -1,0 +1,59 @@
+"""How often a classifier or a segmenter is right: of real data its own quality, of samples the quality of the model that drew them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fxcompress.errors import InputError
+from fxcompress.evaluate.intervals import Estimate, bootstrap
+
+Logits = Callable[[Tensor], Tensor]
+
+
+def accuracy(logits: Logits, x: Tensor, labels: Tensor, batch: int = 250) -> Estimate:
+    """The share of rows whose greatest logit is the label's, with a bootstrap interval. Ties go to the lower class, as argmax has it.
+
+    logits: x [n, ...] -> [n, C], any callable: the model, a Program's run, a compiled artifact. labels: [N], int64. Of samples drawn for given
+    labels it is the recognition rate. batch: rows a call; the last call may have fewer. InputError as `predicted`.
+    """
+    return bootstrap(lambda hits: float(hits.mean()), (predicted(logits, x, labels, batch) == labels).double())
+
+
+def recall(logits: Logits, x: Tensor, labels: Tensor, batch: int = 250) -> dict[int, float]:
+    """Per class that has a row: the share of its rows that are recognised. Arguments as `accuracy`."""
+    hits = (predicted(logits, x, labels, batch) == labels).double()
+    return {c: float(hits[labels == c].mean()) for c in sorted(set(labels.tolist()))}
+
+
+def predicted(logits: Logits, x: Tensor, labels: Tensor, batch: int) -> Tensor:
+    """The class of each row, [N]. InputError when there is no row, labels aren't one a row, or logits have another shape or aren't finite."""
+    if labels.dim() != 1 or len(x) != len(labels) or not len(x):
+        raise InputError("there isn't one label a row", why=f"x is {list(x.shape)}, labels are {list(labels.shape)}")
+    with torch.no_grad():
+        scores = torch.cat([logits(rows) for rows in torch.split(x, batch)])
+    if scores.dim() != 2 or len(scores) != len(x):
+        raise InputError("the logits don't fit the rows", why=f"{len(x)} rows gave logits {list(scores.shape)}, not [rows, classes]")
+    if not torch.isfinite(scores).all():
+        raise InputError("the logits aren't finite", why=f"{int((~torch.isfinite(scores)).sum())} of {scores.numel()} are inf or nan")
+    return scores.argmax(1)
+
+
+def mean_iou(found: Tensor, wanted: Tensor, classes: int, ignore: int | None = None) -> float:
+    """The mean over classes of |found ∩ wanted| / |found ∪ wanted|, counted over all pixels of all images; classes in neither are left out.
+
+    found, wanted: equal shapes, int64 in [0, classes); pixels where wanted == ignore count nowhere. InputError otherwise and if none counts.
+    """
+    kept = torch.ones_like(wanted, dtype=torch.bool) if ignore is None else wanted != ignore
+    if found.shape != wanted.shape or not kept.any():
+        why = f"they are {list(found.shape)} and {list(wanted.shape)}, {int(kept.sum())} pixels count"
+        raise InputError("the maps can't be compared", why=why)
+    a, b = found[kept], wanted[kept]
+    both = torch.cat([a, b])
+    if int(both.min()) < 0 or int(both.max()) >= classes:
+        raise InputError("a map holds an unknown class", why=f"classes {int(both.min())}..{int(both.max())}, known are 0..{classes - 1}")
+    pairs = torch.bincount(b * classes + a, minlength=classes * classes).view(classes, classes).double()
+    union = pairs.sum(0) + pairs.sum(1) - pairs.diagonal()
+    return float((pairs.diagonal() / union)[union > 0].mean())
