@@ -96,6 +96,19 @@ _UNOPENED = "einsum bilinear _trilinear tensordot lstm gru rnn_tanh rnn_relu lst
 UNOPENED = frozenset(_UNOPENED.split())  # ops that multiply by a weight in a way this table doesn't tell
 
 
+def is_constant(node: fx.Node) -> bool:
+    """Whether no input decides the node's value."""
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder":
+            return False
+        new = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return True
+
+
 def contracts_unopened(node: fx.Node) -> bool:
     """Whether the op multiplies by its weights in a way that `weight_uses` can't tell."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in UNOPENED

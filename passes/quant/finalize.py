@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxcompress.contract import Exact
+from fxcompress.dataflow import is_constant
 from fxcompress.edit import Edit
 from fxcompress.interpret import constant_value
 from fxcompress.numerics.formats import format_of
@@ -32,7 +33,7 @@ class Finalize(Rewrite):
 
     def match(self, node: fx.Node, on: Context) -> Match | None:
         """A quantiser of a constant; one of an activation stays in the graph."""
-        if on.constant(node.args[0]) is None:
+        if on.constant(node.args[0]) is None or not is_constant(node):
             return None
         return Match(node, codes=constant_value(node, on.program.constants))
 

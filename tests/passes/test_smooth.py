@@ -94,7 +94,7 @@ def test_what_stops_a_scale_is_named() -> None:
     torch.manual_seed(0)
     program = capture(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval(), (seeded(4, 8),))
     _, report = smoothed(program)
-    assert declined(report) == [("linear", "input is an input of the program"), ("linear_1", "gelu (gelu) doesn't commute with a scale")]
+    assert declined(report) == [("linear", "input_1 is an input of the program"), ("linear_1", "gelu (gelu) doesn't commute with a scale")]
 
 
 def test_it_needs_a_feed(block: Program) -> None:
