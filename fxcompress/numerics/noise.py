@@ -50,7 +50,7 @@ def static_sqnr(x: Tensor, format: Format, lo: Tensor, hi: Tensor, symmetric: bo
     wide = x.double()
     outside = (wide - torch.minimum(torch.maximum(wide, lo), hi)).square()
     noise = (step.square() / 12 + outside).expand(x.shape).sum().item()
-    return _decibel(wide.square().sum().item(), noise)
+    return decibel(wide.square().sum().item(), noise)
 
 
 def ideal_sqnr(x: Tensor, format: Format, block: Sequence[int], symmetric: bool) -> float:
