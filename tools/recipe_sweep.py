@@ -1,0 +1,189 @@
+"""Compile every model of the zoo and of the held-out table with a recipe, each in its own process, and judge the numbers.
+
+    python -m tools.recipe_sweep int8 [--backend onnxruntime] [--table zoo|held-out|all] [--only NAME ...] [--json FILE]
+
+Calibrated on four items of the example with noise, judged on a fifth. "right": the artifact's lowest output SQNR is above 20 dB, or at most
+6 dB below plain fake quantisation in eager mode (int8 weights per channel, uint8 min-max activations of linear layers and convolutions).
+Anything else is a refusal, a crash, a wrong number or a model that came out unchanged. The exit code is 0 if at least 95 % are right and the
+rest refusals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ENOUGH, FLOOR, SLACK = 0.95, 20.0, 6.0
+LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")
+
+
+def main() -> int:
+    """Run the sweep, or one model of it (`--one`), which prints its row as JSON."""
+    options = _options()
+    if options.one:
+        print(json.dumps(row(options.one, options.recipe, options.backend)))
+        return 0
+    from tools.capture_sweep import names
+
+    rows = []
+    for name in options.only or names(options.table):
+        rows.append(_in_process(name, options))
+        print(_line(rows[-1]), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
+    verdicts = Counter(r["verdict"] for r in rows)
+    print(", ".join(f"{v} {n}" for v, n in verdicts.most_common()), f"of {len(rows)}; right {verdicts['right'] / len(rows):.1%}")
+    good = verdicts["right"] >= ENOUGH * len(rows) and verdicts["right"] + verdicts["refused"] == len(rows)
+    return 0 if good else 1
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("--table", choices=("zoo", "held-out", "all"), default="all")
+    parser.add_argument("--only", nargs="+", metavar="NAME")
+    parser.add_argument("--limit", type=float, default=600, help="seconds a model may take")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def row(name: str, recipe: str, backend: str) -> dict[str, Any]:
+    """Compile and judge one model in this process."""
+    import torch
+
+    import fxcompress as fxc
+    from tests.held_out import HELD_OUT
+    from tests.zoo import ZOO
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, inputs = {**ZOO, **HELD_OUT}[name]()
+    items = [noisy(inputs, seed) for seed in range(5)]
+    start = time.process_time()
+    try:
+        made = fxc.compile(model, recipe, example_inputs=inputs, calibration=items, backend=backend, threads=1)
+    except fxc.FxcError as error:
+        return {"name": name, "verdict": "refused", "why": f"{type(error).__name__}: {error.what}; {error.why} at {error.where}"}
+    report = made.report
+    quantised = [p for p in report.passes if p.name in ("quant.insert", "quant.weight_only")]
+    eager = _eager(model, items)
+    sqnr = float("nan") if report.output_sqnr is None else float(report.output_sqnr)
+    fired = sum(p.fired for p in quantised)
+    right = sqnr > FLOOR or sqnr >= eager - SLACK
+    return {
+        "name": name,
+        "verdict": "unchanged" if not fired else "right" if right else "wrong",
+        "why": "",
+        "sqnr": sqnr,
+        "eager": eager,
+        "fired": fired,
+        "declined": [d.reason for p in quantised for d in p.declined],
+        "integer_share": report.backend and report.backend.integer_share,
+        "quantised_share": report.backend and report.backend.quantised_share,
+        "bytes": report.weight_bytes / report.float_bytes,
+        "in_float": [f"{s.site}: {s.reason}" for s in report.backend.in_float] if report.backend else [],
+        "seconds": time.process_time() - start,
+    }
+
+
+def noisy(inputs: Any, seed: int) -> Any:
+    """The inputs with noise on every floating-point tensor."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            return value
+        return value + 0.1 * value.std(correction=0).clamp(min=0.1) * torch.randn(value.shape, generator=generator)
+
+    return pytree.tree_map_only(torch.Tensor, moved, inputs)
+
+
+def _eager(model: Any, items: list[Any]) -> float:
+    """Lowest output SQNR of plain fake quantisation with hooks, calibrated on all items but the last, judged on that."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    from fxcompress.manager import lowest_sqnr
+
+    def outputs(inputs: Any) -> list[Any]:
+        with torch.no_grad():
+            return [t for t in pytree.tree_leaves(model(**inputs)) if isinstance(t, torch.Tensor)]
+
+    layers = [m for m in model.modules() if type(m).__name__ in LAYERS]
+    reference = outputs(items[-1])
+    ranges = _ranges(layers, items[:-1], outputs)
+    for layer in layers:
+        layer.weight.data = _per_channel(layer.weight.data, type(layer).__name__ == "Conv1D")
+    handles = [m.register_forward_pre_hook(lambda m, args: (_on_grid(args[0], *ranges[m]), *args[1:])) for m in layers if m in ranges]
+    result = lowest_sqnr(reference, outputs(items[-1]))
+    for handle in handles:
+        handle.remove()
+    return float(result)
+
+
+def _ranges(layers: list[Any], items: list[Any], outputs: Any) -> dict[Any, tuple[float, float]]:
+    found: dict[Any, tuple[float, float]] = {}
+
+    def seen(module: Any, args: Any) -> None:
+        if args and args[0].numel():
+            lo, hi = found.get(module, (0.0, 0.0))
+            found[module] = min(lo, float(args[0].min())), max(hi, float(args[0].max()))
+
+    handles = [m.register_forward_pre_hook(seen) for m in layers]
+    for item in items:
+        outputs(item)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _per_channel(weight: Any, is_transposed: bool) -> Any:
+    rows = (weight.T if is_transposed else weight).flatten(1)
+    scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    rounded = ((rows / scale).round().clamp(-127, 127) * scale).to(weight.dtype)
+    return rounded.T.contiguous() if is_transposed else rounded.view_as(weight)
+
+
+def _on_grid(x: Any, lo: float, hi: float) -> Any:
+    scale = max((hi - lo) / 255, 1e-12)
+    zero = round(-lo / scale)
+    return ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
+
+
+def _in_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tools.recipe_sweep", options.recipe, "--backend", options.backend, "--one", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit, check=False)
+    except subprocess.TimeoutExpired:
+        return {"name": name, "verdict": "out of time", "why": f"more than {options.limit:.0f} s"}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"name": name, "verdict": "crashed", "why": lines[-1], "trace": lines[-12:]}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _line(found: dict[str, Any]) -> str:
+    if "sqnr" not in found:
+        return f"{found['name']:24} {found['verdict'].upper():10} {found['why'][:300]}"
+    share = found["integer_share"]
+    kernels = "" if share is None else f"  {share:.0%} of MACs in integers, {found['quantised_share'] or 0:.0%} of quantised"
+    return (
+        f"{found['name']:24} {found['verdict']:10} {found['sqnr']:6.1f} dB (eager {found['eager']:5.1f})  {found['fired']} fired, "
+        f"{len(found['declined'])} declined{kernels}  {found['seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
