@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from fxcompress.numerics.formats import Format
 
 Family = Literal["linear", "embedding", "conv"]
+ActivationFamily = Literal["linear", "conv", "product"]  # with a constant weight, and products of two activations
 
 
 class WeightKernel(BaseModel):
@@ -28,13 +29,42 @@ class WeightKernel(BaseModel):
     asymmetric: bool = True
 
 
+class ActivationKernel(BaseModel):
+    """One kind of integer kernel that reads codes of activations.
+
+    formats, granularity: of every activation operand; "token" is one scale for each vector along the last axis. dynamic: scale (and zero point)
+    are values of the graph, else constants. asymmetric: whether there may be zero points. weights, weight_granularities: of a constant weight,
+    whose quantiser is symmetric. bias: "int32" codes at the product of the two scales, or "float". needs_output: the result, possibly after an
+    op of `Target.folded`, must go into a static quantiser of one scale and of the same formats, or the site computes in float.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    family: ActivationFamily
+    formats: tuple[str, ...]
+    granularity: Literal["tensor", "token"] = "tensor"
+    dynamic: bool = False
+    asymmetric: bool = True
+    weights: tuple[str, ...] = ()
+    weight_granularities: tuple[Literal["tensor", "channel"], ...] = ("tensor", "channel")
+    bias: Literal["int32", "float"] = "float"
+    needs_output: bool = False
+    transposed: bool = False  # convolutions: the transposed ones too
+
+
 class Target(BaseModel):
-    """name: the backend's. kernels: weight kernels, or None where every format runs (the reference)."""
+    """name: the backend's. kernels: weight kernels, or None where every format runs (the reference). activations: the same for quantised
+    activations. fused: ops (torch's names) that run on codes where operands and result have static quantisers of one scale each.
+    folded: ops that vanish into the kernel before them where the quantiser after them clips to the same codes.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     kernels: tuple[WeightKernel, ...] | None = None
+    activations: tuple[ActivationKernel, ...] | None = None
+    fused: frozenset[str] = frozenset()
+    folded: frozenset[str] = frozenset()
 
     def refusal(self, family: Family, format: Format, group: int | None, size: int, symmetric: bool) -> str | None:
         """Why this target has no kernel for such a weight, or None if it has one.

@@ -35,7 +35,7 @@ from fxcompress.numerics.noise import sqnr
 from fxcompress.program import Program, module_path
 from fxcompress.report import BackendReport, FloatSite
 from fxcompress.rewrite import Options
-from fxcompress.target import Target, WeightKernel
+from fxcompress.target import ActivationKernel, Target, WeightKernel
 
 IN_FLOAT = "fxc.in_float"
 NBIT_KERNELS = ("MatMulNBits", "GatherBlockQuantized")
@@ -69,12 +69,24 @@ def _kernels() -> tuple[WeightKernel, ...]:
     )
 
 
+INTEGER_KERNELS = (
+    ActivationKernel(family="linear", formats=("uint8", "int8"), weights=("int8",)),
+    ActivationKernel(family="linear", formats=("uint8", "int8"), dynamic=True, weights=("int8",)),
+    ActivationKernel(family="linear", formats=("int8",), granularity="token", dynamic=True, asymmetric=False, weights=("int8",)),
+    ActivationKernel(family="conv", formats=("uint8", "int8"), weights=("int8",), bias="int32", needs_output=True),
+    ActivationKernel(family="product", formats=("uint8", "int8")),
+    ActivationKernel(family="product", formats=("uint8", "int8"), dynamic=True),
+)
+FUSED = frozenset({"aten.add.Tensor", "aten.cat.default"})
+FOLDED = frozenset({"aten.relu.default", "aten.clamp.default", "aten.hardtanh.default"})
+
+
 class OnnxRuntimeBackend(Backend):
     """ONNX Runtime on CPU."""
 
     name = "onnxruntime"
     Options = OnnxRuntimeOptions
-    target = Target(name="onnxruntime", kernels=_kernels())
+    target = Target(name="onnxruntime", kernels=_kernels(), activations=INTEGER_KERNELS, fused=FUSED, folded=FOLDED)
 
     def lower(self, program: Program) -> Lowered:
         """The program as ONNX. BackendRefusal for what ONNX or ONNX Runtime can't say."""
