@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from fxcompress.numerics.formats import Format
 
 Family = Literal["linear", "embedding", "conv"]
-ActivationFamily = Literal["linear", "conv", "product"]  # with a constant weight, and products of two activations
+SiteFamily = Literal["linear", "conv", "product"]  # what multiplies an activation: by a weight, by a kernel window, by another activation
 
 
 class WeightKernel(BaseModel):
@@ -30,41 +30,41 @@ class WeightKernel(BaseModel):
 
 
 class ActivationKernel(BaseModel):
-    """One kind of integer kernel that reads codes of activations.
+    """One kind of integer kernel whose activations are quantised too.
 
-    formats, granularity: of every activation operand; "token" is one scale for each vector along the last axis. dynamic: scale (and zero point)
-    are values of the graph, else constants. asymmetric: whether there may be zero points. weights, weight_granularities: of a constant weight,
-    whose quantiser is symmetric. bias: "int32" codes at the product of the two scales, or "float". needs_output: the result, possibly after an
-    op of `Target.folded`, must go into a static quantiser of one scale and of the same formats, or the site computes in float.
+    activations: "format/granularity", "tensor" for a scale from calibration, "token" for one a vector, computed in the call. weights: formats
+    of the constant operand. needs_output: whether the kernel gives integers, so that its result must be quantised as well.
     """
 
     model_config = ConfigDict(frozen=True)
 
-    family: ActivationFamily
-    formats: tuple[str, ...]
-    granularity: Literal["tensor", "token"] = "tensor"
-    dynamic: bool = False
-    asymmetric: bool = True
-    weights: tuple[str, ...] = ()
-    weight_granularities: tuple[Literal["tensor", "channel"], ...] = ("tensor", "channel")
-    bias: Literal["int32", "float"] = "float"
+    families: tuple[SiteFamily, ...]
+    activations: tuple[str, ...]
+    weights: tuple[str, ...] = ("int8",)
     needs_output: bool = False
-    transposed: bool = False  # convolutions: the transposed ones too
 
 
 class Target(BaseModel):
-    """name: the backend's. kernels: weight kernels, or None where every format runs (the reference). activations: the same for quantised
-    activations. fused: ops (torch's names) that run on codes where operands and result have static quantisers of one scale each.
-    folded: ops that vanish into the kernel before them where the quantiser after them clips to the same codes.
-    """
+    """name: the backend's. kernels: weight kernels, activations: kernels with quantised activations; None where everything runs (reference)."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     kernels: tuple[WeightKernel, ...] | None = None
     activations: tuple[ActivationKernel, ...] | None = None
-    fused: frozenset[str] = frozenset()
-    folded: frozenset[str] = frozenset()
+
+    def activation_kernel(self, family: SiteFamily, activation: str, weight: str) -> ActivationKernel | str:
+        """The kernel for such a site (weight: the format of the constant operand), or why there is none."""
+        if self.activations is None:
+            return ActivationKernel(families=(family,), activations=(activation,), weights=(weight,))
+        same_family = [k for k in self.activations if family in k.families]
+        fitting = [k for k in same_family if activation in k.activations and (family == "product" or weight in k.weights)]
+        if fitting:
+            return fitting[0]
+        offered = ", ".join(f"{a} by {w}" for k in same_family for a in k.activations for w in k.weights)
+        return f"{self.name} has no integer kernel for {family} with activations {activation} and weights {weight}" + (
+            f", only for {offered}" if offered else ""
+        )
 
     def refusal(self, family: Family, format: Format, group: int | None, size: int, symmetric: bool) -> str | None:
         """Why this target has no kernel for such a weight, or None if it has one.

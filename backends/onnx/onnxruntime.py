@@ -70,15 +70,10 @@ def _kernels() -> tuple[WeightKernel, ...]:
 
 
 INTEGER_KERNELS = (
-    ActivationKernel(family="linear", formats=("uint8", "int8"), weights=("int8",)),
-    ActivationKernel(family="linear", formats=("uint8", "int8"), dynamic=True, weights=("int8",)),
-    ActivationKernel(family="linear", formats=("int8",), granularity="token", dynamic=True, asymmetric=False, weights=("int8",)),
-    ActivationKernel(family="conv", formats=("uint8", "int8"), weights=("int8",), bias="int32", needs_output=True),
-    ActivationKernel(family="product", formats=("uint8", "int8")),
-    ActivationKernel(family="product", formats=("uint8", "int8"), dynamic=True),
+    ActivationKernel(families=("linear",), activations=("uint8/tensor", "int8/tensor", "int8/token"), weights=("int8",)),
+    ActivationKernel(families=("product",), activations=("uint8/tensor", "int8/tensor"), weights=("int8",)),
+    ActivationKernel(families=("conv",), activations=("uint8/tensor", "int8/tensor"), weights=("int8",), needs_output=True),
 )
-FUSED = frozenset({"aten.add.Tensor", "aten.cat.default"})
-FOLDED = frozenset({"aten.relu.default", "aten.clamp.default", "aten.hardtanh.default"})
 
 
 class OnnxRuntimeBackend(Backend):
@@ -86,7 +81,7 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
     Options = OnnxRuntimeOptions
-    target = Target(name="onnxruntime", kernels=_kernels(), activations=INTEGER_KERNELS, fused=FUSED, folded=FOLDED)
+    target = Target(name="onnxruntime", kernels=_kernels(), activations=INTEGER_KERNELS)
 
     def lower(self, program: Program) -> Lowered:
         """The program as ONNX. BackendRefusal for what ONNX or ONNX Runtime can't say."""
