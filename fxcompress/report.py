@@ -107,8 +107,10 @@ class BackendReport(Frozen):
     """What the backend made of the program. Shares are of MACs on the example inputs, read back from the runtime's own optimised graph.
 
     integer_share: of all MACs, in integer or n-bit kernels. quantised_share: of the MACs in quantised sites. parity: max relative error of the
-    outputs against the interpreter, kernel-internal rounding off. site_parity: the same of each quantised site on the input it got there, the
-    worst. rounding_sqnr: lowest output SQNR in dB between the session as shipped and the one without that rounding.
+    outputs against the interpreter, kernel-internal rounding off; without a limit where activations are quantised, since codes that round the
+    other way cascade. site_parity: the same of each quantised site on the input it got there, the worst. code_flips: the greatest share of one
+    quantiser's codes that are one step from the interpreter's on identical inputs. rounding_sqnr: lowest output SQNR in dB between the session
+    as shipped and the one without kernel-internal rounding.
     """
 
     name: str
@@ -119,6 +121,7 @@ class BackendReport(Frozen):
     in_float: tuple[FloatSite, ...] = ()
     parity: Figure = None
     site_parity: Figure = None
+    code_flips: Figure = None
     rounding_sqnr: Figure = None
     file_bytes: int | None = None
 

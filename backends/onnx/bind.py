@@ -20,8 +20,11 @@ from fxcompress.backends.onnx.blocks import Blocks, blocks_of, matrix_of
 from fxcompress.backends.onnx.build import CONTRIB, Builder
 from fxcompress.backends.onnx.dense import dense
 from fxcompress.backends.onnx.exported import FX_INDEX, leaf_name
+from fxcompress.backends.onnx.integer import Legaliser
 from fxcompress.backends.onnx.outline import Leaf, Outline
+from fxcompress.backends.onnx.quantisers import bind_grids
 from fxcompress.backends.onnx.translate import Skeleton
+from fxcompress.backends.onnx.views import factor, integer, view
 
 FLOAT_KERNEL, INT8_KERNEL = 1, 4  # accuracy_level of MatMulNBits: activations as they are, or rounded to int8 in the kernel
 
@@ -37,6 +40,10 @@ class Bound:
 def bind(skeleton: Skeleton, constants: Mapping[str, Tensor], accuracy_level: int) -> Bound:
     """Fill the skeleton, which is edited. Constants are shared with the model, never copied, but for repacked ones."""
     binder = _Binder(skeleton, constants, accuracy_level)
+    bind_grids(binder.build, skeleton.outline.leaves, constants)
+    legaliser = Legaliser(binder.build, skeleton.outline, constants)
+    legaliser.run()
+    binder.in_float.update(legaliser.reasons)
     for index, leaf in enumerate(skeleton.outline.leaves):
         value = skeleton.model.graph.initializers.pop(leaf_name(index), None)
         if value is not None and value.uses():
@@ -72,16 +79,18 @@ class _Binder:
             value.replace_all_uses_with(self.build.constant(leaf.name, self.constants[leaf.name]), replace_graph_outputs=True)
             return
         for reader in list(_readers(value, tuple(range(len(leaf.shape))))):
-            reason = self._kernel(reader, leaf)
+            name, reason = self._name(reader.node), self._kernel(reader, leaf)
             if reason:
-                self.in_float[self._name(reader.node)] = reason
+                self.in_float.setdefault(name, reason)
+            else:
+                self.in_float.pop(name, None)
         self._drop_dead_views(value)
         if value.uses() or value.is_graph_output():
             value.replace_all_uses_with(dense(self.build, leaf, leaf.quantised, self.constants), replace_graph_outputs=True)
 
     def _drop_dead_views(self, value: ir.Value) -> None:
         for node, _ in list(value.uses()):
-            if _view(node) is None or node.outputs[0].is_graph_output():
+            if view(node) is None or node.outputs[0].is_graph_output():
                 continue
             self._drop_dead_views(node.outputs[0])
             if not node.outputs[0].uses():
@@ -162,28 +171,18 @@ class _Binder:
 
 def _readers(value: ir.Value, axes: tuple[int, ...], picked: tuple[tuple[int, int], ...] = ()) -> Iterator[_Reader]:
     for node, position in value.uses():
-        view = _view(node) if position == 0 else None
-        if view is None:
+        seen = view(node) if position == 0 else None
+        if seen is None:
             yield _Reader(node, position, axes, picked)
-        elif isinstance(view, int):
-            yield from _readers(node.outputs[0], axes[1:], (*picked, (axes[0], view)))
+        elif isinstance(seen, int):
+            yield from _readers(node.outputs[0], axes[1:], (*picked, (axes[0], seen)))
         else:
-            yield from _readers(node.outputs[0], tuple(axes[i] for i in view), picked)
-
-
-def _view(node: ir.Node) -> tuple[int, ...] | int | None:
-    """The order of a transpose, or the constant index picked on the first axis."""
-    if node.op_type == "Transpose" and "perm" in node.attributes:
-        return tuple(node.attributes["perm"].as_ints())
-    if node.op_type != "Gather" or _integer(node, "axis") or node.inputs[1] is None:
-        return None
-    index = ir.convenience.get_const_tensor(node.inputs[1])
-    return int(index.numpy()) if index is not None and not index.shape else None
+            yield from _readers(node.outputs[0], tuple(axes[i] for i in seen), picked)
 
 
 def _rows_and_columns(reader: _Reader) -> tuple[int, int]:
     """The leaf's axes: rows, and columns that are summed over or gathered along."""
-    is_rows_first = reader.node.op_type == "Gather" or (reader.node.op_type == "Gemm" and _integer(reader.node, "transB"))
+    is_rows_first = reader.node.op_type == "Gather" or (reader.node.op_type == "Gemm" and integer(reader.node, "transB"))
     first, second = reader.axes
     return (first, second) if is_rows_first else (second, first)
 
@@ -198,20 +197,10 @@ def _unfit(reader: _Reader) -> str | None:
     if len(reader.axes) != 2:
         return f"a weight of {len(reader.axes)} axes has no n-bit kernel"
     if node.op_type == "Gather":
-        return "the n-bit kernel gathers rows" if _integer(node, "axis") or reader.axes[0] > reader.axes[1] else None
-    if node.op_type == "Gemm" and (_integer(node, "transA") or any(_factor(node, f) != 1 for f in ("alpha", "beta"))):
+        return "the n-bit kernel gathers rows" if integer(node, "axis") or reader.axes[0] > reader.axes[1] else None
+    if node.op_type == "Gemm" and (integer(node, "transA") or any(factor(node, f) != 1 for f in ("alpha", "beta"))):
         return "Gemm with a transposed input or a factor has no n-bit kernel"
     given = node.inputs[0]
     if given is None or given.shape is None or len(given.shape) < 2:
         return "a product with a vector has no n-bit kernel"
     return None
-
-
-def _integer(node: ir.Node, name: str) -> int:
-    attribute = node.attributes.get(name)
-    return attribute.as_int() if attribute is not None else 0
-
-
-def _factor(node: ir.Node, name: str) -> float:
-    attribute = node.attributes.get(name)
-    return attribute.as_float() if attribute is not None else 1.0

@@ -14,16 +14,19 @@ from torch import Tensor
 
 from fxcompress.backends.onnx.build import Builder
 from fxcompress.backends.onnx.outline import Leaf, Quantised
+from fxcompress.numerics.affine import working_dtype
 
 RIGHT = "RIGHT"
 
 
 def dense(build: Builder, leaf: Leaf, quantised: Quantised, constants: Mapping[str, Tensor]) -> ir.Value:
     """The value of the leaf's tensor, in the scale's dtype."""
-    codes = build.early_node("Cast", _stored(build, leaf, quantised, constants), to=ir.DataType.FLOAT)
-    scale = build.early_node("Cast", build.constant(quantised.scale, constants[quantised.scale]), to=ir.DataType.FLOAT)
+    work = ir.tensor_adapters.from_torch_dtype(working_dtype(quantised.format, leaf.dtype))
+    codes = build.early_node("Cast", _stored(build, leaf, quantised, constants), to=work)
+    scale = build.early_node("Cast", build.constant(quantised.scale, constants[quantised.scale]), to=work)
     zero = _zero(build, quantised, constants)
     if zero is not None:
+        zero = build.early_node("Cast", zero, to=work)
         codes = build.early_node("Sub", codes, _spread(build, zero, leaf, quantised))
     product = build.early_node("Mul", codes, _spread(build, scale, leaf, quantised))
     return build.early_node("Cast", product, to=ir.tensor_adapters.from_torch_dtype(leaf.dtype))

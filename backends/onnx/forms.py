@@ -13,7 +13,9 @@ import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
 
+import fxcompress.ops  # noqa: F401 - registers the fxc:: ops named below
 from fxcompress.backends.onnx.attention import attention
+from fxcompress.backends.onnx.quantisers import dequantize, quantize
 
 aten = torch.ops.aten
 
@@ -60,4 +62,6 @@ FORMS: Mapping[Any, Any] = {
     aten.split.Tensor: split,
     aten.split_with_sizes.default: split_with_sizes,
     aten.unbind.int: unbind,
+    torch.ops.fxc.quantize.default: quantize,
+    torch.ops.fxc.dequantize.default: dequantize,
 }

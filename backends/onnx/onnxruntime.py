@@ -8,6 +8,7 @@ Weight-only formats of 2, 4 and 8 bits run in ONNX Runtime's n-bit kernels from 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,20 +26,25 @@ from fxcompress.backends.onnx.bind import FLOAT_KERNEL, INT8_KERNEL, bind
 from fxcompress.backends.onnx.blocks import GROUPS
 from fxcompress.backends.onnx.files import read_graph, write_model
 from fxcompress.backends.onnx.macs import macs
-from fxcompress.backends.onnx.outline import outline
+from fxcompress.backends.onnx.outline import DEQUANTIZE, QUANTIZE, arguments, outline
 from fxcompress.backends.onnx.parity import end_to_end, site_by_site
 from fxcompress.backends.onnx.session import OnnxSession
+from fxcompress.backends.onnx.stepwise import Steps, step_by_step
 from fxcompress.backends.onnx.translate import translate
 from fxcompress.dataflow import weight_uses
 from fxcompress.interpret import run
+from fxcompress.measure import relative_error
 from fxcompress.numerics.noise import sqnr
 from fxcompress.program import Program, module_path
 from fxcompress.report import BackendReport, FloatSite
 from fxcompress.rewrite import Options
-from fxcompress.target import Target, WeightKernel
+from fxcompress.target import ActivationKernel, Target, WeightKernel
 
 IN_FLOAT = "fxc.in_float"
-NBIT_KERNELS = ("MatMulNBits", "GatherBlockQuantized")
+KERNELS = ("MatMulNBits", "GatherBlockQuantized", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul", "QGemm")
+_LAYOUT = re.compile(r"_token_\d+$")  # what ONNX Runtime adds to the name of a node it changes the layout of
+_MOVING = "view reshape transpose permute t expand unsqueeze squeeze flatten unflatten contiguous clone select slice mT"
+MOVES = frozenset(getattr(torch.ops.aten, n) for n in _MOVING.split())
 
 
 class OnnxRuntimeOptions(Options):
@@ -69,12 +75,19 @@ def _kernels() -> tuple[WeightKernel, ...]:
     )
 
 
+INTEGER_KERNELS = (
+    ActivationKernel(families=("linear",), activations=("uint8/tensor", "int8/tensor", "int8/token"), weights=("int8",)),
+    ActivationKernel(families=("product",), activations=("uint8/tensor", "int8/tensor"), weights=("int8",)),
+    ActivationKernel(families=("conv",), activations=("uint8/tensor", "int8/tensor"), weights=("int8",), needs_output=True),
+)
+
+
 class OnnxRuntimeBackend(Backend):
     """ONNX Runtime on CPU."""
 
     name = "onnxruntime"
     Options = OnnxRuntimeOptions
-    target = Target(name="onnxruntime", kernels=_kernels())
+    target = Target(name="onnxruntime", kernels=_kernels(), activations=INTEGER_KERNELS)
 
     def lower(self, program: Program) -> Lowered:
         """The program as ONNX. BackendRefusal for what ONNX or ONNX Runtime can't say."""
@@ -100,9 +113,9 @@ class OnnxRuntimeBackend(Backend):
         plain = _without_rounding(model)
         exact = rounded if self.options.activation_rounding == "off" else OnnxSession(plain, folder).run(probe)
         work = {n: macs(n, shapes) for n in outline(program).nodes}
-        sites = _quantised_sites(program)
-        errors = site_by_site(program, sites, plain, lambda m, x: OnnxSession(m, folder).run(x), probe)
-        covered = {n for n in sites if kernels.get(n.name) in NBIT_KERNELS}
+        sites = _quantised_sites(program, work)
+        judged = _judge(program, sites, plain, folder, probe)
+        covered = {n for n in sites if kernels.get(n.name) in KERNELS}
         reasons = json.loads(next((p.value for p in model.metadata_props if p.key == IN_FLOAT), "{}"))
         return BackendReport(
             name=self.name,
@@ -115,8 +128,9 @@ class OnnxRuntimeBackend(Backend):
                 for n in sites
                 if n not in covered
             ),
-            parity=end_to_end(program, probe, wanted, exact),
-            site_parity=max(errors.values(), default=None),
+            parity=max(map(relative_error, wanted, exact), default=0.0) if judged.flips else end_to_end(program, probe, wanted, exact),
+            site_parity=max(judged.errors.values(), default=None),
+            code_flips=max(judged.flips.values(), default=None),
             rounding_sqnr=min((sqnr(a, b) for a, b in zip(exact, rounded, strict=True) if a.is_floating_point()), default=None),
             file_bytes=sum(f.stat().st_size for f in folder.iterdir()),
         )
@@ -128,18 +142,37 @@ def _outputs_and_kernels(model: onnx.ModelProto, folder: Path, probe: Sequence[T
         path = Path(scratch, "optimized.onnx")
         session = OnnxSession(model, folder, optimized=path)
         optimized = onnx.load(str(path), load_external_data=False)
-    return session.run(probe), {node.name: node.op_type for node in optimized.graph.node}
+    return session.run(probe), {_LAYOUT.sub("", node.name): node.op_type for node in optimized.graph.node}
 
 
-def _quantised_sites(program: Program) -> list[fx.Node]:
+def _judge(program: Program, sites: Sequence[fx.Node], model: onnx.ModelProto, folder: Path, probe: Sequence[Tensor]) -> Steps:
+    """Parity of each site on identical inputs; step by step where activations are codes."""
+
+    def session(changed: onnx.ModelProto, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return OnnxSession(changed, folder).run(inputs)
+
+    if any(n.target is QUANTIZE for n in program.graph.nodes):
+        return step_by_step(program, set(sites), model, session, probe)
+    return Steps(site_by_site(program, sites, model, session, probe))
+
+
+def _quantised_sites(program: Program, work: Mapping[fx.Node, int]) -> list[fx.Node]:
+    """Readers of quantised constants, and ops that multiply dequantised activations."""
     outlined = outline(program)
-    sites: dict[fx.Node, None] = {}
+    sites: dict[fx.Node, None] = {n: None for n in outlined.nodes if work[n] and any(_is_dequantised(a) for a in n.all_input_nodes)}
     for place, index in outlined.places.items():
         leaf = outlined.leaves[index]
         if leaf.quantised is not None:
             uses, others = weight_uses(place, torch.empty(leaf.shape, device="meta"))
             sites.update(dict.fromkeys([*(u.node for u in uses), *others]))
     return [n for n in outlined.nodes if n in sites]
+
+
+def _is_dequantised(value: fx.Node) -> bool:
+    """Whether a value is codes, dequantised and moved at most; constants are not asked about."""
+    while getattr(value.target, "overloadpacket", None) in MOVES:
+        value = value.all_input_nodes[0]
+    return value.target is DEQUANTIZE and arguments(value)["codes"].target is QUANTIZE
 
 
 def _share(part: Any, whole: Any, work: Mapping[fx.Node, int]) -> float | None:

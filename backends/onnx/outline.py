@@ -19,6 +19,7 @@ from fxcompress.numerics.blocks import Block
 from fxcompress.numerics.formats import Format, format_of
 from fxcompress.program import Program
 
+QUANTIZE = torch.ops.fxc.quantize.default
 DEQUANTIZE = torch.ops.fxc.dequantize.default
 UNPACK = torch.ops.fxc.unpack.default
 

@@ -6,7 +6,7 @@ and the guilty site is named. End to end rounding adds up, so there the limit is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -34,11 +34,16 @@ def end_to_end(program: Program, probe: Sequence[Tensor], wanted: Sequence[Any],
     """
     worst = 0.0
     for value, a, b, c in zip(program.outputs, wanted, given, jittered(program, probe), strict=True):
-        error, limit = relative_error(a, b), max(EXACT_LIMIT.get(a.dtype, 0.0), min(NOISE_TIMES * relative_error(a, c), CEILING))
+        error, limit = relative_error(a, b), limit_of(a, c)
         if not error <= limit:
-            raise _refusal(f"output {value.name}", error, limit)
+            raise refusal(f"output {value.name}", _too_far(error, limit))
         worst = max(worst, error)
     return worst
+
+
+def limit_of(value: Tensor, noisy: Tensor) -> float:
+    """What a value may differ by, from the same value with rounding noise."""
+    return max(EXACT_LIMIT.get(value.dtype, 0.0), min(NOISE_TIMES * relative_error(value, noisy), CEILING))
 
 
 def site_by_site(program: Program, sites: Sequence[fx.Node], model: onnx.ModelProto, run: Run, probe: Sequence[Tensor]) -> dict[str, float]:
@@ -51,7 +56,7 @@ def site_by_site(program: Program, sites: Sequence[fx.Node], model: onnx.ModelPr
     read = {s: kernels[s.name].input[KERNEL_INPUT[kernels[s.name].op_type]] for s in compared}
     seen = dict(zip((v.name for v in model.graph.input), probe, strict=True))
     names = [n for n in dict.fromkeys([*read.values(), *(s.name for s in compared)]) if n not in seen]
-    seen.update(zip(names, run(_exposing(model, names), probe), strict=True))
+    seen.update(zip(names, run(exposing(model, names), probe), strict=True))
     constant = _constants(program)
     errors = {}
     for site in compared:
@@ -63,8 +68,17 @@ def site_by_site(program: Program, sites: Sequence[fx.Node], model: onnx.ModelPr
             continue
         size = _in_torch(program, site, given, constant, magnitude=True)
         if not relative_error(wanted, _less_rounding(got, wanted, size)) <= limit:
-            raise _refusal(f"{module_path(site) or 'the root module'}  ({site.name})", error, limit)
+            raise refusal(f"{module_path(site) or 'the root module'}  ({site.name})", _too_far(error, limit))
     return errors
+
+
+def rounding_excused(program: Program, node: fx.Node, held: Mapping[fx.Node, Any], wanted: Tensor, given: Tensor) -> bool:
+    """Whether the order of the op's sum explains the difference. held: what it reads."""
+    if not wanted.is_floating_point() or any(n not in held for n in node.all_input_nodes):
+        return False
+    env = {n: held[n].abs() if isinstance(held[n], Tensor) else held[n] for n in node.all_input_nodes}
+    size: Tensor = evaluate(node, env, program.constants)
+    return relative_error(wanted, _less_rounding(given, wanted, size)) <= EXACT_LIMIT.get(wanted.dtype, 0.0)
 
 
 def _less_rounding(got: Tensor, wanted: Tensor, size: Tensor) -> Tensor:
@@ -92,7 +106,7 @@ def _constants(program: Program) -> set[fx.Node]:
     return found
 
 
-def _exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+def exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     """The model with these values as its only outputs."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
@@ -101,10 +115,11 @@ def _exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     return changed
 
 
-def _refusal(where: str, error: float, limit: float) -> BackendRefusal:
-    return BackendRefusal(
-        "onnxruntime gives other numbers than the program",
-        where=where,
-        why=f"relative error {error:.1e} on the probe inputs, limit {limit:.1e}",
-        do='backend="reference" runs it; please report the model',
-    )
+def refusal(where: str, why: str) -> BackendRefusal:
+    """Other numbers than the program's."""
+    what, do = "onnxruntime gives other numbers than the program", 'backend="reference" runs it; please report the model'
+    return BackendRefusal(what, where=where, why=why, do=do)
+
+
+def _too_far(error: float, limit: float) -> str:
+    return f"relative error {error:.1e} on the probe inputs, limit {limit:.1e}"

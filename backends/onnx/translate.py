@@ -23,7 +23,7 @@ from torch import fx
 
 from fxcompress.backends.onnx.exported import FX_INDEX, Exported, exported_program
 from fxcompress.backends.onnx.forms import FORMS
-from fxcompress.backends.onnx.outline import Leaf, Outline, fingerprint, outline
+from fxcompress.backends.onnx.outline import QUANTIZE, Leaf, Outline, fingerprint, outline
 from fxcompress.errors import BackendRefusal
 from fxcompress.program import Program, module_path
 
@@ -81,6 +81,14 @@ def _refuse_types(program: Program, outlined: Outline) -> None:
                 where=_place(node),
                 why="no input decides it",
                 do='leave it out, or backend="reference"',
+            )
+    for node in outlined.nodes:
+        if node.target is QUANTIZE and all(n in outlined.places for n in node.all_input_nodes):
+            raise BackendRefusal(
+                f"{node.all_input_nodes[0].name} is quantised but not finalised",
+                where=_place(node),
+                why="its codes would be computed at every call, from the float weight",
+                do="- quant.finalize",
             )
     for node in (*outlined.inputs, *outlined.nodes):
         if getattr(node.meta.get("val"), "dtype", None) == torch.bfloat16:
@@ -217,7 +225,7 @@ def _refusal(error: Exception, graph: fx.Graph, outlined: Outline) -> BackendRef
         f"{node.target} has no ONNX form",
         where=_place(node),
         why=f"{subject} {failure}",
-        do="- quant.finalize" if str(node.target) == "fxc.quantize.default" else 'backend="reference" runs it; or replace the op in the model',
+        do='backend="reference" runs it; or replace the op in the model',
     )
 
 

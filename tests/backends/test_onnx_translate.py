@@ -14,6 +14,7 @@ from fxcompress.backends.onnx import translate as module
 from fxcompress.backends.onnx.outline import fingerprint, outline
 from fxcompress.backends.onnx.translate import translate
 from fxcompress.capture import capture
+from fxcompress.edit import Edit
 from fxcompress.errors import BackendRefusal
 from tests.backends.onnx_helpers import EXACT, LIMIT, error, ops, program_of, quantised
 from tests.zoo import ZOO
@@ -198,19 +199,23 @@ def test_bfloat16_is_refused_with_the_remedy():
     )
 
 
-def test_an_unfinished_quantiser_is_refused_with_the_remedy():
+def test_a_weight_that_is_not_finalised_is_refused_with_the_remedy():
     x = torch.randn(2, 4)
     program = program_of(nn.Linear(4, 4), x)
-    graph = program.graph
-    linear = next(n for n in graph.nodes if n.name == "linear")
-    program.constants["s"] = torch.ones(1, 1)
-    with graph.inserting_before(linear):
-        scale = graph.create_node("get_attr", "s")
-        codes = graph.call_function(torch.ops.fxc.quantize.default, (linear.args[0], scale, None, "int8", [-1, -1]))
-        scale.meta["val"], codes.meta["val"] = program.constants["s"], linear.args[0].meta["val"].to(torch.int8)
-    linear.args = (codes, *linear.args[1:])
-    with pytest.raises(BackendRefusal, match=r"(?s)fxc\.quantize\.default has no ONNX form.*- quant\.finalize"):
+    edit, linear = Edit(program), next(n for n in program.graph.nodes if n.name == "linear")
+    weight = linear.args[1]
+    with edit.site(linear):
+        grid = (edit.constant("s", torch.ones(4, 1), like=linear), None, "int8", [1, -1])
+        codes = edit.insert(torch.ops.fxc.quantize.default, weight, *grid, like=linear)
+        edit.replace(weight, edit.insert(torch.ops.fxc.dequantize.default, codes, *grid, like=linear))
+    with pytest.raises(BackendRefusal) as refused:
         translate(program)
+    assert str(refused.value) == (
+        "weight is quantised but not finalised\n"
+        "  where the root module  (quantize_default)\n"
+        "  why   its codes would be computed at every call, from the float weight\n"
+        "  do    - quant.finalize"
+    )
 
 
 def test_a_familiar_graph_is_not_traced_again(monkeypatch):

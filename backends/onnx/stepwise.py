@@ -1,0 +1,118 @@
+"""Parity of a program with quantised activations: every step from the codes that ONNX Runtime itself computed before it.
+
+End to end one code that rounds the other way moves every value after it, so two right programs drift apart and the figure proves nothing.
+Here the interpreter walks the program and, wherever the model names a value (codes of a quantiser, the result of a product, an output), its own
+value is compared with the model's and then replaced by it. So errors never add up, the guilty step is named, and every op lies before some
+comparison. Codes may differ by one, and only where the number before rounding lies on the edge between both: an error in a scale, zero point,
+axis or bias moves numbers that don't.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, fx
+
+from fxcompress.backends.onnx.integer import SIGNED
+from fxcompress.backends.onnx.outline import QUANTIZE, arguments
+from fxcompress.backends.onnx.parity import Run, exposing, limit_of, refusal, rounding_excused
+from fxcompress.contract import EXACT_LIMIT
+from fxcompress.interpret import run
+from fxcompress.measure import relative_error
+from fxcompress.noise import jittered
+from fxcompress.program import Program, module_path
+
+
+@dataclass(frozen=True)
+class Steps:
+    """errors: relative error of each product and output by node name. flips: share of codes that differ by one, by quantiser."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    flips: dict[str, float] = field(default_factory=dict)
+
+
+def step_by_step(program: Program, products: Collection[fx.Node], model: onnx.ModelProto, run_model: Run, probe: Sequence[Tensor]) -> Steps:
+    """Compare at every quantiser, at these products and at the outputs. BackendRefusal naming the first step beyond its limit."""
+    seen = _seen(program, products, model, run_model, probe)
+    held: dict[fx.Node, Any] = {}
+    read = {operand for node in seen for operand in node.all_input_nodes}
+    steps, loose = Steps(), list[tuple[fx.Node, Tensor, float]]()
+
+    def visit(node: fx.Node, value: Any) -> Any:
+        given = seen.get(node, value)
+        if node in read:
+            held[node] = given
+        if node in seen and node.target is QUANTIZE:
+            steps.flips[node.name] = _judged_codes(node, value, given, held)
+        elif node in seen:
+            steps.errors[node.name] = error = relative_error(value, given)
+            if not error <= EXACT_LIMIT.get(value.dtype, 0.0) and not rounding_excused(program, node, held, value, given):
+                loose.append((node, value, error))
+        return given
+
+    run(program, probe, visit)
+    if loose:
+        _refuse_beyond_noise(program, probe, seen, loose)
+    return steps
+
+
+def _seen(
+    program: Program, products: Collection[fx.Node], model: onnx.ModelProto, run_model: Run, probe: Sequence[Tensor]
+) -> dict[fx.Node, Tensor]:
+    """What the model computes, by the program's node, codes in their format's own type."""
+    made = {name for n in model.graph.node for name in n.output}
+    names: dict[fx.Node, str] = {}
+    for node in program.graph.nodes:
+        if node.target is QUANTIZE or node in products:
+            found = next((n for n in (node.name, f"{node.name}{SIGNED}") if n in made), None)
+            names.update({node: found} if found else {})
+    outputs = {n: v.name for n, v in zip(program.results(), model.graph.output, strict=True) if n.op != "placeholder"}
+    names = outputs | names
+    values = dict(zip(dict.fromkeys(names.values()), run_model(exposing(model, list(dict.fromkeys(names.values()))), probe), strict=True))
+    return {node: _in_format(values[name], node.meta["val"].dtype) for node, name in names.items()}
+
+
+def _in_format(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes stored 128 away from where the program has them."""
+    if {value.dtype, dtype} != {torch.int8, torch.uint8}:
+        return value
+    return (value.to(torch.int16) + (128 if dtype == torch.uint8 else -128)).to(dtype)
+
+
+def _judged_codes(node: fx.Node, wanted: Tensor, given: Tensor, held: Mapping[fx.Node, Any]) -> float:
+    difference = (given.to(torch.int32) - wanted.to(torch.int32)).abs() if given.shape == wanted.shape else torch.tensor([2])
+    differs = difference > 0
+    if not differs.any():
+        return 0.0
+    share = float(differs.double().mean())
+    where = f"{module_path(node) or 'the root module'}  ({node.name})"
+    if difference.max() > 1:
+        raise refusal(where, f"codes differ by up to {int(difference.max())}, in {share:.1%} of all values, on the same inputs")
+    given_x, scale = (held[arguments(node)[name]].double() for name in ("x", "scale"))
+    ratio = given_x / scale
+    slack = EXACT_LIMIT[torch.float32] * (given_x.square().mean().sqrt() / scale).clamp(min=1)
+    off = ((ratio - ratio.floor() - 0.5).abs() > slack) & differs
+    if off.any():
+        raise refusal(where, f"{float(off.double().mean()):.1%} of the codes differ by one though nothing is near a rounding edge")
+    return share
+
+
+def _refuse_beyond_noise(
+    program: Program, probe: Sequence[Tensor], seen: Mapping[fx.Node, Tensor], loose: Sequence[tuple[fx.Node, Tensor, float]]
+) -> None:
+    """The limit of a long float part is what rounding alone does to it."""
+    noisy: dict[fx.Node, Any] = {}
+
+    def visit(node: fx.Node, value: Any) -> Any:
+        noisy[node] = value if node in seen else None
+        return seen.get(node)
+
+    jittered(program, probe, visit)
+    for node, value, error in loose:
+        if not error <= (limit := limit_of(value, noisy[node])):
+            where = f"{module_path(node) or 'the root module'}  ({node.name})"
+            raise refusal(where, f"relative error {error:.1e} on the probe inputs, limit {limit:.1e}")
