@@ -20,12 +20,13 @@ import yaml
 from pydantic import ValidationError
 from torch import nn
 
-from fxcompress import artifact, registry, store
+from fxcompress import artifact, cached, registry, store
 from fxcompress.backend import Backend, Session
 from fxcompress.calibrate.feed import FlatItems, as_feed
 from fxcompress.calibrate.statistics import Statistics
 from fxcompress.capture import Dynamic, capture
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
+from fxcompress.generation import generating
 from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight_bytes
 from fxcompress.program import Program, Value
 from fxcompress.recipe import BackendChoice, Recipe, build, check_globs, load_recipe, options_error
@@ -77,7 +78,7 @@ def compile(  # noqa: PLR0913 - the arguments users say
     done = manager.run(passes, lambda name, finished, _: progress(name or f"lower to {runner.name}", finished, steps))
     audit(manager.program)
     folder, report = _lowered(recipe, runner, captured, manager, done, threads)
-    compiled = CompiledModel(folder, runner, report, threads, manager.program, getattr(loaded and loaded.model, "config", None))
+    compiled = CompiledModel(folder, runner, report, threads, manager.program, captured.config, captured.generation_config)
     weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
     progress("", steps, steps)
     return compiled
@@ -116,6 +117,7 @@ def _report(
         float_bytes=weight_bytes(captured),
         inputs=tuple(as_tensor(v) for v in program.inputs),
         outputs=tuple(as_tensor(v) for v in program.outputs),
+        states={s.input: s.output for s in program.states},
         symbols=dict(program.symbols),
         notes=captured.notes,
         recipe=recipe.model_dump(mode="json"),
@@ -133,21 +135,22 @@ def _report(
 def load(folder: str | Path, threads: int | None = None) -> CompiledModel:
     """A saved artifact, ready to run. ArtifactError if it is missing, incomplete, altered or from a newer version."""
     path = Path(folder)
-    report, choice, config = _read(path)
-    compiled = CompiledModel(path, _open_backend(choice), report, threads, config=Config(config) if isinstance(config, dict) else None)
+    report, choice, manifest = _read(path)
+    configs = [Config(c) if isinstance(c := manifest.get(name), dict) else None for name in ("config", "generation_config")]
+    compiled = CompiledModel(path, _open_backend(choice), report, threads, None, *configs)
     _ = compiled.session  # opened now: the files that were checked are the files that run
     return compiled
 
 
 def _read(path: Path) -> tuple[Report, BackendChoice, Any]:
-    """Report, backend and config of a checked artifact."""
+    """Report, backend and manifest of a checked artifact."""
     manifest = artifact.read_manifest(path)
     try:
         report = Report.model_validate_json((path / REPORT).read_bytes())
         choice = BackendChoice.model_validate(manifest["backend"])
     except (OSError, KeyError, ValidationError) as error:
         raise ArtifactError("the artifact's report can't be read", where=str(path), why=str(error), do="compile and save it again") from error
-    return report, choice, manifest.get("config")
+    return report, choice, manifest
 
 
 def program_of(model: Any, example_inputs: Any = None, component: str | None = None, dynamic: Dynamic = None) -> Program:
@@ -184,9 +187,10 @@ class CompiledModel:
         threads: int | None = None,
         program: Program | None = None,
         config: Any = None,
+        generation_config: Any = None,
     ) -> None:
         self.folder, self.backend, self.report, self.threads, self.program = folder, backend, report, threads, program
-        self.config = config
+        self.config, self.generation_config = config, generation_config
         self._session: Session | None = None
         self.signature: Signature
         self.inputs: tuple[Value, ...]
@@ -204,9 +208,11 @@ class CompiledModel:
         as_tuple = kwargs.get("return_dict") is False and "return_dict" not in self.signature.captured()
         if as_tuple:
             del kwargs["return_dict"]
-        tensors = self.signature.flatten(Inputs(*args, **kwargs))
+        item = Inputs(*args, **kwargs)
+        tensors = cached.flat_inputs(self.signature, self.inputs, item)
         check_sizes(self.inputs, self.symbols, tensors)
         result = self.signature.unflatten(self.session.run(tensors))
+        result = cached.closed(result, self.signature, item) if cached.keeps(self.inputs) else result
         return result.to_tuple() if as_tuple and hasattr(result, "to_tuple") else result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
@@ -221,12 +227,19 @@ class CompiledModel:
                 if file.name != artifact.MANIFEST:
                     shutil.copy2(file, new / file.name)
             chosen = {"name": self.backend.name, "options": self.backend.options.model_dump(mode="json")}
-            artifact.write_manifest(new, backend=chosen, versions=self.report.versions, config=plain_config(self.config))
+            artifact.write_manifest(new, backend=chosen, versions=self.report.versions, **self._plain_configs())
         return path
 
+    def _plain_configs(self) -> dict[str, Any]:
+        return {"config": plain_config(self.config), "generation_config": plain_config(self.generation_config)}
+
     def as_module(self) -> CompiledModule:
-        """A drop-in nn.Module for diffusers and transformers: config, dtype, device and output classes of the model."""
-        return CompiledModule(self)
+        """A drop-in nn.Module for diffusers and transformers: config, dtype, device and output classes of the model.
+
+        That of a language model which keeps a key/value cache has `generate`, as in transformers.
+        """
+        module: CompiledModule = (generating(CompiledModule) if cached.keeps(self.inputs) else CompiledModule)(self)
+        return module
 
 
 class Config(dict[str, Any]):

@@ -23,12 +23,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from fxcompress import cached
 from fxcompress import dynamic as axes_of
 from fxcompress.errors import CaptureError, InputError
 from fxcompress.functional import NotFunctional, flat_graph
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
-from fxcompress.program import Program, Value
+from fxcompress.program import Program, State, Value
 from fxcompress.signature import INPUT, Inputs, Signature, bind, describe, forward_signature, leaf_names
 from fxcompress.verify import verify
 
@@ -44,10 +45,23 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic:
     example_inputs: a tuple, a dict by parameter name, or Inputs with roles. dynamic: None for batch and sequence where the model allows it,
     False for none, or {input name: axes}. The model is read, never changed. Raises CaptureError, InputError.
     """
-    call = Call.of(model, Inputs.of(example_inputs))
-    attempts = _attempts(call, dynamic)
-    notes: list[str] = list(call.notes)
-    for last, (what, axes) in _with_last(attempts):
+    item = Inputs.of(example_inputs)
+    notes: list[str] = []
+    if dynamic is None and isinstance(model, nn.Module) and cached.is_kept(model, item):
+        try:
+            check_model(model)
+            return _capture_wide(Call.of(model, cached.second_call(model, item), keeps=True), dynamic, [])
+        except CaptureError as error:
+            if item.kwargs.get(cached.SWITCH):
+                raise
+            notes.append(f"captured without its key/value cache: {_first_line(error.why or error.what)}")
+    call = Call.of(model, item)
+    return _capture_wide(call, dynamic, notes or [*call.notes])
+
+
+def _capture_wide(call: Call, dynamic: Dynamic, notes: list[str]) -> Program:
+    """The program of the widest attempt that holds."""
+    for last, (what, axes) in _with_last(_attempts(call, dynamic)):
         try:
             program = _capture(call, axes, notes, tied=not isinstance(dynamic, Mapping))
         except CaptureError as error:
@@ -71,10 +85,18 @@ class Call:
     signature: Signature
     roles: dict[str, str]
     notes: tuple[str, ...] = ()
+    states: tuple[State, ...] = ()
+
+    def configs(self) -> dict[str, Any]:
+        """What the model says about itself."""
+        return {name: getattr(self.eager.model, name, None) for name in ("config", "generation_config")}
 
     @classmethod
-    def of(cls, model: Any, item: Inputs) -> Call:
-        """Bind the example to forward, run the model once. CaptureError for a model that can't be captured as it stands."""
+    def of(cls, model: Any, item: Inputs, keeps: bool = False) -> Call:
+        """Bind the example to forward, run the model once. keeps: the call holds a key/value cache as tensors, and the result one.
+
+        CaptureError for a model that can't be captured as it stands.
+        """
         exported = model if isinstance(model, ExportedProgram) else None
         module: nn.Module = exported.module() if exported else model
         if exported is None:
@@ -87,14 +109,26 @@ class Call:
         _check_example(dict(zip(names, tensors, strict=True)))
         adapter = Adapter(module, parameters, spec, tuple(INPUT if isinstance(v, Tensor) else v for v in leaves))
         adapter.positional = len(item.args)  # as the user calls it: hooks see the difference
+        adapter.keeps = keeps
         if exported:
             adapter.positional = exported.call_spec.in_spec.children()[0].num_children
         notes = adapter.settle(tensors)
         result, out_spec, out_leaves = adapter.result(tensors)
         outputs = [n for n, v in zip(leaf_names(result, "output"), out_leaves, strict=True) if v is INPUT]
         outputs = [f"output_{n}" if n.isdigit() else n for n in outputs]
+        states = _states(names, outputs) if keeps else ()
+        outputs = [next((s.output for s in states if s.input == n), n) for n in outputs]
         signature = Signature(parameters, spec, adapter.leaves, tuple(names), out_spec, out_leaves, tuple(outputs), dict(adapter.fixed))
-        return cls(adapter, exported, tensors, signature, item.roles, notes)
+        roles = {**item.roles, **{s.input: "state" for s in states}}
+        return cls(adapter, exported, tensors, signature, roles, notes, states)
+
+
+def _states(inputs: Sequence[str], outputs: Sequence[str]) -> tuple[State, ...]:
+    """A part of the cache that goes in under a name comes out under the same, which is told apart as "present"."""
+    names = cached.state_names(inputs)
+    if cached.state_names(outputs) != names:
+        raise CaptureError("the model gives back another cache than it takes", why=f"{outputs} for {names}")
+    return tuple(State(name, name.replace("past", "present", 1)) for name in names)
 
 
 class Adapter(nn.Module):
@@ -105,14 +139,22 @@ class Adapter(nn.Module):
         self.model, self.takes, self.spec, self.leaves = model, parameters, spec, leaves
         self.fixed: dict[str, Any] = {}
         self.tied: tuple[int, ...] = ()  # inputs whose axis 0 is the batch: export is told that they agree, which few models' code says
+        self.keeps = False  # whether a key/value cache goes in and out, which the graph sees as tensors
         self.positional = 0  # how many arguments go by position
         self.training = False  # only of the adapter: the model stays as it is
 
     def call(self, tensors: Sequence[Tensor]) -> Any:
         """The model's own result."""
+        given = self._tree(tensors)
+        if self.keeps:
+            given[cached.CACHE] = cached.cache_of(given[cached.CACHE])
+        result = self.model(*self._positional(given), **given, **self.fixed)
+        return cached.opened(result) if self.keeps else result
+
+    def _tree(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
         values = iter(tensors)
-        given = pytree.tree_unflatten([next(values) if leaf is INPUT else leaf for leaf in self.leaves], self.spec)
-        return self.model(*self._positional(given), **given, **self.fixed)
+        given: dict[str, Any] = pytree.tree_unflatten([next(values) if leaf is INPUT else leaf for leaf in self.leaves], self.spec)
+        return given
 
     def _positional(self, given: dict[str, Any]) -> list[Any]:
         """The arguments that can't go by name, taken out of `given`."""
@@ -128,10 +170,14 @@ class Adapter(nn.Module):
         if torch.compiler.is_exporting():
             for index in self.tied[1:]:
                 torch._check(tensors[index].shape[0] == tensors[self.tied[0]].shape[0])  # type: ignore[no-untyped-call]
+            if self.keeps:
+                cached.agree(self._tree(tensors))
         return tuple(leaf for leaf in pytree.tree_leaves(self.call(tensors)) if isinstance(leaf, Tensor))
 
     def settle(self, tensors: Sequence[Tensor]) -> tuple[str, ...]:
         """Run once and see that the result is made of tensors; a cache in it is switched off. Returns notes for the report."""
+        if self.keeps:
+            self.fixed[cached.SWITCH] = True
         result = self._first_run(tensors)
         if not (bad := _strangers(result)):
             return ()
@@ -220,6 +266,8 @@ def _attempts(call: Call, dynamic: Dynamic) -> list[tuple[str, axes_of.Axes]]:
     if dynamic is False:
         return [("nothing", fixed)]
     wide = axes_of.default_axes(tensors)
+    if call.states:
+        return [("the cache", tuple(a | {2} if call.roles.get(n) == "state" else a for n, a in zip(names, wide, strict=True)))]
     batch = tuple(a & {0} for a in wide)
     ladder = [("batch and sequence", wide), ("batch", batch), ("nothing", fixed)]
     return [step for i, step in enumerate(ladder) if i == 0 or step[1] != ladder[i - 1][1]]
@@ -236,7 +284,7 @@ def _capture(call: Call, axes: axes_of.Axes, notes: list[str], tied: bool) -> Pr
     if any(not isinstance(r, torch.fx.Node) for r in results) and len(results) != len(call.signature.output_names):
         raise CaptureError("the captured results don't match the model's", why=f"{len(results)} against {len(call.signature.output_names)}")
     program = _program(call, graph, constants, exported)
-    program = dataclasses.replace(program, notes=(*notes, *_fixed_notes(program, axes)), example=tuple(call.tensors))
+    program = dataclasses.replace(program, notes=(*notes, *_fixed_notes(program, axes)), example=tuple(call.tensors), **call.configs())
     verify(program)
     return _checked(program, call)
 
@@ -271,20 +319,20 @@ def quiet() -> Iterator[None]:
 
 def _program(call: Call, graph: torch.fx.Graph, constants: dict[str, Tensor], exported: ExportedProgram) -> Program:
     places = [n for n in graph.nodes if n.op == "placeholder"]
-    names = _symbol_names(places, call.signature.input_names, axes_of.batched(call.tensors))
+    names = _symbol_names(places, call, axes_of.batched(call.tensors))
     for node, name in zip(places, call.signature.input_names, strict=True):
         node.name, node.target = _free_name(graph, node, name), name
     inputs = tuple(
         Value(name, _shape(node.meta["val"], names), node.meta["val"].dtype, call.roles.get(name, "input"), _rows_indexed(node))
         for node, name in zip(places, call.signature.input_names, strict=True)
     )
-    results = next(iter(reversed(graph.nodes))).args[0]
+    results, kept = next(iter(reversed(graph.nodes))).args[0], {s.output for s in call.states}
     outputs = tuple(
-        Value(name, _shape(node.meta["val"], names), node.meta["val"].dtype, "output")
+        Value(name, _shape(node.meta["val"], names), node.meta["val"].dtype, "state" if name in kept else "output")
         for node, name in zip(results, call.signature.output_names, strict=True)
     )
     classes = {path: cls for n in graph.nodes for path, cls in zip(n.meta.get("module", ()), n.meta.pop("classes", ()), strict=False)}
-    return Program(graph, constants, inputs, outputs, call.signature, _ranges(exported, names), classes)
+    return Program(graph, constants, inputs, outputs, call.signature, _ranges(exported, names), classes, call.states)
 
 
 def _rows_indexed(node: torch.fx.Node) -> int | None:
@@ -300,13 +348,21 @@ def _free_name(graph: torch.fx.Graph, node: torch.fx.Node, name: str) -> str:
     return graph._graph_namespace.create_name(name, None)
 
 
-def _symbol_names(places: Sequence[torch.fx.Node], inputs: Sequence[str], batched: Sequence[int]) -> dict[str, str]:
+def _symbol_names(places: Sequence[torch.fx.Node], call: Call, batched: Sequence[int]) -> dict[str, str]:
+    """ "batch", "past" for what a state has grown to, else the first input and axis that is this size, or contains it."""
     names: dict[str, str] = {}
-    for index, (node, name) in enumerate(zip(places, inputs, strict=True)):
-        for axis, size in enumerate(getattr(node.meta["val"], "shape", ())):
-            is_batch = axis == 0 and index in batched and "batch" not in names.values()
-            for symbol in sorted(size.node.expr.free_symbols, key=str) if isinstance(size, torch.SymInt) else ():
-                names.setdefault(str(symbol), "batch" if is_batch else f"{name}_{axis}")
+    found = [
+        (index, axis, size.node.expr)
+        for index, node in enumerate(places)
+        for axis, size in enumerate(getattr(node.meta["val"], "shape", ()))
+        if isinstance(size, torch.SymInt)
+    ]
+    for index, axis, expression in sorted(found, key=lambda f: not f[2].is_symbol):
+        name = call.signature.input_names[index]
+        default = "past" if call.roles.get(name) == "state" and call.states else f"{name}_{axis}"
+        is_batch = axis == 0 and index in batched and "batch" not in names.values()
+        for symbol in sorted(expression.free_symbols, key=str):
+            names.setdefault(str(symbol), "batch" if is_batch else default)
     return names
 
 
@@ -355,7 +411,24 @@ def _checked(program: Program, call: Call) -> Program:
     for symbol, (low, high) in program.symbols.items():
         if low == 2 and (example[symbol] == 1 or _holds_at_one(program, call, shapes, {**example, symbol: 1})):
             symbols[symbol] = (1, high)
+    if call.states:
+        symbols["past"] = _checked_empty(program, call, example)
     return dataclasses.replace(program, symbols=symbols)
+
+
+def _checked_empty(program: Program, call: Call, example: Mapping[str, int]) -> tuple[int, int]:
+    """The range of "past": the program is right on prompts and on single tokens, with and without a past, and where the first is hidden."""
+    names, shapes = call.signature.input_names, [v.shape for v in program.inputs]
+    new = str(shapes[names.index(cached.IDS)][1])
+    extremes: tuple[dict[str, int], ...] = ({"past": 0}, {new: 1}, {"past": 0, new: 1})
+    for sizes in extremes:
+        _compare(program, call, axes_of.at_sizes(call.tensors, shapes, {**example, **sizes}), f"sizes {sizes}")
+    if cached.MASK in names:
+        padded, place = list(call.tensors), names.index(cached.MASK)
+        padded[place] = padded[place].clone()
+        padded[place][:, 0] = 0
+        _compare(program, call, padded, "rows whose first token is hidden")
+    return 0, program.symbols["past"][1]
 
 
 def _example_size(symbol: str, program: Program, tensors: Sequence[Tensor]) -> int:

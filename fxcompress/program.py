@@ -37,11 +37,14 @@ class Value:
 
 @dataclass(frozen=True)
 class State:
-    """A value one call leaves for the next: input node `input`, output node name `output`, first value `initial` (a constant's name)."""
+    """A value one call leaves for the next: input node `input`, output node name `output`, first value `initial` (a constant's name).
+
+    initial "": the first value has size 0 on the axes that may have it, as the key/value cache of a language model.
+    """
 
     input: str
     output: str
-    initial: str
+    initial: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Program:
     notes: tuple[str, ...] = ()  # what capture had to fix or leave out, for the report
     example: tuple[Tensor, ...] = ()  # the flat example inputs
     origin: str = ""
+    config: Any = None  # the model's own, which a compiled module shows again
+    generation_config: Any = None
 
     def placeholders(self) -> list[fx.Node]:
         """The input nodes in order."""

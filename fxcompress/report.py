@@ -137,7 +137,7 @@ class GuardReport(Frozen):
 
 
 class Report(Frozen):
-    """Everything a compilation has to say. `notes`: what capture had to fix or leave out.
+    """Everything a compilation has to say. `notes`: what capture had to fix or leave out. `states`: input -> the output it is at the next call.
 
     output_sqnr: lowest SQNR in dB over the outputs of the artifact as shipped, on its backend, against the captured model, on the probe.
     """
@@ -149,6 +149,7 @@ class Report(Frozen):
     float_bytes: int
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    states: dict[str, str] = {}
     symbols: dict[str, tuple[int, int]]
     notes: tuple[str, ...]
     recipe: dict[str, Any]

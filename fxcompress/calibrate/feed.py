@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +12,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fxcompress import cached
 from fxcompress.errors import CalibrationError, InputError
+from fxcompress.interpret import run
 from fxcompress.program import Program
 from fxcompress.signature import Inputs, check_sizes
 
@@ -72,6 +74,8 @@ class FlatItems:
         for item in feed:
             self.probe = self._flat(item, self.count)
             self.count += 1
+        if cached.keeps(program.inputs):
+            self.probe = tuple(cached.continued(program.signature, program.inputs, item, self._run))
 
     def __len__(self) -> int:
         return max(self.count - 1, 1)
@@ -80,9 +84,12 @@ class FlatItems:
         for index, item in zip(range(len(self)), self._feed, strict=False):
             yield self._flat(item, index)
 
+    def _run(self, tensors: Sequence[Tensor]) -> Any:
+        return self._program.signature.unflatten(run(self._program, tensors))
+
     def _flat(self, item: Any, index: int) -> tuple[Tensor, ...]:
         try:
-            tensors = self._program.signature.flatten(item)
+            tensors = cached.flat_inputs(self._program.signature, self._program.inputs, item)
             check_sizes(self._program.inputs, self._program.symbols, tensors)
         except InputError as error:
             what = f"calibration item {index} doesn't fit: {error.what}"
