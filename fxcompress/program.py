@@ -37,7 +37,7 @@ class Value:
 
 @dataclass(frozen=True)
 class State:
-    """A value one call leaves for the next: input node `input`, output node name `output`, first value `initial` (a constant's name).
+    """A value one call leaves for the next: the input `input`, the output `output`, by name, and the first value `initial`, a constant's name.
 
     initial "": the first value has size 0 on the axes that may have it, as the key/value cache of a language model.
     """

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any, Final
 
 import torch.utils._pytree as pytree
@@ -69,9 +70,19 @@ class Signature:
     output_names: tuple[str, ...]
     fixed: Mapping[str, Any]  # arguments capture itself set; a call may repeat them
 
+    @cached_property
+    def _captured(self) -> dict[str, Any]:
+        """The arguments at capture, INPUT for each tensor. Kept: a language model asks at every token."""
+        captured: dict[str, Any] = pytree.tree_unflatten(self.leaves, self.spec)
+        return captured
+
+    @cached_property
+    def _forms(self) -> dict[str, tuple[list[Any], pytree.TreeSpec]]:
+        return {name: pytree.tree_flatten(template) for name, template in self._captured.items()}
+
     def captured(self) -> list[str]:
         """Names of the arguments the program was captured with."""
-        return list(pytree.tree_unflatten(self.leaves, self.spec))
+        return list(self._captured)
 
     def flatten(self, item: Any) -> list[Tensor]:
         """The tensors of one call, in the order of the program's inputs. InputError when the call doesn't have the captured form."""
@@ -89,17 +100,15 @@ class Signature:
                     do=f"compile again with {name} in example_inputs, or leave it out of the call",
                 )
             del given[name]
-        captured = pytree.tree_unflatten(self.leaves, self.spec)
         for name in [n for n in names if n not in given]:
-            bound = captured[name]
+            bound = self._captured[name]
             given[name] = bound.value if isinstance(bound, Bound) else default_of(self.parameters, name)
         return {name: given[name] for name in names}
 
     def _match(self, given: dict[str, Any]) -> list[Tensor]:
-        captured = pytree.tree_unflatten(self.leaves, self.spec)
         tensors: list[Tensor] = []
-        for name, template in captured.items():
-            want, want_spec = pytree.tree_flatten(template)
+        for name, template in self._captured.items():
+            want, want_spec = self._forms[name]
             have, have_spec = pytree.tree_flatten(_in_order(given[name], template))
             if want_spec != have_spec:
                 raise _misfit(name, template, given[name])

@@ -85,9 +85,11 @@ def row(name: str) -> dict[str, Any]:
 
 def _checks(program: Any, model: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, float | str | None]]:
     """`_check` on moved inputs at the example's sizes, then with each dynamic size at its least, a little and much more, and all at once."""
+    from fxcompress.cached import continued
     from fxcompress.dynamic import at_sizes
+    from fxcompress.interpret import run
 
-    tensors = program.signature.flatten(inputs)
+    tensors = continued(program.signature, program.inputs, inputs, lambda flat: program.signature.unflatten(run(program, flat)))
     shapes = [v.shape for v in program.inputs]
     yield "other values", _check(program, model, tensors)
     for sizes in _sizes(program, tensors):
@@ -109,6 +111,7 @@ def _check(program: Any, model: Any, tensors: list[Any]) -> float | str | None:
     import torch
     from torch.utils import _pytree as pytree
 
+    from fxcompress import cached
     from fxcompress.interpret import run
     from fxcompress.measure import relative_error
     from fxcompress.signature import INPUT
@@ -116,7 +119,9 @@ def _check(program: Any, model: Any, tensors: list[Any]) -> float | str | None:
     signature, values = program.signature, iter(tensors)
     given = pytree.tree_unflatten([next(values) if leaf is INPUT else leaf for leaf in signature.leaves], signature.spec)
     with torch.no_grad():
-        wanted = _tried(lambda: pytree.tree_leaves(model(**given, **signature.fixed)))
+        if cached.keeps(program.inputs):
+            given[cached.CACHE] = cached.cache_of(given[cached.CACHE])
+        wanted = _tried(lambda: pytree.tree_leaves(cached.opened(model(**given, **signature.fixed))))
         got = _tried(lambda: run(program, tensors))
     if isinstance(wanted, str):
         return None if isinstance(got, str) else f"only the program runs, the model fails with {wanted}"
