@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxcompress
 from fxcompress.capture import capture
 from fxcompress.evaluate import accuracy, recall, step_sqnr
 from fxcompress.interpret import run as interpret
@@ -107,6 +108,14 @@ def test_a_captured_testbed_has_the_accuracy_of_the_model(loaded, name):
     x, labels = fashion.pixels(bed.test.images[:200]), bed.test.labels[:200]
     run_program = lambda rows: interpret(program, [rows])[0]  # noqa: E731
     assert accuracy(run_program, x, labels) == accuracy(classify.logits(bed.model), x, labels)
+
+
+def test_a_compiled_testbed_is_judged_as_the_model_is(loaded):
+    bed = loaded["resnet"]
+    small = fxcompress.compile(bed.model, "int8-weight-only", next(iter(bed.calibration)), check="end")
+    x, labels = fashion.pixels(bed.test.images[:500]), bed.test.labels[:500]
+    found, said = (accuracy(classify.logits(model), x, labels).value for model in (small, bed.model))
+    assert abs(found - said) <= 0.01
 
 
 @pytest.mark.parametrize("name", DENOISERS)

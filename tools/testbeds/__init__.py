@@ -69,6 +69,8 @@ TESTBEDS = {
     "mobilenet": _classifier(classify.mobilenet, Plan(steps=2500, batch=128, lr=2e-3, channels_last=True)),
     "convnext": _classifier(classify.convnext, Plan(steps=2500, batch=128, lr=2e-3)),
     "unet": _denoiser(denoise.unet, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
+    "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
+    "dit": _denoiser(denoise.dit, Plan(steps=4500, batch=32, lr=1e-3, weight_decay=0.01, ema=0.998)),
 }
 
 

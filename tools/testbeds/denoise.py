@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 from fxcompress.calibrate import Feed, Guidance, Sampler, trajectory
@@ -30,6 +30,28 @@ def unet() -> nn.Module:
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
         num_class_embeds=len(CLASSES) + 1,
+    )
+
+
+def unet_outliers() -> nn.Module:
+    """The same with GroupNorm gains that start as exp(n), n normal: activations get the few loud channels that large models have."""
+    model = unet()
+    with torch.no_grad():
+        for norm in (m for m in model.modules() if isinstance(m, nn.GroupNorm)):
+            norm.weight.normal_().exp_()
+    return model
+
+
+def dit() -> nn.Module:
+    """Four blocks of width 128 over 64 patches."""
+    return DiTTransformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=1,
+        num_layers=4,
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_embeds_ada_norm=len(CLASSES),
     )
 
 
