@@ -1,0 +1,201 @@
+import itertools
+import json
+import math
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxcompress
+from fxcompress.capture import capture
+from fxcompress.evaluate import accuracy, recall, step_sqnr
+from fxcompress.interpret import run as interpret
+from fxcompress.signature import Inputs
+from tools.testbeds import TESTBEDS, classify, denoise, fashion, load, weights
+from tools.testbeds.fashion import Split
+from tools.testbeds.train import Run, train
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = sorted(f.stem for f in weights.FOLDER.glob("*.json"))
+CLASSIFIERS = [name for name in PUBLISHED if TESTBEDS[name].metrics is classify.metrics]
+DENOISERS = [name for name in PUBLISHED if TESTBEDS[name].metrics is denoise.metrics]
+LIMITS = {"resnet": 0.90, "mobilenet": 0.90, "convnext": 0.90, "vit": 0.87}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return {name: load(name) for name in PUBLISHED}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_card_says_where_the_weights_come_from(name):
+    card = weights.card(name)
+    assert set(card) >= {"model", "parameters", "data", "data_sha256", "licence", "command", "plan", "cpu_minutes", "metrics"}
+    assert card["command"] == f"python -m tools.testbeds.train {name}"
+    assert card["cpu_minutes"] <= 45
+    plan = TESTBEDS[name].plan
+    assert card["plan"] == json.loads(json.dumps(vars(plan)))
+    assert card["parameters"] == sum(p.numel() for p in TESTBEDS[name].build().parameters())
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifiers_are_as_good_as_their_card_says(loaded, name):
+    """The subset is 3000 of the card's 10 000 images: its share differs by less than three standard errors of a draw without replacement."""
+    bed = loaded[name]
+    said = bed.card["metrics"]["accuracy"]
+    error = math.sqrt(said * (1 - said) / 3000 * (1 - 3000 / 10_000))
+    found = accuracy(classify.logits(bed.model), fashion.pixels(bed.test.images), bed.test.labels).value
+    assert said >= LIMITS[name]
+    assert abs(found - said) < 3 * error
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_damaged_classifier_is_not(loaded, name):
+    bed = loaded[name]
+    said = bed.card["metrics"]["accuracy"]
+    model = TESTBEDS[name].build()
+    model.load_state_dict(bed.model.state_dict())
+    kernels = [p for p in model.eval().parameters() if p.dim() > 1]
+    with torch.no_grad():
+        kernels[len(kernels) // 2].neg_()
+    assert accuracy(classify.logits(model), fashion.pixels(bed.test.images[:500]), bed.test.labels[:500]).high < said - 0.05
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_denoisers_draw_what_their_card_says(loaded, name):
+    """100 samples, ten a class, seen by the ResNet: within three standard errors of the card's share of 1000."""
+    bed = loaded[name]
+    said = bed.card["metrics"]
+    labels = torch.arange(100) % 10
+    drawn = denoise.sample(bed.model, labels, seed=2)
+    found = accuracy(classify.logits(loaded["resnet"].model), fashion.doubled(drawn), labels).value
+    assert abs(found - said["recognised"]) < 3 * math.sqrt(said["recognised"] * (1 - said["recognised"]) * (1 / 100 + 1 / 1000))
+    assert said["recognised"] >= 0.85
+    assert said["recall_worst_class"] >= 0.60
+    assert said["frechet_ratio"] <= 8
+    assert said["nearest_ratio"] >= 0.9
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_denoisers_listen_to_the_label(loaded, name):
+    labels = torch.arange(50) % 10
+    drawn = fashion.doubled(denoise.sample(loaded[name].model, labels, seed=2))
+    found = recall(classify.logits(loaded["resnet"].model), drawn, (labels + 1) % 10)
+    assert sum(found.values()) / 10 < 0.2
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_calibration_and_evaluation_share_nothing(loaded, name):
+    bed = loaded[name]
+    first, second = ({row.numpy().tobytes() for item in feed for row in _images(item)} for feed in (bed.calibration, bed.evaluation))
+    assert len(first) > 50
+    assert len(second) > 50
+    assert not first & second
+
+
+def _images(item: object) -> torch.Tensor:
+    return next(v for v in Inputs.of(item).kwargs.values() if v.dim() == 4)
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_captured_testbed_has_the_accuracy_of_the_model(loaded, name):
+    """Metrics take any callable: here the program, run node by node."""
+    bed = loaded[name]
+    program = capture(bed.model, next(iter(bed.calibration)))
+    x, labels = fashion.pixels(bed.test.images[:200]), bed.test.labels[:200]
+    run_program = lambda rows: interpret(program, [rows])[0]  # noqa: E731
+    assert accuracy(run_program, x, labels) == accuracy(classify.logits(bed.model), x, labels)
+
+
+def test_a_compiled_testbed_is_judged_as_the_model_is(loaded):
+    bed = loaded["resnet"]
+    small = fxcompress.compile(bed.model, "int8-weight-only", next(iter(bed.calibration)), check="end")
+    x, labels = fashion.pixels(bed.test.images[:500]), bed.test.labels[:500]
+    found, said = (accuracy(classify.logits(model), x, labels).value for model in (small, bed.model))
+    assert abs(found - said) <= 0.01
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_rounded_weights_show_on_the_states_of_both_models(loaded, name):
+    """The noise of weights rounded to about 6 bits: small on given states, and of the same order on the states it leads to itself."""
+    bed = loaded[name]
+    rounded = TESTBEDS[name].build().eval()
+    rounded.load_state_dict({k: _rounded(v) if v.dim() > 1 else v for k, v in bed.model.state_dict().items()})
+    few = list(itertools.islice(bed.evaluation, 40))
+    held_out = step_sqnr(bed.model, rounded, few)
+    own = step_sqnr(bed.model, rounded, denoise.states(rounded, seed=1, n=4))
+    assert 10 < held_out.worst <= held_out.mean < 45
+    assert 10 < own.worst <= own.mean < 45
+    assert step_sqnr(bed.model, bed.model, few).worst == math.inf
+
+
+def _rounded(weight: torch.Tensor) -> torch.Tensor:
+    step = weight.abs().max() / 31
+    return (weight / step).round() * step
+
+
+def _tiny() -> tuple[Run, Split]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1024, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
+    plan = replace(TESTBEDS["resnet"].plan, steps=8, batch=16)
+
+    def loss(model: nn.Module, data: Split, batch: int) -> torch.Tensor:
+        at = torch.randint(len(data), (batch,))
+        return nn.functional.cross_entropy(model(fashion.pixels(data.images[at])), data.labels[at])
+
+    return Run(replace(TESTBEDS["resnet"], build=lambda: net, loss=loss, plan=plan)), fashion.read("train")
+
+
+def test_an_interrupted_run_gives_the_same_weights(tmp_path):
+    whole, data = _tiny()
+    train(whole, data, tmp_path / "whole.pt", minutes=1)
+    for minutes in (0, 1):  # the first stops after one step
+        part, data = _tiny()
+        if minutes:
+            train(part, data, tmp_path / "part.pt", minutes)
+        else:
+            with pytest.raises(SystemExit, match="after 1 steps"):
+                train(part, data, tmp_path / "part.pt", minutes)
+    assert part.step == whole.step == 8
+    for a, b in zip(whole.model.state_dict().values(), part.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(whole.average[k], part.average[k]) for k in whole.average)
+
+
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
+    run, data = _tiny()
+    train(run, data, tmp_path / "run.pt", minutes=1)
+    other, _ = _tiny()
+    other.plan = replace(other.plan, lr=1.0)
+    with pytest.raises(SystemExit, match="another plan"):
+        other.restore(tmp_path / "run.pt")
+
+
+def test_files_of_the_data_set_are_read_and_written(tmp_path):
+    subset = fashion.read("t10k")
+    assert subset.images.shape == (3000, 28, 28)
+    fashion.write("t10k", subset, tmp_path)
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (fashion.SUBSET / file.name).read_bytes()
+    shown = fashion.pixels(subset.images[:2])
+    assert torch.equal(shown[0, 0, 2:30, 2:30], subset.images[0] / 127.5 - 1)
+    assert (shown[:, :, :2] == -1).all()
+    assert fashion.halved(shown).shape == (2, 1, 16, 16)
+
+
+def test_the_repository_stays_small():
+    """Of what a clone checks out: 45 MB in all, 28 MB of weights, 8 MB the greatest of them."""
+    sizes = {f: f.stat().st_size for f in _tracked()}
+    trained = {f: size for f, size in sizes.items() if f.suffix == ".safetensors" and weights.FOLDER in f.parents}
+    assert len(trained) == len(PUBLISHED)
+    assert sum(sizes.values()) < 45e6
+    assert sum(trained.values()) <= 28e6
+    assert max(trained.values()) <= 8e6
+
+
+def _tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+    return [f for name in listed.stdout.decode().split("\0") if name and not (f := ROOT / name).is_symlink() and f.is_file()]

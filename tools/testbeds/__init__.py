@@ -1,0 +1,98 @@
+"""Small models trained on real data: `load("resnet")` gives one with its weights, its data and the card of its figures.
+
+Architectures are those of transformers and diffusers, unchanged. `tools.testbeds.train` makes the weights from nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.calibrate import Feed, images
+from tools.testbeds import classify, denoise, fashion, weights
+from tools.testbeds.fashion import Split
+
+CALIBRATION, EVALUATION = 0, 1  # seeds of the noise that denoisers start from
+
+
+@dataclass(frozen=True)
+class Plan:
+    """AdamW, beta2 0.99, gradients clipped at 1, a cosine to zero after 100 warm-up steps, the weights averaged over 1 / (1 - ema) steps."""
+
+    steps: int
+    batch: int
+    lr: float
+    weight_decay: float = 0.05
+    ema: float = 0.995
+    seed: int = 0
+    channels_last: bool = False  # training is faster so where depthwise convolutions are many
+
+
+@dataclass(frozen=True)
+class Testbed:
+    """What makes one model. finish: what is settled after training. metrics: of model, training split and test split, for the card.
+
+    feed: inputs for the model from a split and a seed; those for calibration and for evaluation share neither images nor noise.
+    """
+
+    build: Callable[[], nn.Module]
+    plan: Plan
+    loss: Callable[[nn.Module, Split, int], Tensor]
+    finish: Callable[[nn.Module, Split], None]
+    metrics: Callable[[nn.Module, Split, Split], dict[str, float]]
+    feed: Callable[[nn.Module, Split, int], Feed]
+
+
+_classifier = partial(
+    Testbed,
+    loss=classify.loss,
+    finish=classify.settle,
+    metrics=classify.metrics,
+    feed=lambda model, data, seed: images(fashion.pixels(data.images), batch=32, limit=len(data)),
+)
+_denoiser = partial(
+    Testbed,
+    loss=denoise.loss,
+    finish=lambda model, data: None,
+    metrics=denoise.metrics,
+    feed=lambda model, data, seed: denoise.states(model, seed),
+)
+
+TESTBEDS = {
+    "resnet": _classifier(classify.resnet, Plan(steps=3500, batch=128, lr=2e-3)),
+    "vit": _classifier(classify.vit, Plan(steps=7000, batch=64, lr=1.5e-3), loss=partial(classify.loss, reach=0)),
+    "mobilenet": _classifier(classify.mobilenet, Plan(steps=2500, batch=128, lr=2e-3, channels_last=True)),
+    "convnext": _classifier(classify.convnext, Plan(steps=2500, batch=128, lr=2e-3)),
+    "unet": _denoiser(denoise.unet, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
+    "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
+    "dit": _denoiser(denoise.dit, Plan(steps=4500, batch=32, lr=1e-3, weight_decay=0.01, ema=0.998)),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model in eval mode and float32. calibration, evaluation: feeds of its inputs that share nothing. test: images it never saw.
+
+    A classifier's evaluation feed is `test` in its order.
+    """
+
+    model: nn.Module
+    calibration: Feed
+    evaluation: Feed
+    test: Split
+    card: dict[str, Any]
+
+
+def load(name: str) -> Loaded:
+    """A testbed by its name in TESTBEDS, from committed files alone. The random state outside is left as it was."""
+    testbed = TESTBEDS[name]
+    with torch.random.fork_rng(devices=[]):
+        model = weights.read(testbed.build(), name)
+    train, test = fashion.read("train"), fashion.read("t10k")
+    few = Split(train.images[:512], train.labels[:512])
+    return Loaded(model, testbed.feed(model, few, CALIBRATION), testbed.feed(model, test, EVALUATION), test, weights.card(name))

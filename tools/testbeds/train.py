@@ -1,0 +1,135 @@
+"""Trains one testbed: `python -m tools.testbeds.train NAME [--data FOLDER] [--minutes N]`. Started again, it goes on where it stopped.
+
+Each step draws from a seed of its own, so a run that was interrupted gives the weights of one that wasn't. Minutes are CPU time of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tools.testbeds import TESTBEDS, Testbed, fashion, weights
+from tools.testbeds.fashion import Split
+
+EVERY = 300  # seconds between checkpoints
+
+
+class Run:
+    """The state of one training run: everything that a checkpoint holds."""
+
+    def __init__(self, testbed: Testbed) -> None:
+        self.testbed, self.plan = testbed, testbed.plan
+        torch.manual_seed(self.plan.seed)
+        self.model = testbed.build().train().to(memory_format=torch.channels_last if self.plan.channels_last else torch.contiguous_format)
+        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        decayed = [p for p in self.model.parameters() if p.dim() > 1]
+        others = [p for p in self.model.parameters() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": self.plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.plan.lr, betas=(0.9, 0.99))
+        self.step, self.seconds = 0, 0.0
+
+    def advance(self, data: Split) -> float:
+        """One step; gives the loss."""
+        torch.manual_seed(self.plan.seed * 1_000_003 + self.step + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.lr * self._share()
+        loss = self.testbed.loss(self.model, data, self.plan.batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        with torch.no_grad():
+            decay = min(self.plan.ema, self.step / (self.step + 10))
+            for name, p in self.model.named_parameters():
+                self.average[name].lerp_(p, 1 - decay)
+        return loss.item()
+
+    def _share(self) -> float:
+        return min(1.0, (self.step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * self.step / self.plan.steps))
+
+    def save(self, path: Path) -> None:
+        """Under its name only once it is whole."""
+        content = {"model": self.model.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        torch.save(content | {"step": self.step, "seconds": self.seconds, "plan": asdict(self.plan)}, part)
+        part.rename(path)
+
+    def restore(self, path: Path) -> None:
+        """SystemExit for a checkpoint of another plan."""
+        content = torch.load(path, weights_only=True)
+        if content["plan"] != asdict(self.plan):
+            raise SystemExit(f"{path} was trained by another plan: {content['plan']}; remove it")
+        self.model.load_state_dict(content["model"])
+        self.average = content["average"]
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step, self.seconds = content["step"], content["seconds"]
+
+
+def train(run: Run, data: Split, checkpoint: Path, minutes: float) -> None:
+    """Steps until the plan is done. SystemExit, with everything kept, once the CPU minutes are spent."""
+    if checkpoint.exists():
+        run.restore(checkpoint)
+    before, saved = time.process_time() - run.seconds, time.monotonic()
+    while run.step < run.plan.steps:
+        loss = run.advance(data)
+        run.seconds = time.process_time() - before
+        if run.step % 100 == 0:
+            print(f"step {run.step}/{run.plan.steps}  loss {loss:.4f}  {run.seconds / 60:.2f} CPU min", flush=True)
+        if time.monotonic() - saved > EVERY or run.step == run.plan.steps:
+            run.save(checkpoint)
+            saved = time.monotonic()
+        if run.seconds > 60 * minutes:
+            run.save(checkpoint)
+            raise SystemExit(f"{minutes} CPU minutes are spent after {run.step} steps")
+
+
+def publish(name: str, run: Run, folder: Path) -> dict[str, Any]:
+    """Weights in half precision and their card; the figures are those of the weights as they are on disk."""
+    train_split, test = (fashion.read(split, folder) for split in ("train", "t10k"))
+    run.model.load_state_dict(run.average, strict=False)
+    run.testbed.finish(run.model, train_split)
+    weights.save(run.model, name)
+    model = weights.read(run.testbed.build(), name)
+    card = {
+        "model": f"{type(model).__name__} of {type(model).__module__.partition('.')[0]}",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": "Fashion-MNIST, its 60 000 training images; the metrics are over its 10 000 test images or as many samples as they say",
+        "data_sha256": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.gz"))},
+        "licence": "of the data: MIT, Zalando SE; of the weights: Apache-2.0",
+        "command": f"python -m tools.testbeds.train {name}",
+        "plan": asdict(run.plan),
+        "cpu_minutes": round(run.seconds / 60, 1),
+        "torch": torch.__version__,
+        "metrics": {key: round(value, 4) for key, value in run.testbed.metrics(model, train_split, test).items()},
+    }
+    (weights.FOLDER / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    return card
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=TESTBEDS)
+    parser.add_argument("--data", type=Path, default=fashion.WHOLE, help="the folder of the four idx .gz files")
+    parser.add_argument("--checkpoints", type=Path, default=Path(".cache/testbeds"))
+    parser.add_argument("--minutes", type=float, default=45.0, help="CPU minutes after which it stops, to go on later")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    run = Run(TESTBEDS[options.name])
+    train(run, fashion.read("train", options.data), options.checkpoints / f"{options.name}.pt", options.minutes)
+    print(json.dumps(publish(options.name, run, options.data)["metrics"]))
+
+
+if __name__ == "__main__":
+    main()
