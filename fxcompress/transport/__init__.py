@@ -26,7 +26,7 @@ __all__ = ["Extra", "Kind", "Label", "Plan", "Seed", "Stop", "Transport", "trans
 
 
 Require = Literal["any", "all"]
-OTHER = {"a-out": "b-out", "b-out": "a-out"}  # the other operand that may take a change of the result
+FLIPS = {"a-out": ("b-out",), "b-out": ("a-out",), "a-b": ("a-out", "b-out"), "b-a": ("a-out", "b-out")}  # per route the others
 
 
 class Transport:
@@ -44,10 +44,12 @@ class Transport:
         is_open: bool = False,
         require: Require = "any",
     ) -> Plan:
-        """The plan of a change that starts at the seeds, one vector for all. choices: routes to take where there is a choice; a shift that is
-        stopped tries the other addend of one sum after the other. shuffle: a seed for the order of work, which the result doesn't depend on.
-        is_open: inputs and outputs may change too; the caller sees to them. require "all": nothing is free if anything is pinned.
-        ValueError for a seed axis of dynamic size."""
+        """The plan of a change that starts at the seeds, one vector for all.
+
+        choices: routes to take where there is a choice; what is stopped tries the others of one choice after another, and the first that frees
+        more is taken. shuffle: a seed for the order of work, which the result doesn't depend on. is_open: inputs and outputs may change too;
+        the caller sees to them. require "all": nothing is free if anything is pinned. ValueError for a seed axis of dynamic size.
+        """
         given = dict(choices or {})
 
         def attempt(routes: Mapping[fx.Node, str]) -> Plan:
@@ -57,9 +59,15 @@ class Transport:
             return solved(solver)
 
         plan = attempt({})
-        flips = [n for n, route in plan.choices.items() if route in OTHER and n not in given] if plan.pinned and plan.kind == Kind.SHIFT else []
-        found = next((p for p in (attempt({n: OTHER[plan.choices[n]]}) for n in flips) if p.count > plan.count), plan)
+        flipped = (attempt({n: other}) for n in _worth_flipping(plan) if n not in given for other in FLIPS[plan.choices[n]])
+        found = next((p for p in flipped if p.count > plan.count), plan)
         return found.nothing() if require == "all" and found.pinned else found
+
+
+def _worth_flipping(plan: Plan) -> list[fx.Node]:
+    """Choices that may be wrong: of a stopped shift all, of other kinds those that stop themselves."""
+    stops = {stop.node for stop in plan.pinned}
+    return [n for n in plan.choices if n in stops or (stops and plan.kind == Kind.SHIFT)]
 
 
 def transport(program: Program, kind: Kind, *seeds: Seed) -> Plan:

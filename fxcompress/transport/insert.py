@@ -1,6 +1,7 @@
-"""An explicit op that can take a change, where nothing else can: x * 1, x + 0, x I. A plan seeded on its result then lands in its constant.
+"""What can take a change where nothing else can: an explicit op, x * 1, x + 0, x I, or a copy of a constant for one of its readers.
 
-Costs an op at run time; a pass that asks for it says so in its report.
+A plan seeded on the op's result lands in its constant, one that stopped because a constant is shared lands in the copy. Costs an op at run time
+or the bytes of a tensor; a pass that asks for it says so in its report.
 """
 
 from __future__ import annotations
@@ -38,6 +39,16 @@ def insert(edit: Edit, node: fx.Node, kind: Kind, axis: int = -1, readers: Seque
         args, kwargs = fx.node.map_arg((reader.args, reader.kwargs), lambda n: new if n is node else n)
         edit.update(reader, *args, **kwargs)
     return new
+
+
+def untie(edit: Edit, leaf: fx.Node, readers: Sequence[fx.Node]) -> fx.Node:
+    """A copy of a constant, read by `readers` in place of it; inside a site. Make a new Transport afterwards."""
+    copy = edit.constant(str(leaf.target), edit.program.constants[str(leaf.target)], like=readers[0], before=min(readers))
+    copy.meta = {**copy.meta, "val": leaf.meta["val"]}
+    for reader in readers:
+        args, kwargs = fx.node.map_arg((reader.args, reader.kwargs), lambda n: copy if n is leaf else n)
+        edit.update(reader, *args, **kwargs)
+    return copy
 
 
 def _neutral(kind: Kind, size: int, trailing: int) -> tuple[Any, torch.Tensor]:

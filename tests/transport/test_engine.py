@@ -290,3 +290,18 @@ def test_gather_takes_the_worst_of_all_positions_of_a_class() -> None:
     rows = seeded(4, 4, dtype=F64).abs()
     assert torch.equal(plan.gather({w: rows}), torch.maximum(rows[:2], rows[2:]).amax(1))
     assert torch.allclose(plan.gather({w: rows}, "sum"), rows[:2].sum(1) + rows[2:].sum(1))
+
+
+def test_all_or_nothing() -> None:
+    """Half lands by default; required whole, nothing does, for the same reason."""
+    built = Builder(x=seeded(2, 4, dtype=F64))
+    both = built.op(aten.linear.default, built.x, built.constant("w", seeded(4, 4, dtype=F64)))
+    halves = [built.op(aten.slice.Tensor, both, 1, a, a + 2) for a in (0, 2)]
+    ends = [built.op(aten.linear.default, y, built.constant(f"v{i}", seeded(3, 2, dtype=F64))) for i, y in enumerate(halves)]
+    program = built.program(built.op(aten.silu.default, halves[1]), *ends)
+    part, whole = (Transport(program).solve(Kind.SCALE, Seed(both, (1,)), require=r) for r in ("any", "all"))
+    assert (part.count, whole.count) == (2, 0)
+    assert part.reason() == whole.reason() == "silu_default (silu) doesn't commute with a scale"
+    before = snapshot(program)
+    whole.apply(Edit(program), torch.ones(0))
+    assert snapshot(program) == before
