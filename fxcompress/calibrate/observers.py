@@ -36,14 +36,14 @@ class Observer(ABC):
     def start(self) -> Accumulator:
         """An accumulator that has seen nothing."""
 
+    @abstractmethod
     def memory(self, shape: Sequence[int]) -> int:
         """About how many bytes the accumulator of a value of that shape holds."""
-        return 64 * max(1, *shape[-1:], *shape[1:2])
 
 
 @dataclass(frozen=True)
 class Extremes:
-    """lo, hi: least and greatest value, float64; 0-d, or one entry per index of the observed axes."""
+    """lo, hi: least and greatest value, float64; 0-d, or one entry per index of the observed axes. inf and -inf where there was no value."""
 
     lo: Tensor
     hi: Tensor
@@ -63,20 +63,22 @@ class Range(Observer):
     def start(self) -> Accumulator:
         return _Range(self.axes)
 
+    def memory(self, shape: Sequence[int]) -> int:
+        return 16 * math.prod(_sizes(shape, self.axes))
+
 
 class _Range(Accumulator):
     def __init__(self, axes: tuple[int, ...]) -> None:
         self.axes = axes
-        self.found: Extremes | None = None
+        self.lo, self.hi = (torch.tensor(end, dtype=torch.float64) for end in (math.inf, -math.inf))
 
     def add(self, value: Tensor) -> None:
-        rows = _rows(value, self.axes)
-        lo, hi = (v.double().reshape(_sizes(value, self.axes)) for v in torch.aminmax(rows, dim=1))
-        old = self.found
-        self.found = Extremes(lo, hi) if old is None else Extremes(torch.minimum(lo, old.lo), torch.maximum(hi, old.hi))
+        if value.numel():
+            lo, hi = (v.double().reshape(_sizes(value.shape, self.axes)) for v in torch.aminmax(_rows(value, self.axes), dim=1))
+            self.lo, self.hi = torch.minimum(lo, self.lo), torch.maximum(hi, self.hi)
 
-    def result(self) -> Extremes | None:
-        return self.found
+    def result(self) -> Extremes:
+        return Extremes(self.lo, self.hi)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,9 @@ class Moments(Observer):
     def start(self) -> Accumulator:
         return _Moments(self.axes)
 
+    def memory(self, shape: Sequence[int]) -> int:
+        return 16 * math.prod(_sizes(shape, self.axes))
+
 
 class _Moments(Accumulator):
     """Merged item by item, which keeps the digits that a plain sum of squares loses. Source: Chan, Golub, LeVeque (1979), equation 2.1."""
@@ -107,8 +112,10 @@ class _Moments(Accumulator):
         self.mean = self.squares = torch.zeros((), dtype=torch.float64)
 
     def add(self, value: Tensor) -> None:
+        self.sizes = _sizes(value.shape, self.axes)
+        if not value.numel():
+            return
         rows = _rows(value, self.axes).double()
-        self.sizes = _sizes(value, self.axes)
         count, mean = rows.shape[1], rows.mean(1)
         total = self.count + count
         apart = mean - self.mean
@@ -171,8 +178,8 @@ class _Gram(Accumulator):
         self.gram: Tensor | None = None
 
     def add(self, value: Tensor) -> None:
-        rows = _rows(value, (self.axis,))
-        product = (rows @ rows.T).double()
+        rows = _rows(value, (self.axis,)).double()
+        product = rows @ rows.T
         self.gram = product if self.gram is None else self.gram.add_(product)
         self.count += rows.shape[1]
 
@@ -187,5 +194,5 @@ def _rows(value: Tensor, axes: tuple[int, ...]) -> Tensor:
     return moved.reshape(math.prod(moved.shape[: len(axes)]), math.prod(moved.shape[len(axes) :]))
 
 
-def _sizes(value: Tensor, axes: tuple[int, ...]) -> list[int]:
-    return [value.shape[a] for a in axes]
+def _sizes(shape: Sequence[int], axes: tuple[int, ...]) -> list[int]:
+    return [shape[a] for a in axes]

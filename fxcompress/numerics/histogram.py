@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,10 +12,11 @@ from fxcompress.numerics.formats import Format
 from fxcompress.numerics.ranges import SHRINK, scale_from_range
 
 LEAST_WIDTH = 2.0**-120
+INDEX_BITS = 40  # the bins of a nearly constant value are no narrower than 2^-40 of it, so that their numbers stay exact
 
 
 class Histogram:
-    """Counts in bins [i w, (i + 1) w), w a power of two that doubles whenever the values span more bins than allowed.
+    """Counts in at most `bins` bins (2 or more) [i w, (i + 1) w), w a power of two that doubles whenever the values span more.
 
     Pairs of bins are merged exactly and w depends on the extremes alone, so the order of the pieces doesn't matter.
     """
@@ -55,14 +57,15 @@ class Histogram:
 
     def _widen(self) -> None:
         """Choose the least width that fits the extremes, and bring the counts to it."""
-        width = self.width or 2.0 ** math.floor(math.log2(max((self.hi - self.lo) / self.bins, LEAST_WIDTH)))
+        width = max(self.width, _power_below(max(self.hi / self.bins - self.lo / self.bins, LEAST_WIDTH)))
+        width = max(width, _power_below(max(self.hi, -self.lo)) / 2**INDEX_BITS)
         while math.floor(self.hi / width) - math.floor(self.lo / width) >= self.bins:
             width *= 2
         first, last = math.floor(self.lo / width), math.floor(self.hi / width)
         counts = torch.zeros(last - first + 1, dtype=torch.int64)
         if len(self.counts):
-            ratio = int(width / self.width)
-            places = torch.div(torch.arange(len(self.counts)) + self.first, ratio, rounding_mode="floor") - first
+            halvings = math.frexp(width)[1] - math.frexp(self.width)[1]
+            places = (torch.arange(len(self.counts)) + self.first >> min(halvings, 63)) - first  # 63: all that is left is the sign
             counts.index_add_(0, places, self.counts)
         self.width, self.first, self.counts = width, first, counts
 
@@ -74,41 +77,46 @@ def percentile(histogram: Histogram, share: float) -> tuple[float, float]:
     """
     if share == 1:
         return histogram.lo, histogram.hi
-    outside = (1 - share) / 2
+    outside = round((1 - share) / 2, 12)  # 1 - 0.9 is a little less than 0.1
     if histogram.total * outside < 1:
         raise ValueError(f"{histogram.total} values can't tell the {100 * share:g}th percentile: it needs {math.ceil(1 / outside)}")
     return histogram.quantile(outside), histogram.quantile(1 - outside)
 
 
 def least_error(histogram: Histogram, format: Format, symmetric: bool, p: float = 2.0) -> tuple[float, float]:
-    """The range [a lo, b hi] whose grid has the least Σ |x - x̂|^p, ends shrunk apart: first both, then each alone.
+    """The range [a lo, b hi] around 0 whose grid has the least Σ |x - x̂|^p, ends shrunk apart.
 
-    The mean square error of the integer grids that a min-max range gives is one of the candidates, so it is never worse on the histogram.
+    The range from min to max is one of the candidates, so its error on the histogram is never exceeded.
     """
     centres, weights = histogram.centres(), histogram.counts.double()
-    factors = (1.0, *SHRINK)
-
-    def least(pairs: list[tuple[float, float]]) -> tuple[float, float]:
-        return min(pairs, key=lambda ends: _error(histogram, ends, centres, weights, format, symmetric, p))
-
-    best = least([(a, a) for a in factors])
-    best = least([best, *((a, best[1]) for a in factors)])
-    best = least([best, *((best[0], b) for b in factors)])
-    return best[0] * histogram.lo, best[1] * histogram.hi
+    return _least(histogram, lambda lo, hi: _error(centres, weights, lo, hi, format, symmetric, p))
 
 
 def least_divergence(histogram: Histogram, format: Format) -> tuple[float, float]:
-    """The range symmetric in the share it cuts whose grid keeps the distribution best: least KL divergence of the clipped histogram from
-    its quantised one. Source: Migacz, 8-bit inference with TensorRT (2017)."""
+    """The range around 0, ends shrunk apart, whose grid keeps the distribution best: least KL divergence of the clipped histogram from its
+    quantised one. Source: Migacz, 8-bit inference with TensorRT (2017)."""
     levels = format.qmax - format.qmin + 1
     counts, centres = histogram.counts.double(), histogram.centres()
-    best, chosen = math.inf, (histogram.lo, histogram.hi)
-    for factor in (1.0, *SHRINK):
-        lo, hi = factor * min(histogram.lo, 0.0), factor * max(histogram.hi, 0.0)
-        divergence = _divergence(counts, centres, lo, hi, levels)
-        if divergence < best:
-            best, chosen = divergence, (lo, hi)
-    return chosen
+    return _least(histogram, lambda lo, hi: _divergence(counts, centres, lo, hi, levels))
+
+
+def _least(histogram: Histogram, cost: Callable[[float, float], float]) -> tuple[float, float]:
+    """The cheapest of the shrunken ranges, the wider of equals: first both ends alike, then each alone."""
+    least, greatest = min(histogram.lo, 0.0), max(histogram.hi, 0.0)
+    factors = (1.0, *SHRINK)
+
+    def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+        return min(pairs, key=lambda ends: cost(ends[0] * least, ends[1] * greatest))
+
+    found = best([(a, a) for a in factors])
+    found = best([found, *((a, found[1]) for a in factors)])
+    found = best([found, *((found[0], b) for b in factors)])
+    return found[0] * least, found[1] * greatest
+
+
+def _power_below(value: float) -> float:
+    """The greatest power of two that isn't above a positive value; 0 for 0."""
+    return 2.0 ** (math.frexp(value)[1] - 1) if value else 0.0
 
 
 def _divergence(counts: Tensor, centres: Tensor, lo: float, hi: float, levels: int) -> float:
@@ -130,11 +138,9 @@ def _divergence(counts: Tensor, centres: Tensor, lo: float, hi: float, levels: i
     return float((p[both] * (p[both] / q[both].clamp(min=1e-12)).log()).sum())
 
 
-def _error(
-    histogram: Histogram, ends: tuple[float, float], centres: Tensor, weights: Tensor, format: Format, symmetric: bool, p: float
-) -> float:
-    lo, hi = (torch.tensor(v, dtype=torch.float64) for v in (ends[0] * histogram.lo, ends[1] * histogram.hi))
-    scale, zero = scale_from_range(torch.minimum(lo, hi), torch.maximum(lo, hi), format, symmetric)
+def _error(centres: Tensor, weights: Tensor, lo: float, hi: float, format: Format, symmetric: bool, p: float) -> float:
+    ends = (torch.tensor(v, dtype=torch.float64) for v in (lo, hi))
+    scale, zero = scale_from_range(*ends, format, symmetric)
     offset = 0.0 if zero is None else zero.double()
     codes = (centres / scale).round().add(offset).clamp(format.qmin, format.qmax)
     return float((((codes - offset) * scale - centres).abs().pow(p) * weights).sum())

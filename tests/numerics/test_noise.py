@@ -5,7 +5,7 @@ import torch
 
 from fxcompress.numerics.affine import dequantize, quantize
 from fxcompress.numerics.formats import format_of
-from fxcompress.numerics.noise import ideal_sqnr, noise_power, sqnr
+from fxcompress.numerics.noise import ideal_sqnr, noise_power, sqnr, static_sqnr
 from fxcompress.numerics.ranges import minmax_range
 
 
@@ -98,3 +98,33 @@ def test_zero_blocks_add_no_noise(format):
     f = format_of(format)
     assert ideal_sqnr(padded, f, (1, -1), True) == pytest.approx(ideal_sqnr(x, f, (1, -1), True), abs=1e-6)
     assert ideal_sqnr(x * 0, f, (1, -1), True) == inf
+
+
+@pytest.mark.parametrize(("format", "symmetric"), CASES[:4])
+def test_the_static_ideal_on_the_own_range_is_the_ideal(format, symmetric):
+    x = uniform(1000, lo=-3, hi=5)
+    expected = ideal_sqnr(x, format_of(format), (-1,), symmetric)
+    assert static_sqnr(x, format_of(format), x.amin(), x.amax(), symmetric) == pytest.approx(expected, abs=1e-9)
+
+
+def test_static_closed_forms():
+    """[0, 255] in steps of 1: noise 1 / 12 an entry, and 45² for the one that is cut from 300 to 255. The range always holds 0."""
+    x = torch.tensor([100.0, 200.0, 300.0])
+    lo, hi = torch.tensor(10.0, dtype=torch.float64), torch.tensor(255.0, dtype=torch.float64)
+    assert static_sqnr(x, format_of("uint8"), lo, hi, False) == pytest.approx(10 * log10(14e4 / (3 / 12 + 45**2)), abs=1e-9)
+    assert static_sqnr(x, format_of("int8"), lo, hi, True) == pytest.approx(10 * log10(14e4 / (3 * 4 / 12 + 45**2)), abs=1e-9)
+    assert static_sqnr(-x, format_of("uint8"), -hi, -lo, False) == pytest.approx(10 * log10(14e4 / (3 / 12 + 45**2)), abs=1e-9)
+    assert static_sqnr(x * 0, format_of("uint8"), lo, hi, False) == -inf
+    assert static_sqnr(x * 0, format_of("uint8"), lo * 0, hi * 0, False) == inf
+
+
+@pytest.mark.parametrize("fault", ["twice as wide", "half as wide", "negated"])
+@pytest.mark.parametrize(("format", "symmetric"), CASES[:4])
+def test_the_static_limit_bites(format, symmetric, fault):
+    x, f = uniform(4096, lo=-0.5, hi=1.0), format_of(format)
+    lo, hi = x.double().amin(), x.double().amax()
+    wrong = {"twice as wide": 2.0, "half as wide": 0.5, "negated": -1.0}[fault]
+    scale, zero = minmax_range(x, f, symmetric, (-1,))
+    limit = static_sqnr(x, f, lo, hi, symmetric) - 3
+    assert sqnr(x, dequantize(quantize(x, scale, zero, f, (-1,)), scale, zero, f, (-1,))) > limit
+    assert sqnr(x, dequantize(quantize(x, wrong * scale, zero, f, (-1,)), abs(wrong) * scale, zero, f, (-1,))) < limit
