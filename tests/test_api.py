@@ -298,7 +298,7 @@ BAD_FEEDS: dict[str, tuple[Any, type[fxc.FxcError], str]] = {
     "not finite": (
         [(X,), (X / 0,)],
         fxc.CalibrationError,
-        "a calibration item isn't finite\n  where item 1, [0]\n  why   8 of 8 values are inf or nan\n  do    remove the item",
+        "a calibration item isn't finite\n  where item 1, input 'x'\n  why   8 of 8 values are inf or nan\n  do    remove the item",
     ),
     "another width": (
         [(X,), (seeded(2, 5),), (X,)],

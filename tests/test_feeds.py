@@ -1,4 +1,7 @@
+import functools
+import gc
 import hashlib
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -6,7 +9,9 @@ import torch
 from PIL import Image
 
 from fxcompress.calibrate import Feed, as_feed, images, text
+from fxcompress.calibrate.feed import FlatItems
 from fxcompress.calibrate.text import token_ids
+from fxcompress.capture import capture
 from fxcompress.errors import CalibrationError
 from fxcompress.signature import Inputs
 
@@ -67,14 +72,140 @@ def test_the_digest_tells_content_apart():
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_values_that_are_not_finite(value):
-    bad = items()
-    bad[1]["x"][1, 2] = value
+@pytest.mark.parametrize("own", [False, True])
+def test_values_that_are_not_finite(value, own):
+    """Told by the item and the parameter, however the call is written, in a feed of the user's own too."""
+    program = scaled()
+    bad = [(x["x"], x["t"]) for x in items()]
+    bad[1][0][1, 2] = value
     with pytest.raises(CalibrationError) as refused:
-        as_feed(bad)
+        FlatItems(Own(bad) if own else as_feed(bad), program)
     assert str(refused.value) == (
-        "a calibration item isn't finite\n  where item 1, ['x']\n  why   1 of 6 values are inf or nan\n  do    remove the item"
+        "a calibration item isn't finite\n  where item 1, input 'x'\n  why   1 of 6 values are inf or nan\n  do    remove the item"
     )
+
+
+def test_flat_items_are_all_but_the_last():
+    program = scaled()
+    given = items()
+    flat = FlatItems(as_feed(given), program)
+    for _ in range(2):
+        assert [[v.tolist() for v in item] for item in flat] == [[i["x"].tolist(), i["t"].tolist()] for i in given[:-1]]
+    assert (len(flat), flat.count) == (2, 3)
+    assert torch.equal(flat.probe[1], given[-1]["t"])
+    one = FlatItems(as_feed(given[:1]), program)
+    assert [len(list(one)), len(one), one.count] == [1, 1, 1], "the only item is both"
+    assert torch.equal(one.probe[0], next(iter(one))[0])
+
+
+def test_a_feed_of_the_users_own_that_is_empty():
+    with pytest.raises(CalibrationError, match="the calibration feed is empty"):
+        FlatItems(Own([]), scaled())
+
+
+class Spent:
+    """Can be read once and doesn't say so."""
+
+    def __init__(self):
+        self.left = iter(items())
+
+    def __iter__(self):
+        return self.left
+
+
+def test_a_feed_that_can_be_read_only_once():
+    with pytest.raises(CalibrationError, match="the calibration feed is empty"):
+        FlatItems(as_feed(Spent()), scaled())
+
+
+class Own:
+    """A user's feed."""
+
+    digest = "mine"
+
+    def __init__(self, given):
+        self.given = given
+
+    def __iter__(self):
+        return iter(self.given)
+
+
+class Scaled(torch.nn.Module):
+    def forward(self, x, t):
+        return x * t
+
+
+@functools.cache
+def scaled():
+    return capture(Scaled().eval(), {"x": torch.ones(2, 3), "t": torch.tensor(1)})
+
+
+def breaks_off(after):
+    yield from items()[:after]
+    raise KeyError("image 7")
+
+
+class Dataset:
+    """Read by index; the second item can't be."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise OSError("truncated")
+        if index == 3:
+            raise IndexError
+        return items()[index]
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+
+@pytest.mark.parametrize(
+    ("feed", "place", "why", "cause"),
+    [
+        (lambda: breaks_off(2), "item 2", "KeyError: 'image 7'", KeyError),
+        (lambda: breaks_off(0), "item 0", "KeyError: 'image 7'", KeyError),
+        (Dataset, "item 1", "OSError: truncated", OSError),
+    ],
+    ids=["a generator", "at once", "a dataset"],
+)
+def test_a_feed_that_fails_on_the_way(feed, place, why, cause, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(CalibrationError) as refused:
+        as_feed(feed())
+    assert str(refused.value) == (f"the calibration feed failed\n  where {place}\n  why   {why}\n  do    mend the feed; try list(feed)")
+    assert type(refused.value.__cause__) is cause
+    del refused
+    gc.collect()
+    assert list(tmp_path.iterdir()) == [], "what was spooled is gone"
+
+
+def test_a_feed_that_fails_when_it_is_read_again():
+    reads = []
+
+    class Second(Own):
+        def __iter__(self):
+            reads.append(1)
+            return iter(items()) if len(reads) < 3 else breaks_off(1)
+
+    program = scaled()
+    flat = FlatItems(as_feed(Second(None)), program)
+    list(flat)
+    with pytest.raises(CalibrationError, match="the calibration feed failed\n  where item 1\n"):
+        list(flat)
+
+
+def test_errors_of_the_feeds_own_and_interrupts_pass():
+    def stops(error):
+        yield items()[0]
+        raise error
+
+    with pytest.raises(CalibrationError, match=r"^mine$"):
+        as_feed(stops(CalibrationError("mine")))
+    with pytest.raises(KeyboardInterrupt):
+        as_feed(stops(KeyboardInterrupt()))
 
 
 @pytest.mark.parametrize("empty", [[], iter([])])

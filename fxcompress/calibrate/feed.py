@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fxcompress import cached
-from fxcompress.errors import CalibrationError, InputError
+from fxcompress.errors import CalibrationError, FxcError, InputError
 from fxcompress.interpret import run
 from fxcompress.program import Program
 from fxcompress.signature import Inputs, check_sizes
@@ -48,11 +48,15 @@ class Spool:
     def __init__(self, items: Iterator[Any]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fxcompress-feed-")
         self._count = 0
-        for item in items:
+        self.digest = content_digest(self._written(items))
+
+    def _written(self, items: Iterator[Any]) -> Iterator[Inputs]:
+        """The items; each is written once its reader found nothing wrong with it."""
+        for item in _read(items):
             given = Inputs.of(item)
+            yield given
             torch.save((given.args, given.kwargs, given.roles), self._path(self._count))
             self._count += 1
-        self.digest = content_digest(self)
 
     def _path(self, index: int) -> Path:
         return Path(self._folder.name) / f"{index:06}.pt"
@@ -65,15 +69,19 @@ class Spool:
 
 class FlatItems:
     """A feed as flat inputs of a program, every item checked against its signature. The last item is the probe of the contracts and no part
-    of the iteration, unless it is the only one. CalibrationError names the item that doesn't fit, and why."""
+    of the iteration, unless it is the only one. CalibrationError names the item that doesn't fit or isn't finite, and why."""
 
     def __init__(self, feed: Feed, program: Program) -> None:
         self._feed, self._program = feed, program
         self.probe: tuple[Tensor, ...] = ()
         self.count = 0
-        for item in feed:
+        for item in _read(feed):
             self.probe = self._flat(item, self.count)
+            for value, tensor in zip(program.inputs, self.probe, strict=True):
+                _require_finite(tensor, f"item {self.count}, input {value.name!r}")
             self.count += 1
+        if not self.count:
+            raise _empty()
         if cached.keeps(program.inputs):
             self.probe = tuple(cached.continued(program.signature, program.inputs, item, self._run))
 
@@ -81,7 +89,7 @@ class FlatItems:
         return max(self.count - 1, 1)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for index, item in zip(range(len(self)), self._feed, strict=False):
+        for index, item in zip(range(len(self)), _read(self._feed), strict=False):
             yield self._flat(item, index)
 
     def _run(self, tensors: Sequence[Tensor]) -> Any:
@@ -100,7 +108,7 @@ class FlatItems:
 def as_feed(source: Any) -> Feed:
     """The feed behind `source`: a Feed as it is, an iterator spooled to disk, anything else iterable read in place.
 
-    CalibrationError when it is empty, can't be iterated, holds values that aren't finite, or is a single dict or tensor instead of items.
+    CalibrationError when it is empty, can't be iterated, fails on the way, or is a single dict or tensor instead of items.
     """
     if isinstance(source, Mapping | Tensor | Inputs | str):
         raise CalibrationError(
@@ -118,11 +126,11 @@ def as_feed(source: Any) -> Feed:
 def content_digest(items: Iterable[Any]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of every item, so a tuple and a dict differ.
 
-    CalibrationError for no items, for something that is neither tensor nor constant, and for values that aren't finite, with their place.
+    CalibrationError for no items, and for something that is neither tensor nor constant, with its place.
     """
     total = hashlib.sha256()
     count = 0
-    for index, item in enumerate(items):
+    for index, item in enumerate(_read(items)):
         given = Inputs.of(item)
         leaves, spec = pytree.tree_flatten_with_path((given.args, given.kwargs))
         total.update(repr((spec, sorted(given.roles.items()))).encode())
@@ -130,8 +138,26 @@ def content_digest(items: Iterable[Any]) -> str:
             _update(total, leaf, f"item {index}, {pytree.keystr(path[1:])}")
         count += 1
     if not count:
-        raise CalibrationError("the calibration feed is empty", why="it gave no item", do="pass at least one item; more are better")
+        raise _empty()
     return total.hexdigest()
+
+
+def _read(items: Iterable[Any]) -> Iterator[Any]:
+    """The items; what their source raises becomes a CalibrationError that names the item."""
+    count = 0
+    try:
+        for item in items:
+            yield item
+            count += 1
+    except FxcError:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise CalibrationError("the calibration feed failed", where=f"item {count}", why=why, do="mend the feed; try list(feed)") from error
+
+
+def _empty() -> CalibrationError:
+    return CalibrationError("the calibration feed is empty", why="it gave no item", do="pass at least one item; more are better")
 
 
 def _update(total: Any, leaf: Any, place: str) -> None:
@@ -140,7 +166,6 @@ def _update(total: Any, leaf: Any, place: str) -> None:
         return
     if not isinstance(leaf, Tensor):
         raise CalibrationError("a calibration item can't be used", where=place, why=f"got {type(leaf).__name__}", do="pass tensors")
-    _require_finite(leaf, place)
     total.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
     dense = leaf.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)  # one row of an expanded tensor has no stride
     total.update(dense.view(torch.uint8).numpy())

@@ -139,8 +139,8 @@ def _divergence(counts: Tensor, centres: Tensor, lo: float, hi: float, levels: i
 
 
 def _error(centres: Tensor, weights: Tensor, lo: float, hi: float, format: Format, symmetric: bool, p: float) -> float:
-    ends = (torch.tensor(v, dtype=torch.float64) for v in (lo, hi))
-    scale, zero = scale_from_range(*ends, format, symmetric)
+    least, greatest = torch.tensor([lo, hi], dtype=torch.float64)
+    scale, zero = scale_from_range(least, greatest, format, symmetric)
     offset = 0.0 if zero is None else zero.double()
     codes = (centres / scale).round().add(offset).clamp(format.qmin, format.qmax)
     return float((((codes - offset) * scale - centres).abs().pow(p) * weights).sum())

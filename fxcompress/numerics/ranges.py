@@ -27,22 +27,25 @@ def scale_from_range(lo: Tensor, hi: Tensor, format: Format, symmetric: bool) ->
     value allows: int4, groups of 32, SQNR against max|x| / qmax 20.7 / 20.3 dB on a gaussian, 21.9 / 21.5 dB on a trained speech network.
     A negative scale, the value of greatest magnitude over qmin, would give 21.3 and 22.3 dB; here scales stay positive.
     Asymmetric: s = (hi - lo) / (qmax - qmin), z = round(qmin - lo / s), clipped to the codes. lo = hi = 0: s = 1, z = 0.
-    lo, hi: equal shapes, float. Returns s in their dtype, > 0 (at least the least positive number of that dtype that float32 holds as a
-    normal one), z in format.container. Raises ValueError if lo > hi, if they aren't finite, or if an unsigned symmetric format meets
-    lo < 0, and RecipeError for an asymmetric float format.
+    lo, hi: equal shapes, float. Returns s in their dtype, at least `least_scale`, z in format.container. Raises ValueError if lo > hi, if
+    they aren't finite, or if an unsigned symmetric format meets lo < 0, and RecipeError for an asymmetric float format.
     """
     _check_range(lo, hi, format, symmetric)
     work = working_dtype(format, lo.dtype)
     least, greatest = lo.to(work).clamp(max=0), hi.to(work).clamp(min=0)
     raw = _symmetric(least, greatest, format) if symmetric else _asymmetric(least, greatest, format)
     empty = least == greatest
-    info = torch.finfo(lo.dtype)
-    least_positive = max(info.tiny * info.eps, torch.finfo(torch.float32).tiny)
-    scale = raw.to(lo.dtype).clamp(min=least_positive).masked_fill(empty, 1)
+    scale = raw.to(lo.dtype).clamp(min=least_scale(lo.dtype)).masked_fill(empty, 1)
     if symmetric:
         return scale, None
     zero = (format.qmin - least / scale.to(work)).round_().clamp_(format.qmin, format.qmax)
     return scale, zero.masked_fill(empty, 0).to(format.container)
+
+
+def least_scale(dtype: torch.dtype) -> float:
+    """The least positive number of the dtype that float32 holds as a normal one."""
+    info = torch.finfo(dtype)
+    return float(max(info.tiny * info.eps, torch.finfo(torch.float32).tiny))
 
 
 def extremes(x: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:

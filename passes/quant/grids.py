@@ -42,12 +42,14 @@ def observer_of(method: str) -> Observer:
 
 
 def grid_of(value: fx.Node, seen: Extremes | Histogram, format: Format, method: str, by: str) -> Grid | Reject:
-    """The grid of a value; a Reject where it never changes. Signed formats are symmetric. by: the pass, for the error of a feed too small."""
+    """The grid of a value; a Reject where it never changes, or hardly ever. Signed formats are symmetric. by: the pass, for the error of a feed too small."""
     lo, hi = float(seen.lo), float(seen.hi)
-    if lo == hi:
-        return Reject("{} is {} everywhere on the calibration feed", value, f"{lo:g}")
+    if lo >= hi:
+        return Reject("{} is {} on the calibration feed", value, f"{lo:g} everywhere" if lo == hi else "empty")
     if isinstance(seen, Histogram) and method != "minmax":
         lo, hi = _range(value, seen, format, method, by)
+        if max(hi, 0) - min(lo, 0) < seen.width:
+            return Reject("{} is 0 on the calibration feed but for what {} leaves out", value, method)
     dtype = value.meta["val"].dtype
     ends = torch.tensor(min(lo, hi), dtype=torch.float64), torch.tensor(max(lo, hi), dtype=torch.float64)
     scale, zero = scale_from_range(ends[0].to(dtype), ends[1].to(dtype), format, format.signed)

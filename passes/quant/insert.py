@@ -5,8 +5,9 @@
 A site is a linear layer, a convolution or a product of two activations (attention), found by what the op contracts. An activation's range is
 measured on the calibration feed (static) or taken from each vector when the model runs (per token). A value that several sites read has one
 quantiser; other readers keep the float value. Declined: values that are constant on the whole feed, that a graph output or an unquantisable
-partner needs in float, and what the target has no kernel for. Weights follow `quant.weight_only`. A convolution's bias sits on the grid of
-its products, s = s_x s_W, in int32. Costs the noise of the formats: each value is held to the SQNR of an ideal quantiser of its range.
+partner needs in float, and what the target has no kernel for. Weights follow `quant.weight_only`, symmetric. A convolution's bias sits on
+the grid of its products, s = s_x s_W, in int32. Costs the noise of the formats: each value is held to the SQNR of an ideal quantiser of its
+range.
 Source: Krishnamoorthi, Quantizing deep convolutional networks for efficient inference (arXiv 1806.08342); Jacob et al. (arXiv 1712.05877).
 """
 
@@ -15,21 +16,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from pydantic import field_validator
-from torch import fx
+from pydantic import ValidationError, field_validator
+from torch import Tensor, fx
 
 from fxcompress.contract import MEASURED, Bounded
 from fxcompress.dataflow import weight_uses
 from fxcompress.edit import Edit
-from fxcompress.errors import RecipeError
+from fxcompress.errors import CalibrationError, RecipeError
 from fxcompress.numerics.formats import Format
+from fxcompress.numerics.ranges import least_scale
 from fxcompress.passes.quant.grids import Grid, check_method, grid_of, observer_of
 from fxcompress.passes.quant.sites import SUMMED, MatmulSite, matmul_sites, result_of
 from fxcompress.passes.quant.weight_only import WeightOnly, WeightOnlyOptions, parse
 from fxcompress.passes.tidy.schema import arguments
+from fxcompress.program import Program, module_path
 from fxcompress.rewrite import Context, Match, Options, Reject, Transform
 from fxcompress.target import ActivationKernel, Target
 
@@ -52,11 +55,26 @@ class InsertOptions(Options):
     @classmethod
     def _is_known(cls, value: str) -> str:
         try:
-            _, granularity = parse(value)
+            format, granularity = parse(value)
         except RecipeError as error:
             raise ValueError(f"{error.what}; {error.why or error.do}") from None
         if granularity not in ("tensor", "token"):
             raise ValueError("an activation has one scale in all or one a token: tensor or token")
+        if granularity == "token" and not format.signed:
+            raise ValueError(f"{format} holds nothing below 0 without zero points, which tokens don't have; say int8/token")
+        if granularity == "tensor" and format.kind == "float":
+            raise ValueError(f"{format} has no calibrated range; say {format}/token")
+        return value
+
+    @field_validator("weights", "embeddings")
+    @classmethod
+    def _is_weight(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                WeightOnlyOptions(weights=value)
+            except ValidationError as error:
+                text = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(text.removesuffix("; say symmetric: false")) from None
         return value
 
     @field_validator("range")
@@ -87,12 +105,13 @@ class Insert(Transform):
     def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
         """One site a value, a weight and a bias."""
         declined: dict[str, Reject] = {}
-        sites = _kept(matmul_sites(on.program), partial(self._refusal, on), declined)
-        sites = [s for s in sites if on.admits(s.node) and (s.family != "product" or self.options.products)]
+        asked = [s for s in matmul_sites(on.program) if on.admits(s.node) and (s.family != "product" or self.options.products)]
+        sites = _kept(asked, partial(self._refusal, on), declined)
         grids = self._grids(sites, on) if self.options.is_static else {}
         sites = _kept(sites, lambda s: next((g for v in self._values(s, on) if isinstance(g := grids.get(v), Reject)), None), declined)
         weights = self._weights(sites, on, declined)
-        sites = [s for s in sites if s.family == "product" or any(s.node in _readers_of(m) for m in weights)]
+        covered = {n for m in weights for n in m.places}
+        sites = _kept(sites, lambda s: None if s.family == "product" or s.node in covered else _uncovered(s), declined)
         for value, readers in self._readers(sites, on).items():
             self._insert(value, readers, grids.get(value), edit)
         for match in weights:
@@ -147,7 +166,16 @@ class Insert(Transform):
         values = dict.fromkeys(v for s in sites for v in self._values(s, on))
         observer = observer_of(self.options.range)
         answers = on.observe((v, observer) for v in values)
-        return {v: grid_of(v, answers[v, observer], self.options.format, self.options.range, self.name) for v in values}
+        grids = {v: grid_of(v, answers[v, observer], self.options.format, self.options.range, self.name) for v in values}
+        if grids and all(isinstance(g, Reject) for g in grids.values()):
+            first = next(iter(grids))
+            raise CalibrationError(
+                "no value changes on the calibration feed",
+                where=f"{module_path(first) or '<root>'}  ({first.name})",
+                why=f"{cast(Reject, grids[first]).reason}; {self.name} can use none of the {len(grids)} values it would quantise",
+                do="pass items that differ from one another, as the model meets them in use",
+            )
+        return grids
 
     def _weights(self, sites: Sequence[MatmulSite], on: Context, declined: dict[str, Reject]) -> list[Match]:
         """The legal weights. One that only quantised sites read needs no kernel for float activations."""
@@ -157,9 +185,9 @@ class Insert(Transform):
         for leaf in [n for n in on.program.graph.nodes if n.op == "get_attr"]:
             uses, _ = weight_uses(leaf, on.program.constants[str(leaf.target)])
             answer = self._weight_only.match(leaf, free if quantised.issuperset(u.node for u in uses) else on)
-            if isinstance(answer, Reject):
+            if isinstance(answer, Reject) and on.admits(min(leaf.users)):
                 declined[leaf.name] = answer
-            elif answer is not None and all(on.admits(n) for n in answer.places):
+            elif isinstance(answer, Match) and all(on.admits(n) for n in answer.places):
                 found.append(answer)
         return found
 
@@ -194,8 +222,9 @@ def _kept(sites: Iterable[MatmulSite], refusal: Callable[[MatmulSite], Reject | 
     return kept
 
 
-def _readers_of(match: Match) -> Sequence[fx.Node]:
-    return match.places
+def _uncovered(site: MatmulSite) -> Reject:
+    """Why a layer stays in float whose weight does."""
+    return Reject("{} multiplies {} by a weight that stays in float", site.node, _last(site))
 
 
 def _position(site: MatmulSite) -> int:
@@ -208,30 +237,40 @@ def _last(site: MatmulSite) -> fx.Node:
 
 
 def _token_scale(value: fx.Node, format: Format, op: Any) -> fx.Node:
-    """max|x| / qmax of every vector along the last axis, and 1 for one of zeros."""
+    """max|x| / qmax of every vector along the last axis, or the least positive scale for one of zeros."""
     greatest = op(aten.amax.default, op(aten.abs.default, value), [-1], True)
-    least = torch.finfo(value.meta["val"].dtype).tiny
-    scale: fx.Node = op(aten.clamp_min.default, op(aten.div.Tensor, greatest, format.qmax), least)
+    scale: fx.Node = op(aten.clamp_min.default, op(aten.div.Tensor, greatest, format.qmax), least_scale(value.meta["val"].dtype))
     return scale
 
 
 def _insert_bias(site: MatmulSite, edit: Edit) -> None:
     """The bias on the grid of the products, int32. Its scale s_x s_W is computed in the graph, so that it follows both, until quant.finalize
-    folds it. Left in float where it is 0 or beyond int32."""
+    folds it. Left in float where it is 0 or beyond int32, and where one channel sums products of several scales."""
     given = arguments(site.node)
-    bias, x, weight = given.get("bias"), given["input"], given["weight"]
+    bias = given.get("bias")
     value = edit.program.constant(bias) if isinstance(bias, fx.Node) else None
-    if bias is None or value is None or not value.any():
+    product = _product_scale(given["input"], given["weight"], edit.program)
+    if bias is None or value is None or product is None or not value.any():
         return
-    s_x, s_w = (edit.program.constants[str(n.args[1].target)].double().reshape(-1) for n in (x, weight))
-    limit = 2.0**31 * (s_w * s_x).expand(value.shape)
-    if bool((value.double().abs() >= limit).any()):
+    repeats = len(value) // len(product)  # grouped transposed kernels repeat their channels
+    scales = product.repeat(repeats).to(value.dtype).double()
+    limit = 2.0**31 * scales
+    if bool((value.double().abs() >= limit).any()) or not bool((scales > 0).all()):
         return
     with edit.site(site.node, "bias on the grid of the products"):
         at: dict[str, Any] = {"like": site.node, "before": site.node}
-        one, many = (edit.insert(aten.reshape.default, n, [-1], **at) for n in (x.args[1], weight.args[1]))
-        scale = edit.insert(aten.expand.default, edit.insert(aten.mul.Tensor, many, one, **at), list(value.shape), **at)
+        one, many = (edit.insert(aten.reshape.default, given[k].args[1], [-1], **at) for k in ("input", "weight"))
+        scale = edit.insert(aten.repeat.default, edit.insert(aten.mul.Tensor, many, one, **at), [repeats], **at)
         codes = edit.insert(QUANTIZE, bias, scale, None, "int32", [1], **at)
         pair = edit.insert(DEQUANTIZE, codes, scale, None, "int32", [1], val=bias.meta["val"], **at)
         pair.meta[MEASURED] = -limit, limit
         edit.replace(bias, pair, [site.node])
+
+
+def _product_scale(x: fx.Node, weight: fx.Node, program: Program) -> Tensor | None:
+    """s_x s_W, one entry or one a channel of the weight, float64; None unless both are quantised by constants and all that is summed into one
+    channel has the same two."""
+    if x.target is not DEQUANTIZE or weight.target is not DEQUANTIZE or -1 not in weight.args[4][:2]:  # type: ignore[index, operator]
+        return None
+    s_x, s_w = (program.constant(n.args[1]) for n in (x, weight))  # type: ignore[arg-type]
+    return None if s_x is None or s_w is None or s_x.numel() > 1 else s_x.double().reshape(()) * s_w.double().flatten()

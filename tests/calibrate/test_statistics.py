@@ -56,7 +56,9 @@ def asked(program: Program, names: str, *observers: Observer) -> list[tuple[fx.N
 
 def test_answers_are_those_on_all_items_at_once() -> None:
     program, items = chain(3), three()
-    questions = asked(program, "x linear_default relu_default_1 add_tensor_2", Range(), Range((-1,)), Moments((-1,)), Gram(-1), Distribution(64))
+    questions = asked(
+        program, "x linear_default relu_default_1 add_tensor_2", Range(), Range((-1,)), Moments((-1,)), Gram(-1), Distribution(64)
+    )
     answers = Statistics(items)(program, questions)
     assert list(answers) == questions
     for value, observer in questions:
