@@ -300,6 +300,25 @@ BAD_FEEDS: dict[str, tuple[Any, type[fxc.FxcError], str]] = {
         fxc.CalibrationError,
         "a calibration item isn't finite\n  where item 1, input 'x'\n  why   8 of 8 values are inf or nan\n  do    remove the item",
     ),
+    "not a number": (
+        [{"x": X}, {"x": X}, {"x": torch.where(X[1, 2] == X, torch.nan, X)}],
+        fxc.CalibrationError,
+        "a calibration item isn't finite\n  where item 2, input 'x'\n  why   1 of 8 values are inf or nan\n  do    remove the item",
+    ),
+    "another dtype": (
+        [(X,), (X.double(),)],
+        fxc.CalibrationError,
+        "calibration item 1 doesn't fit: input 'x' doesn't fit\n"
+        "  why   expected float32 [batch, 4], got a float64 tensor of shape [2, 4]: dtype or rank differs\n"
+        "  do    pass the captured form, or compile again with dynamic= naming that axis",
+    ),
+    "another form": (
+        [(X, None), (X, None, True)],
+        fxc.CalibrationError,
+        "calibration item 1 doesn't fit: argument 'flip' was not among the example inputs\n"
+        "  why   the program was captured with flip=False; this call passes True\n"
+        "  do    compile again with flip in example_inputs, or leave it out of the call",
+    ),
     "another width": (
         [(X,), (seeded(2, 5),), (X,)],
         fxc.CalibrationError,
@@ -320,6 +339,71 @@ BAD_FEEDS: dict[str, tuple[Any, type[fxc.FxcError], str]] = {
 @pytest.mark.parametrize(("feed", "kind", "text"), BAD_FEEDS.values(), ids=BAD_FEEDS)
 def test_bad_feeds(feed: Any, kind: type[fxc.FxcError], text: str) -> None:
     assert error(kind, lambda: compiled(Mlp(), (X,), INT8, calibration=feed)) == text
+
+
+def test_a_feed_that_fails_on_the_way() -> None:
+    """Before any pass runs; what the feed raised is the cause."""
+
+    def items() -> Iterator[tuple[Tensor]]:
+        yield (X,)
+        raise FileNotFoundError("image 7")
+
+    with pytest.raises(fxc.CalibrationError) as caught:
+        compiled(Mlp(), (X,), "int8", calibration=items())
+    assert str(caught.value) == (
+        "the calibration feed failed\n  where item 1\n  why   FileNotFoundError: image 7\n  do    mend the feed; try list(feed)"
+    )
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+
+
+LEFT = "  state program as before this pass; 3 finished passes are kept\n"
+PERCENTILE = {"passes": [{"quant.insert": {"range": "percentile:99.99"}}, "quant.finalize"]}
+UNUSABLE: dict[str, tuple[Any, Any, str]] = {
+    "none": (
+        "int8",
+        None,
+        "there is no calibration data\n"
+        "  why   a pass of the recipe measures the model's values on it\n"
+        f"{LEFT}"
+        "  do    pass calibration=[item, ...], items of the form of the example inputs, two or more",
+    ),
+    "constant": (
+        "int8",
+        [(torch.ones(2, 4),)] * 3,
+        "no value changes on the calibration feed\n"
+        "  where <root>  (x)\n"
+        "  why   x is 1 everywhere on the calibration feed; quant.insert can use none of the 1 values it would quantise\n"
+        f"{LEFT}"
+        "  do    pass items that differ from one another, as the model meets them in use",
+    ),
+    "too small": (
+        PERCENTILE,
+        [(seeded(3, 4),), (seeded(2, 4, seed=1),), (X,)],
+        "the calibration feed is too small\n"
+        "  where <root>  (x)\n"
+        "  why   20 values can't tell the 99.99th percentile: it needs 20000\n"
+        f"{LEFT.replace('3', '0')}"
+        "  do    pass more items, or ask quant.insert for a lower percentile, as percentile:99.9",
+    ),
+}
+
+
+@pytest.mark.parametrize(("recipe", "feed", "text"), UNUSABLE.values(), ids=UNUSABLE)
+def test_feeds_a_pass_cannot_use(recipe: Any, feed: Any, text: str) -> None:
+    class OneLayer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    assert error(fxc.CalibrationError, lambda: compiled(OneLayer(4, 3), (X,), recipe, calibration=feed)) == text
+
+
+def test_statistics_beyond_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = api.Statistics
+    monkeypatch.setattr(api, "Statistics", lambda items: right(items, memory=1000))
+    text = error(fxc.CalibrationError, lambda: compiled(Mlp(), (X,), "int8", calibration=[(X,), (-X,)]))
+    assert text.startswith("a statistic doesn't fit into memory\n  where <root>  (x)\n  why   Distribution of [s")
+    assert " takes 32768 bytes, the limit is 1000\n  state program as before" in text
 
 
 # calls that don't fit

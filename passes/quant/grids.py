@@ -42,7 +42,8 @@ def observer_of(method: str) -> Observer:
 
 
 def grid_of(value: fx.Node, seen: Extremes | Histogram, format: Format, method: str, by: str) -> Grid | Reject:
-    """The grid of a value; a Reject where it never changes, or hardly ever. Signed formats are symmetric. by: the pass, for the error of a feed too small."""
+    """The grid of a value; a Reject where it never changes, or hardly ever. Signed formats are symmetric. by: the pass, for the error of a
+    feed too small."""
     lo, hi = float(seen.lo), float(seen.hi)
     if lo >= hi:
         return Reject("{} is {} on the calibration feed", value, f"{lo:g} everywhere" if lo == hi else "empty")

@@ -111,7 +111,9 @@ class Insert(Transform):
         sites = _kept(sites, lambda s: next((g for v in self._values(s, on) if isinstance(g := grids.get(v), Reject)), None), declined)
         weights = self._weights(sites, on, declined)
         covered = {n for m in weights for n in m.places}
-        sites = _kept(sites, lambda s: None if s.family == "product" or s.node in covered else _uncovered(s), declined)
+        sites = _kept(
+            sites, lambda s: None if s.family == "product" or s.node in covered or not self._values(s, on) else _uncovered(s), declined
+        )
         for value, readers in self._readers(sites, on).items():
             self._insert(value, readers, grids.get(value), edit)
         for match in weights:
@@ -142,11 +144,12 @@ class Insert(Transform):
         return None
 
     def _values(self, site: MatmulSite, on: Context) -> list[fx.Node]:
-        """What has to be quantised for a site: its activations, and its result where the kernel gives integers."""
-        kernel = self._kernel(site, on)
-        needs_output = isinstance(kernel, ActivationKernel) and kernel.needs_output
-        values = [*site.activations.values(), *([result_of(site.node)] if needs_output else [])]
-        return [v for v in values if v.target is not DEQUANTIZE]
+        """What has to be quantised for a site: its activations, and its result where the kernel gives integers, unless they are already."""
+        kernel, result = self._kernel(site, on), result_of(site.node)
+        values = [v for v in site.activations.values() if v.target is not DEQUANTIZE]
+        if isinstance(kernel, ActivationKernel) and kernel.needs_output and any(u.target is not QUANTIZE for u in result.users):
+            values.append(result)
+        return values
 
     def _readers(self, sites: Sequence[MatmulSite], on: Context) -> dict[fx.Node, list[fx.Node] | None]:
         """Per value the sites that read it from now on as integers; None, all its readers, for results that are integers anyway."""
