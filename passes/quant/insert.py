@@ -43,6 +43,7 @@ QUANTIZE, DEQUANTIZE = torch.ops.fxc.quantize.default, torch.ops.fxc.dequantize.
 class InsertOptions(Options):
     """weights, embeddings: as in quant.weight_only. activations: "format/tensor" (static) or "format/token" (dynamic); unsigned formats have
     zero points. products: whether both operands of attention products are quantised. range: minmax, mse, entropy or percentile:99.99.
+    storage: whether weights of layers that stay in float are quantised too: only the file gets smaller.
     """
 
     weights: str = "int8/channel"
@@ -50,6 +51,7 @@ class InsertOptions(Options):
     activations: str = "uint8/tensor"
     products: bool = True
     range: str = "minmax"
+    storage: bool = False
 
     @field_validator("activations")
     @classmethod
@@ -125,7 +127,7 @@ class Insert(Transform):
 
     @property
     def _weight_only(self) -> WeightOnly:
-        return WeightOnly(WeightOnlyOptions(weights=self.options.weights, embeddings=self.options.embeddings))
+        return WeightOnly(WeightOnlyOptions(weights=self.options.weights, embeddings=self.options.embeddings, storage=self.options.storage))
 
     def _kernel(self, site: MatmulSite, on: Context) -> ActivationKernel | str:
         return on.target.activation_kernel(site.family, self.options.activations, parse(self.options.weights)[0].name)

@@ -29,12 +29,14 @@ from fxcompress.rewrite import Context, Match, Options, Reject, Rewrite
 class WeightOnlyOptions(Options):
     """weights: "format/granularity", as in int4/group:32, int8/channel, float8_e4m3fn/tensor. embeddings: the same for constants that are
     gathered from, those tied to a head too; left out, they follow `weights`. symmetric: no zero points. range: how each block's range is found.
+    storage: whether weights are quantised too where the target has no kernel for them and computes in float: only the file gets smaller.
     """
 
     weights: str = "int8/channel"
     embeddings: str | None = None
     symmetric: bool = Field(default=True, validate_default=True)
     range: Literal["minmax", "mse"] = "mse"
+    storage: bool = False
 
     @field_validator("weights", "embeddings")
     @classmethod
@@ -100,6 +102,8 @@ class WeightOnly(Rewrite):
     def _no_kernel(self, uses: list[WeightUse], format: Format, block: Block, tensor: Tensor, on: Context) -> str | None:
         if on.target.kernels is not None and tensor.dtype == torch.float64:
             return f"{on.target.name}'s n-bit kernels compute in float32, the weight is float64"
+        if self.options.storage:
+            return None
         size = block[uses[0].contraction]
         group = size if size > 1 else None
         refusals = (on.target.refusal(u.family, format, group, tensor.shape[u.contraction], self.options.symmetric) for u in uses)
