@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -10,7 +11,7 @@ import statistics
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -22,16 +23,18 @@ from torch import nn
 
 from fxcompress import artifact, cached, registry, store
 from fxcompress.backend import Backend, Session
-from fxcompress.calibrate.feed import FlatItems, as_feed
+from fxcompress.calibrate.feed import Feed, FlatItems, as_feed
 from fxcompress.calibrate.statistics import Statistics
 from fxcompress.capture import Dynamic, capture
+from fxcompress.checkpoint import Checkpoint, opened
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
 from fxcompress.generation import generating
 from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight_bytes
 from fxcompress.program import Program, Value
-from fxcompress.recipe import BackendChoice, Recipe, build, check_globs, load_recipe, options_error
+from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, load_recipe, options_error
 from fxcompress.regions import regions
 from fxcompress.report import BackendReport, Change, PassReport, Report, as_tensor
+from fxcompress.rewrite import Pass
 from fxcompress.signature import Inputs, Signature, check_sizes
 from fxcompress.sources import Loaded, resolve
 from fxcompress.verify import audit
@@ -51,6 +54,7 @@ def compile(  # noqa: PLR0913 - the arguments users say
     dynamic: Dynamic = None,
     component: str | None = None,
     threads: int | None = None,
+    checkpoint: str | Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> CompiledModel:
     """Capture the model, run the recipe's passes under their contracts, lower to the backend, check the result there.
@@ -59,51 +63,112 @@ def compile(  # noqa: PLR0913 - the arguments users say
     or a Program from `capture`, which isn't changed and can be compiled again. recipe: a Recipe, mapping, YAML file or shipped name.
     example_inputs: tuple, dict by parameter name, or Inputs; left out, the source's own. calibration: items of the same forms; the last is
     the probe of the contracts. backend: beats the recipe's. check: "each" pass under its contract, "end" only end to end, "off". threads: of
-    the session. progress(name, finished, total): called before each pass. Raises an FxcError; nothing is left half-done.
+    the session. checkpoint: a folder that keeps what is finished; the same call goes on from there and gives the same model. progress(name,
+    finished, total): called before each pass. Raises an FxcError; nothing is left half-done.
     """
-    if check not in get_args(CheckMode):
-        raise RecipeError(f"check={check!r} is unknown", do=f"one of {', '.join(get_args(CheckMode))}")
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise InputError(f"threads={threads!r} is no number of threads", do="pass 1 or more, or None for the runtime's choice")
+    _check_options(check, threads)
     recipe = load_recipe(recipe)
     passes = build(recipe)
     runner = _backend(recipe, backend)
     loaded = None if isinstance(model, Program) else resolve(model, component)
     captured = _captured(loaded, example_inputs, dynamic) if loaded else model
     check_globs(recipe, captured)
-    items = None if calibration is None else FlatItems(as_feed(calibration), captured)
+    feed, steps = None if calibration is None else as_feed(calibration), len(passes) + 1
+    items = None if feed is None else FlatItems(feed, captured)
     statistics = None if items is None else Statistics(items)
-    manager = Manager(captured.copy(), runner.target, captured.example if items is None else items.probe, check, statistics)
-    steps = len(passes) + 1
-    done = manager.run(passes, lambda name, finished, _: progress(name or f"lower to {runner.name}", finished, steps))
-    audit(manager.program)
-    folder, report = _lowered(recipe, runner, captured, manager, done, threads)
-    compiled = CompiledModel(folder, runner, report, threads, manager.program, captured.config, captured.generation_config)
-    weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
+    with _opened(checkpoint, captured, passes, runner, check, feed) as kept:
+        manager = Manager(captured.copy(), runner.target, captured.example if items is None else items.probe, check, statistics)
+        _run(manager, passes, kept, lambda name, finished: progress(name or f"lower to {runner.name}", finished, steps))
+        audit(manager.program)
+        chosen = {"recipe": recipe.model_dump(mode="json"), "backend": _chosen(runner)}
+        made = kept.finished(chosen) if kept else None
+        folder, report, session = _copied(made) if made else _lowered(recipe, runner, captured, manager, threads)
+        configs = captured.config, captured.generation_config
+        compiled = CompiledModel(folder, runner, report, threads, manager.program, *configs, session)
+        weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
+        if kept and not made:
+            kept.finish(chosen, compiled.save)
     progress("", steps, steps)
     return compiled
 
 
-def _lowered(
-    recipe: Recipe, runner: Backend, captured: Program, manager: Manager, done: list[PassReport], threads: int | None
-) -> tuple[Path, Report]:
-    """A temporary folder with the artifact's files, and its report; no folder is left if this fails."""
-    folder = Path(tempfile.mkdtemp(prefix="fxcompress-"))
-    try:
-        runner.write(manager.program, folder)
-        lowered = runner.report(manager.program, folder, manager.probe)
-        shipped = None if manager.check == "off" else lowest_sqnr(manager.reference, runner.open(folder, threads).run(manager.probe))
-        report = _report(recipe, captured, manager, done, lowered, shipped)
-        store.save_graph(manager.program, folder)
+def _check_options(check: str, threads: Any) -> None:
+    if check not in get_args(CheckMode):
+        raise RecipeError(f"check={check!r} is unknown", do=f"one of {', '.join(get_args(CheckMode))}")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads={threads!r} is no number of threads", do="pass 1 or more, or None for the runtime's choice")
+
+
+def _opened(
+    folder: str | Path | None, captured: Program, passes: Sequence[tuple[Step, Pass]], runner: Backend, check: str, feed: Feed | None
+) -> contextlib.AbstractContextManager[Checkpoint | None]:
+    """The checkpoint in the folder, told what this run depends on; nothing without a folder."""
+    if folder is None:
+        return contextlib.nullcontext()
+    run = {
+        "versions": versions(),
+        "check": check,
+        "target": runner.target.model_dump(mode="json"),
+        "feed": feed and feed.digest,
+        "passes": [{s.use: _step_options(s, p)} for s, p in passes],
+    }
+    return opened(folder, run, captured)
+
+
+def _run(manager: Manager, passes: Sequence[tuple[Step, Pass]], kept: Checkpoint | None, progress: Callable[[str, int], None]) -> None:
+    """Run the passes that the checkpoint hasn't finished, and keep the program after each."""
+    if kept and kept.program:
+        manager.program, manager.done = kept.program, list(kept.done)
+    finished = len(manager.done)
+    keep = (lambda: kept.save(manager.program, manager.done)) if kept else lambda: None
+    manager.run(passes[finished:], lambda name, number, _: progress(name, finished + number), keep)
+
+
+def _lowered(recipe: Recipe, runner: Backend, captured: Program, manager: Manager, threads: int | None) -> tuple[Path, Report, Session | None]:
+    """A temporary folder with the artifact's files, its report, and the session that was measured, if one was."""
+    program, session = manager.program, None
+    with _new_folder() as folder:
+        runner.write(program, folder)
+        try:
+            lowered = runner.report(program, folder, manager.probe)
+            session = None if manager.check == "off" else runner.open(folder, threads)
+        except ArtifactError as error:  # the files are there: the runtime refuses the program itself
+            do = 'backend="reference" runs it; or change what it names in the model'
+            raise BackendRefusal(f"{runner.name} can't run the program", why=error.why, do=do) from error
+        shipped = None if session is None else lowest_sqnr(manager.reference, session.run(manager.probe))
+        report = _report(recipe, captured, manager, manager.done, lowered, shipped)
+        store.save_graph(program, folder)
         (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
         (folder / LOCK).write_text(_lock(recipe, runner), encoding="utf-8")
-    except ArtifactError as error:  # nothing was saved yet: the runtime refuses the program itself
-        do = 'backend="reference" runs it; or change what it names in the model'
-        raise BackendRefusal(f"{runner.name} can't run the program", why=error.why, do=do) from error
-    finally:
-        if not (folder / LOCK).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-    return folder, report
+    return folder, report, session
+
+
+def _copied(artifact_folder: Path) -> tuple[Path, Report, None]:
+    """A temporary folder with the files of an artifact, and its report."""
+    report, _, _ = _read(artifact_folder)
+    with _new_folder() as folder:
+        _copy_files(artifact_folder, folder)
+    return folder, report, None
+
+
+@contextlib.contextmanager
+def _new_folder() -> Iterator[Path]:
+    """A temporary folder, gone if the block fails. ArtifactError if it can't be written."""
+    folder = Path(tempfile.mkdtemp(prefix="fxcompress-"))
+    try:
+        yield folder
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            do = "free space, or set TMPDIR to a folder that has it"
+            raise ArtifactError("the lowered program can't be written", where=str(folder), why=str(error), do=do) from error
+        raise
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        if file.name != artifact.MANIFEST:
+            shutil.copy2(file, target / file.name)
 
 
 def _report(
@@ -136,8 +201,8 @@ def load(folder: str | Path, threads: int | None = None) -> CompiledModel:
     """A saved artifact, ready to run. ArtifactError if it is missing, incomplete, altered or from a newer version."""
     path = Path(folder)
     report, choice, manifest = _read(path)
-    configs = [Config(c) if isinstance(c := manifest.get(name), dict) else None for name in ("config", "generation_config")]
-    compiled = CompiledModel(path, _open_backend(choice), report, threads, None, *configs)
+    config, generation = (Config(c) if isinstance(c := manifest.get(name), dict) else None for name in ("config", "generation_config"))
+    compiled = CompiledModel(path, _open_backend(choice), report, threads, None, config, generation)
     _ = compiled.session  # opened now: the files that were checked are the files that run
     return compiled
 
@@ -188,10 +253,11 @@ class CompiledModel:
         program: Program | None = None,
         config: Any = None,
         generation_config: Any = None,
+        session: Session | None = None,
     ) -> None:
         self.folder, self.backend, self.report, self.threads, self.program = folder, backend, report, threads, program
         self.config, self.generation_config = config, generation_config
-        self._session: Session | None = None
+        self._session = session
         self.signature: Signature
         self.inputs: tuple[Value, ...]
         self.signature, self.inputs, self.symbols = store.load_signature(folder) if program is None else _facts(program)
@@ -223,11 +289,8 @@ class CompiledModel:
         """Write the artifact, whole or not at all. ArtifactError if the place can't be written or holds something else."""
         path = Path(folder)
         with artifact.writing(path) as new:
-            for file in self.folder.iterdir():
-                if file.name != artifact.MANIFEST:
-                    shutil.copy2(file, new / file.name)
-            chosen = {"name": self.backend.name, "options": self.backend.options.model_dump(mode="json")}
-            artifact.write_manifest(new, backend=chosen, versions=self.report.versions, **self._plain_configs())
+            _copy_files(self.folder, new)
+            artifact.write_manifest(new, backend=_chosen(self.backend), versions=self.report.versions, **self._plain_configs())
         return path
 
     def _plain_configs(self) -> dict[str, Any]:
@@ -286,7 +349,10 @@ class CompiledModule(nn.Module):
 
 
 def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
-    """Rows about a node, module path or constant of an artifact: which pass touched or declined it, why, and what was measured."""
+    """Rows about a node, module path or constant of an artifact: which pass touched or declined it, why, and what was measured.
+
+    None where no pass did. InputError with the nearest names for a name that neither the model nor a pass ever had.
+    """
     report, _, _ = _read(Path(folder))
     asked = {name, "".join(c if c.isalnum() else "_" for c in name)}  # a constant's node is named after it
     rows: list[dict[str, Any]] = []
@@ -300,6 +366,10 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
             if c.site in sites
         ]
         rows += [{"pass": done.name, "site": d.site, "what": "declined", "why": d.reason} for d in done.declined if asked & {d.site, d.module}]
+    if not rows and not asked & (known := store.load_names(Path(folder))):
+        known |= {n for done in report.passes for c in done.changes for n in _names(c)}
+        do = "fxcompress inspect MODEL lists the module paths"
+        raise InputError(f"the artifact has no {name!r}", where=str(folder), why=nearest(name, known, most=5), do=do)
     return rows
 
 
@@ -367,6 +437,10 @@ def _open_backend(chosen: BackendChoice) -> Backend:
     except ValidationError as error:
         raise options_error(error, f"the options of backend {chosen.name}", kind.Options) from None  # type: ignore[attr-defined]
     return kind(options)
+
+
+def _chosen(runner: Backend) -> dict[str, Any]:
+    return {"name": runner.name, "options": runner.options.model_dump(mode="json")}
 
 
 def _lock(recipe: Recipe, runner: Backend) -> str:

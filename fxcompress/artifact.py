@@ -1,4 +1,8 @@
-"""Artifacts: a folder with a manifest that names every file with size and hash. Written whole or not at all, checked when loaded."""
+"""Artifacts: a folder with a manifest that names every file with size and hash. Written whole or not at all, checked when loaded.
+
+An artifact is written into a hidden folder beside its place, named after the machine and the process that writes it: what a killed process
+left is removed by the next one that saves to that place.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import ctypes
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +35,8 @@ def writing(folder: Path) -> Iterator[Path]:
         target = folder.resolve()
         _refuse_strangers(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        remove_abandoned(target)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-{platform.node()}-{os.getpid()}-", dir=target.parent))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         why = getattr(error, "strerror", None) or str(error)
         raise ArtifactError("the output folder can't be written", where=str(folder), why=why, do="choose another folder") from None
@@ -42,6 +49,27 @@ def writing(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove the hidden folders in which processes of this machine that are gone were writing the target."""
+    pattern = re.compile(rf"\.{re.escape(f'{target.name}-{platform.node()}')}-(\d+)-\w{{8}}")
+    for path in target.parent.iterdir():
+        found = pattern.fullmatch(path.name)
+        if found and not _is_running(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # there, asking would be killing
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _refuse_strangers(folder: Path) -> None:
@@ -84,9 +112,23 @@ def _exchanged(a: Path, b: Path) -> bool:
     return rename is not None and rename(current, os.fsencode(a), current, os.fsencode(b), exchange) == 0
 
 
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all, and onto the disk before it has its name. OSError leaves what was there."""
+    new = path.with_name(f"{path.name}.new")
+    try:
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
 def write_manifest(folder: Path, **facts: Any) -> None:
     """manifest.json: version, the given facts, and size and SHA-256 of every other file of the folder."""
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir()) if p.name != MANIFEST}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(folder.iterdir()) if p.name != MANIFEST}
     text = json.dumps({"version": VERSION, **facts, "files": files}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -153,7 +195,7 @@ def _check_file(path: Path, entry: dict[str, Any]) -> None:
             why=f"{size} bytes, {entry['bytes']} when saved",
             do="copy the whole folder again",
         )
-    if _sha256(path) != entry["sha256"]:
+    if sha256_of(path) != entry["sha256"]:
         raise ArtifactError(
             "the artifact was altered",
             where=str(path),
@@ -162,6 +204,6 @@ def _check_file(path: Path, entry: dict[str, Any]) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

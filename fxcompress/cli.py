@@ -46,6 +46,7 @@ def compile(
     component: Component = None,
     check: Annotated[str, typer.Option(help="each, end or off")] = "each",
     example: Example = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="folder that keeps what is finished; the same command goes on from there")] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model with a recipe and save the artifact."""
@@ -55,7 +56,8 @@ def compile(
         raise typer.BadParameter(f"{check!r} is none of each, end, off", param_hint="--check")
     with failing(as_json), bar() as progress:
         inputs = example_inputs(example) if example else None
-        compiled = api.compile(model, recipe, inputs, backend=backend, component=component, check=check, progress=progress)  # type: ignore[arg-type]
+        options = {"backend": backend, "component": component, "check": check, "checkpoint": checkpoint, "progress": progress}
+        compiled = api.compile(model, recipe, inputs, **options)  # type: ignore[arg-type]
         compiled.save(output)
     report = compiled.report
     show(report.model_dump(mode="json"), as_json, lambda: [summary(report, str(output)), *declines(report)])
@@ -247,10 +249,10 @@ def failing(as_json: bool) -> Iterator[None]:
             }
             sys.stdout.write(json.dumps(fields, indent=1) + "\n")
         else:
-            err.print(f"{type(error).__name__}: {error}", markup=False, soft_wrap=True)
+            err.print("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]), markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        err.print("stopped; nothing was written")
+    except KeyboardInterrupt as error:
+        err.print(f"stopped; {'; '.join(getattr(error, '__notes__', ['nothing was written']))}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LISTED = 30  # names in a sentence
+
 
 class FxcError(Exception):
     """Base of all errors a user can cause or must act on. `what`, `where`, `why`, `state`, `do` stay readable as attributes."""
@@ -61,13 +63,13 @@ class ArtifactError(FxcError):
     """A saved artifact or checkpoint that is missing, altered, truncated, unsafe or from another version."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence for an unknown name: the nearest known one if any is near, else all of them."""
+def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
+    """A sentence for an unknown name: the nearest known ones if any is near, else all of them, or the first where they are many."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(names)}" if names else "none is known"
+    if close := difflib.get_close_matches(name, names, n=most, cutoff=0.6):
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    listed = ", ".join(names[:LISTED]) + (f", … ({len(names)} in all)" if len(names) > LISTED else "")
+    return f"known: {listed}" if names else "none is known"
 
 
 def _indented(text: str) -> str:

@@ -47,11 +47,15 @@ class Manager:
         self.reference = run(program, self.probe) if check != "off" else []  # what the end-to-end figures compare with
         self.done: list[PassReport] = []
 
-    def run(self, passes: Sequence[tuple[Step, Pass]], progress: Progress = lambda *_: None) -> list[PassReport]:
-        """Run all passes. On an error the program is as after the last finished pass, and the error says how many finished."""
+    def run(
+        self, passes: Sequence[tuple[Step, Pass]], progress: Progress = lambda *_: None, keep: Callable[[], None] = lambda: None
+    ) -> list[PassReport]:
+        """Run all passes; keep() is called after each. On an error the program is as after the last finished pass, and the error says how many
+        finished."""
         for number, (step, item) in enumerate(passes):
             progress(item.name, number, len(passes))
             self.done.append(self._step(step, item))
+            keep()
         progress("", len(passes), len(passes))
         return self.done
 

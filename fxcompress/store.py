@@ -37,8 +37,14 @@ OUTPUT_LIBRARIES = ("transformers.", "diffusers.")
 
 
 def save_graph(program: Program, folder: Path) -> None:
-    """Write the program without its constants' values."""
-    data = {
+    """Write the program without its constants' values. OSError if that fails."""
+    (folder / GRAPH).write_text(json.dumps(program_to_json(program), indent=0), encoding="utf-8")
+    _save_tensors({str(i): t for i, t in enumerate(program.example)}, folder / EXAMPLE)
+
+
+def program_to_json(program: Program) -> dict[str, Any]:
+    """The program without its example and its constants' values as plain data."""
+    return {
         "nodes": [_node(n) for n in program.graph.nodes],
         "inputs": [_value(v) for v in program.inputs],
         "outputs": [_value(v) for v in program.outputs],
@@ -49,8 +55,6 @@ def save_graph(program: Program, folder: Path) -> None:
         "constants": {k: [str(t.dtype).removeprefix("torch."), list(t.shape)] for k, t in program.constants.items()},
         "signature": signature_to_json(program.signature),
     }
-    (folder / GRAPH).write_text(json.dumps(data, indent=0), encoding="utf-8")
-    _save_tensors({str(i): t for i, t in enumerate(program.example)}, folder / EXAMPLE)
 
 
 def save_program(program: Program, folder: Path) -> None:
@@ -64,7 +68,7 @@ def load_program(folder: Path) -> Program:
     try:
         data = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
         constants = load_file(folder / CONSTANTS)
-        program = _program(data, constants)
+        program = program_from_json(data, constants)
         verify(program)
         return program
     except (*UNREADABLE, VerifierError) as error:
@@ -92,18 +96,31 @@ def load_signature(folder: Path) -> tuple[Signature, tuple[Value, ...], dict[str
         raise ArtifactError("the stored signature can't be read", where=str(folder), why=f"{type(error).__name__}: {error}") from error
 
 
+def load_names(folder: Path) -> set[str]:
+    """Names of the nodes, module paths and constants of a stored program."""
+    try:
+        data = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
+        return {*data["classes"], *data["constants"], *(name for node in data["nodes"] for name in (node["name"], *node["module"]))}
+    except UNREADABLE as error:
+        raise ArtifactError("the stored program can't be read", where=str(folder), why=f"{type(error).__name__}: {error}") from error
+
+
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """safetensors refuses shared memory: a tensor that is a view of another's storage is written as a copy."""
+    """safetensors refuses shared memory: a tensor that is a view of another's storage is written as a copy. OSError if the file can't be."""
     seen: set[int] = set()
     alone = {}
     for name, tensor in tensors.items():
         pointer = tensor.untyped_storage().data_ptr()
         alone[name] = (tensor.clone() if pointer in seen else tensor).contiguous()
         seen.add(pointer)
-    save_file(alone, path)
+    try:
+        save_file(alone, path)
+    except SafetensorError as error:  # its way to say that a disk is full
+        raise OSError(str(error)) from error
 
 
-def _program(data: dict[str, Any], constants: dict[str, Tensor]) -> Program:
+def program_from_json(data: dict[str, Any], constants: dict[str, Tensor]) -> Program:
+    """The inverse, without fake values. Raises one of UNREADABLE for what isn't of that form."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for item in data["nodes"]:

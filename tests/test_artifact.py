@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -395,6 +396,7 @@ def test_a_crash_while_replacing(step: Step, old: fxc.CompiledModel, new: fxc.Co
     no_artifact_among(hidden(out))
     new.save(out)
     assert state(out, old=old, new=new) == "new"
+    assert list(hidden(out)) == [], "what the crash left is gone"
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -407,6 +409,7 @@ def test_a_crash_while_writing_the_first(step: Step, new: fxc.CompiledModel, tmp
     no_artifact_among(hidden(out))
     new.save(out)
     assert state(out, new=new) == "new"
+    assert list(hidden(out)) == [], "what the crash left is gone"
 
 
 @pytest.mark.parametrize("call", [1, 2])
@@ -419,6 +422,40 @@ def test_a_crash_while_replacing_in_two_steps(
     assert crash((Path, "replace", after), lambda: new.save(out), call) == 7
     expected = {(1, False): "old", (1, True): "no artifact there", (2, False): "no artifact there", (2, True): "new"}
     assert state(out, old=old, new=new) == expected[call, after]
+
+
+def dead_process() -> int:
+    """The number of a process that has ended."""
+    if (pid := os.fork()) == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return pid
+
+
+def test_only_what_dead_processes_of_this_machine_left_is_removed(new: fxc.CompiledModel, tmp_path: Path) -> None:
+    host, dead, end = platform.node(), dead_process(), "abcd_123"
+    gone = [f".out-{host}-{dead}-{end}", f".out-{host}-{10**30}-{end}"]
+    others = {
+        "of a process that runs": f".out-{host}-{os.getpid()}-{end}",
+        "of the first process": f".out-{host}-1-{end}",
+        "of another machine": f".out-{host}x-{dead}-{end}",
+        "of another artifact": f".out-{host}-{dead}-{host}-{dead}-{end}",
+        "of another one": f".outer-{host}-{dead}-{end}",
+        "with another end": f".out-{host}-{dead}-{end}.keep",
+        "an old artifact between two renames": f".out-old-{end}",
+        "not hidden": f"out-{host}-{dead}-{end}",
+    }
+    for name in (*gone, *others.values()):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.bin").write_bytes(b"half")
+    new.save(tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", *others.values()}
+
+
+def test_asking_for_a_process_does_not_end_it() -> None:
+    assert artifact._is_running(os.getpid())
+    assert artifact._is_running(1)
+    assert not artifact._is_running(dead_process())
 
 
 def hidden(out: Path) -> Iterator[Path]:

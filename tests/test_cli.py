@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import fxcompress as fxc
 from fxcompress import cli, registry
-from fxcompress.passes.quant import weight_only
+from fxcompress.passes.quant import finalize, weight_only
 from fxcompress.recipe import shipped
 
 MODELS = '''
@@ -287,6 +287,11 @@ def test_explain(out: Path) -> None:
     assert as_json("explain", "out", "relu")["found"] == []
 
 
+def test_explain_an_unknown_name(out: Path) -> None:
+    assert as_json("explain", "out", "fc12", code=1)["why"].startswith("did you mean 'fc2' or 'fc1'")
+    assert text("explain", "out", "fc12", code=1).startswith("InputError: the artifact has no 'fc12'\n")
+
+
 def test_bench(out: Path) -> None:
     facts = as_json("bench", "out", "--runs", 2, "--threads", 1)
     assert (facts["runs"], facts["threads"], facts["inputs"]) == (2, 1, {"x": [2, 8]})
@@ -323,6 +328,36 @@ def test_ctrl_c_in_a_pass(as_text: bool, place: Path, monkeypatch: pytest.Monkey
     assert result.exit_code == 130
     assert result.stderr.endswith("stopped; nothing was written\n")
     assert set(place.iterdir()) - {place / "__pycache__"} == before
+
+
+def test_ctrl_c_leaves_a_checkpoint(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what is kept; the same command goes on from there, and another recipe is refused."""
+    command = ["compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out", "--checkpoint", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(finalize.Finalize, "apply", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        result = call(*command)
+    assert (result.exit_code, result.stderr) == (130, "stopped; 1 finished pass is kept in run; the same call goes on from there\n")
+    assert not (place / "out").exists()
+    (place / "mine.yaml").write_text(RECIPE.replace("int8", "int4"))
+    refused = as_json(*command, code=1)
+    assert (refused["what"], refused["where"]) == ("the checkpoint is of another run", "run")
+    assert refused["why"].splitlines()[1] == "pass 1, quant.weight_only.weights: int4/channel, was int8/channel"
+    (place / "mine.yaml").write_text(RECIPE)
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_only.WeightOnly, "apply", lambda *_: pytest.fail("a finished pass ran again"))
+        assert [p["fired"] for p in as_json(*command)["passes"]] == [1, 1]
+
+
+def test_an_error_says_what_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise fxc.BackendRefusal("planted")
+
+    monkeypatch.setattr(finalize.Finalize, "apply", fail)
+    said = text("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out", "--checkpoint", "run", code=1)
+    assert said == (
+        "BackendRefusal: planted\n  state program as before this pass; 1 finished passes are kept\n"
+        "1 finished pass is kept in run; the same call goes on from there\n"
+    )
 
 
 SLOW = """
