@@ -164,7 +164,10 @@ def test_refuses(tail: Callable[..., Any], reason: str) -> None:
 def test_refuses_a_tied_head_if_no_layer_may_be_added() -> None:
     before = function(TIED["gain"], IDS, e=E, w=W1, g=G, dynamic=False)
     _, report = run(before, turning(keep_tied=False))
-    assert (report.fired, declined(report)) == (0, [("rms_norm", "rms_norm_1 scales the channels by different gains, g")])
+    assert (report.fired, declined(report)) == (
+        0,
+        [("rms_norm", "rms_norm_1 scales the channels by different gains, g, and linear_1 can't take it: its weight e is the embedding's too")],
+    )
 
 
 def test_a_second_run_is_refused_by_order_and_exact_all_the_same() -> None:
