@@ -34,6 +34,7 @@ aten = torch.ops.aten
 ADDS = (aten.add.Tensor,)
 PRODUCTS: tuple[Any, ...] = (aten.matmul.default, aten.bmm.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+TURNED = "turned"  # a fact about values; what has turned once stays, whatever the seed
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
@@ -52,7 +53,7 @@ class Residual(Transform):
     contract = Exact()
     Options = ResidualOptions
     gives = frozenset({"rotated"})
-    excludes = frozenset({"rotated", "quantised"})
+    excludes = frozenset({"quantised"})
 
     def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
         """One site per stream, at its first norm; two more for a tied head; one per attention."""
@@ -99,6 +100,7 @@ def free_tied_heads(program: Program, edit: Edit) -> bool:
 def _turn(plan: Plan, site: fx.Node, edit: Edit, declined: dict[str, Reject], seed: int) -> None:
     if plan.is_whole:
         plan.apply(edit, rotations(plan, seed), f"turned in {plan.blocks.max() + 1} blocks", at=site)
+        edit.mark(plan.values, TURNED)
     else:
         declined[site.name] = _refused(plan)
 
@@ -128,7 +130,7 @@ def _streams(on: Context) -> list[tuple[Norm, Plan]]:
     """Per residual stream its first norm and how the stream may turn. A plan knows every value of its stream."""
     engine, seen, found = Transport(on.program), set[fx.Node](), []
     for norm in norms(on.program):
-        if norm.x not in seen and _is_residual(norm.x) and on.admits(norm.node):
+        if norm.x not in seen and TURNED not in norm.x.meta and _is_residual(norm.x) and on.admits(norm.node):
             plan = engine.solve(Kind.ROTATE, Seed(norm.x))
             seen.update(plan.values)
             found.append((norm, plan))
@@ -140,7 +142,7 @@ def _values(on: Context) -> Iterator[tuple[fx.Node, Plan]]:
     engine, seen = Transport(on.program), set[fx.Node]()
     for node in list(on.program.graph.nodes):
         value = _value_of(node)
-        if value is not None and value not in seen and on.admits(node):
+        if value is not None and value not in seen and TURNED not in value.meta and on.admits(node):
             rank = value.meta["val"].dim()
             plan = engine.solve(Kind.ROTATE, Seed(value, (*range(1, rank - 2), rank - 1)))
             seen.update(plan.values)
