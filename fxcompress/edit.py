@@ -145,6 +145,13 @@ class Edit:
         if isinstance(meta.get("val"), Tensor):
             node.meta = {**meta, "val": meta["val"].new_empty(shape)}
 
+    def mark(self, nodes: Iterable[fx.Node], fact: str) -> None:
+        """Note a fact about values for later passes, in their meta; it isn't stored."""
+        for node in nodes:
+            meta = node.meta
+            self._undo.append(lambda n=node, m=meta: setattr(n, "meta", m))  # type: ignore[misc]
+            node.meta = {**meta, fact: True}
+
     def erase(self, node: fx.Node) -> None:
         """Journal that a node goes which nobody reads, or only nodes erased before it; `commit` removes it."""
         if readers := [u for u in node.users if u not in self._erased]:

@@ -14,6 +14,7 @@ from fxcompress.program import Program
 
 aten = torch.ops.aten
 WHOLE = (aten.layer_norm.default, aten.rms_norm.default)
+TURNS = (aten.t.default, aten.transpose.int, aten.permute.default)
 CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
 
 
@@ -38,6 +39,14 @@ def norms(program: Program) -> Iterator[Norm]:
             yield from (Norm(u, x, g) for u, g in gained)
             if not gained:
                 yield Norm(node, x, None)
+
+
+def tied_heads(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(head, table) per layer whose weight is an embedding's table too, perhaps transposed."""
+    for leaf in program.graph.find_nodes(op="get_attr"):
+        readers = [r for u in leaf.users for r in (u.users if u.target in TURNS else (u,))]
+        if any(r.target is aten.embedding.default for r in readers):
+            yield from ((r, leaf) for r in readers if r.target in (aten.linear.default, aten.matmul.default, aten.mm.default))
 
 
 def _normed(node: fx.Node) -> fx.Node | None:

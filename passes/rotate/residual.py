@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from fxcompress.contract import Exact
 from fxcompress.edit import Edit
 from fxcompress.numerics.hadamard import mean_keeping, randomised_hadamard
-from fxcompress.passes.norms import CASTS, Norm, norms
+from fxcompress.passes.norms import CASTS, Norm, norms, tied_heads
 from fxcompress.passes.tidy.fold_norm_gain import fold_gain, is_gain_free
 from fxcompress.program import Program
 from fxcompress.rewrite import Context, Options, Reject, Transform
@@ -34,6 +34,7 @@ aten = torch.ops.aten
 ADDS = (aten.add.Tensor,)
 PRODUCTS: tuple[Any, ...] = (aten.matmul.default, aten.bmm.default)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+TURNED = "turned"  # a fact about values; what has turned once stays, whatever the seed
 ATTENTION = aten.scaled_dot_product_attention.default
 
 
@@ -52,7 +53,7 @@ class Residual(Transform):
     contract = Exact()
     Options = ResidualOptions
     gives = frozenset({"rotated"})
-    excludes = frozenset({"rotated", "quantised"})
+    excludes = frozenset({"quantised"})
 
     def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
         """One site per stream, at its first norm; two more for a tied head; one per attention."""
@@ -82,8 +83,8 @@ def rotations(plan: Plan, seed: int) -> dict[int, Tensor]:
 
 def free_tied_heads(program: Program, edit: Edit) -> bool:
     """Put a layer before every head whose weight is an embedding's; the gain of its norm goes into it. Returns whether there is such a head."""
-    heads = list(_tied_heads(program))
-    for head in heads:
+    heads = list(tied_heads(program))
+    for head, _ in heads:
         x = head.args[0]
         assert isinstance(x, fx.Node)
         with edit.site(head, "a layer before the tied head"):
@@ -96,18 +97,28 @@ def free_tied_heads(program: Program, edit: Edit) -> bool:
     return bool(heads)
 
 
-def _tied_heads(program: Program) -> Iterator[fx.Node]:
-    """Linear layers whose weight is also an embedding's."""
-    for leaf in program.graph.find_nodes(op="get_attr"):
-        if any(u.target is aten.embedding.default for u in leaf.users):
-            yield from (u for u in leaf.users if u.target is aten.linear.default and u.args[1] is leaf)
-
-
 def _turn(plan: Plan, site: fx.Node, edit: Edit, declined: dict[str, Reject], seed: int) -> None:
     if plan.is_whole:
         plan.apply(edit, rotations(plan, seed), f"turned in {plan.blocks.max() + 1} blocks", at=site)
+        edit.mark(plan.values, TURNED)
     else:
-        declined[site.name] = Reject("{}", plan.reason())
+        declined[site.name] = _refused(plan)
+
+
+def _refused(plan: Plan) -> Reject:
+    """Why a stream stays; a gain that a tied head keeps from being folded is told as such."""
+    stop = next(iter(plan.pinned))
+    for head, table in tied_heads(plan.facts.program):
+        if _source(head.args[0]) is _source(stop.node):
+            return Reject("{}, and {} can't take it: its weight {} is the embedding's too", stop.reason, head, table)
+    return Reject("{}", stop.reason)
+
+
+def _source(value: Any) -> Any:
+    """What a value is, without the views and casts of it."""
+    while isinstance(value, fx.Node) and value.op == "call_function" and len(value.all_input_nodes) == 1:
+        value = value.all_input_nodes[0]
+    return value
 
 
 def _stuck(streams: list[tuple[Norm, Plan]]) -> int:
@@ -119,7 +130,7 @@ def _streams(on: Context) -> list[tuple[Norm, Plan]]:
     """Per residual stream its first norm and how the stream may turn. A plan knows every value of its stream."""
     engine, seen, found = Transport(on.program), set[fx.Node](), []
     for norm in norms(on.program):
-        if norm.x not in seen and _is_residual(norm.x) and on.admits(norm.node):
+        if norm.x not in seen and TURNED not in norm.x.meta and _is_residual(norm.x) and on.admits(norm.node):
             plan = engine.solve(Kind.ROTATE, Seed(norm.x))
             seen.update(plan.values)
             found.append((norm, plan))
@@ -131,7 +142,7 @@ def _values(on: Context) -> Iterator[tuple[fx.Node, Plan]]:
     engine, seen = Transport(on.program), set[fx.Node]()
     for node in list(on.program.graph.nodes):
         value = _value_of(node)
-        if value is not None and value not in seen and on.admits(node):
+        if value is not None and value not in seen and TURNED not in value.meta and on.admits(node):
             rank = value.meta["val"].dim()
             plan = engine.solve(Kind.ROTATE, Seed(value, (*range(1, rank - 2), rank - 1)))
             seen.update(plan.values)

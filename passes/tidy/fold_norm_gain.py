@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fxcompress.contract import Exact
 from fxcompress.edit import Edit
-from fxcompress.passes.norms import Norm, norms
+from fxcompress.passes.norms import Norm, norms, tied_heads
 from fxcompress.program import Program
 from fxcompress.rewrite import Context, Options, Reject, Transform
 from fxcompress.transport import Kind, Plan, Seed, Transport
@@ -75,11 +75,17 @@ def fold_gain(engine: Transport, norm: Norm, edit: Edit) -> Reject | None:
     solved = [(engine.solve(kind, Seed(norm.gain, tuple(range(gain.dim())), power=-1)), plans[kind]) for kind in wanted]
     for plan, part in solved:
         if reason := refusal(plan, norm.gain, part):
-            return Reject("{}", reason)
+            return tied_reject(edit.program, plan, reason) or Reject("{}", reason)
     for number, (plan, part) in enumerate(solved):
         last = {norm.gain: torch.ones_like(gain)} if number == len(solved) - 1 else {}
         plan.apply(edit, factors(plan, norm.gain, part), "gain folded into readers", last, at=norm.node)
     return None
+
+
+def tied_reject(program: Program, plan: Plan, reason: str) -> Reject | None:
+    """The refusal of a plan that a head carried back into the embedding's table; None for any other."""
+    head, table = next((pair for pair in tied_heads(program) if pair[1] in plan.leaves and pair[0].args[0] in plan.values), (None, None))
+    return Reject("{} is tied, its weight {} is the embedding's too, and so {}", head, table, reason) if head else None
 
 
 def fold_beta(engine: Transport, norm: Norm, edit: Edit) -> Reject | None:

@@ -90,6 +90,13 @@ def rope(x: Tensor, turn: Callable[[Tensor], Tensor] = half) -> Tensor:
     return x * pairs.cos() + turn(x) * pairs.sin()
 
 
+def turned(x: Tensor) -> Tensor:
+    """Adjacent pairs as complex numbers."""
+    angles = torch.arange(x.shape[2], dtype=F64)[:, None] * torch.tensor([1.0, 0.5, 0.2, 0.1], dtype=F64)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
 def partly(x: Tensor) -> Tensor:
     """Half of a head's channels rotated."""
     return torch.cat([rope(x[..., :4]), x[..., 4:]], -1)
@@ -194,6 +201,7 @@ SITUATIONS: dict[str, tuple[Callable[..., Any], int | None, int | None]] = {  # 
     "relative positions of k": (attended(lambda q, k, v, w, x: plainly(scores(q, k) + torch.einsum("bhkd,qd->bhqk", k, w.t), v)), SIZE, None),
     "rotary half": (attended(lambda q, k, v, w, x: plainly(scores(rope(q), rope(k)), v)), PAIRS, None),
     "rotary adjacent": (attended(lambda q, k, v, w, x: plainly(scores(rope(q, adjacent), rope(k, adjacent)), v)), PAIRS, None),
+    "rotary complex": (attended(lambda q, k, v, w, x: plainly(scores(turned(q), turned(k)), v)), PAIRS, None),
     "rotary in part": (attended(lambda q, k, v, w, x: plainly(scores(partly(q), partly(k)), v)), HEADS * 6, HEADS * 4),
     "rms before": (attended(lambda q, k, v, w, x: plainly(scores(rms(q) * w.g, rms(k) * w.g), v)), FULL, None),
     "rms after": (normed(lambda x, w: rms(x) * w.g), FULL, None),
@@ -236,6 +244,7 @@ REFUSED: dict[tuple[str, Kind], tuple[str, str]] = {  # the op that stops, and w
     ("relative positions of k", Kind.SHIFT): ("einsum", "einsum: a shift of clone times t varies with it"),
     ("rotary half", Kind.SHIFT): ("mul_4", "mul_4: a shift times a factor that isn't one number would vary with it"),
     ("rotary adjacent", Kind.SHIFT): ("mul_4", "mul_4: a shift times a factor that isn't one number would vary with it"),
+    ("rotary complex", Kind.SHIFT): ("view_as_complex_1", "view_as_complex_1 pairs real numbers into complex ones"),
     ("rms before", Kind.SHIFT): ("pow_2", "pow_2 doesn't commute with a shift"),
     ("rms after", Kind.SHIFT): ("mul_3", "mul_3: a shift times a factor that isn't one number would vary with it"),
     ("layer norm before", Kind.SIGN): ("layer_norm_1", "the statistics of layer_norm_1 would change"),

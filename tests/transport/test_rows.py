@@ -140,6 +140,10 @@ ROWS: dict[str, Row] = {
     "bmm": Row(aten.bmm.default, rand(2, 3, 4), rand(2, 4, 5), lands="scale sign permute rotate remove"),
     "outer": Row(aten.outer.default, rand(3), rand(4), lands="scale sign permute rotate remove"),
     "einsum": Row(aten.einsum.default, "bhqc,rkc->bhqrk", [rand(2, 2, 3, 4), rand(3, 5, 4)], lands="scale sign permute rotate remove"),
+    "einsum ellipsis": Row(
+        aten.einsum.default, "...qc,...kc->...qk", [rand(2, 2, 3, 4), rand(2, 5, 4)], lands="scale sign permute rotate remove"
+    ),
+    "einsum of three": Row(aten.einsum.default, "ac,bc,dc->abd", [rand(3, 4), rand(2, 4), rand(5, 4)], lands=""),
     "einsum of one": Row(aten.einsum.default, "nhwc->nchw", [rand(2, 3, 3, 4)], lands=EVERY),
     "conv2d": Row(aten.conv2d.default, IMAGE, rand(6, 4, 3, 3), rand(6), constants=(1, 2), lands=EVERY),
     "conv2d padded": Row(aten.conv2d.default, IMAGE, rand(6, 4, 3, 3), rand(6), [1, 1], [1, 1], constants=(1, 2), lands=EVERY),
@@ -175,6 +179,12 @@ ROWS: dict[str, Row] = {
         enable_gqa=True,
         lands=EVERY,
     ),
+    "topk": Row(aten.topk.default, X, 2, -1, lands="scale shift permute remove"),
+    "sort": Row(aten.sort.default, X, 1, lands="scale shift permute remove"),
+    "max of axis": Row(aten.max.dim, X, 1, lands="scale shift permute remove"),
+    "amax": Row(aten.amax.default, X, [-1], True, lands="scale shift permute remove"),
+    "gather": Row(aten.gather.default, X, 1, torch.tensor([[2, 0]] * 2)[..., None].repeat(1, 1, 4), lands="scale sign shift permute remove"),
+    "index_add": Row(aten.index_add.default, rand(5, 4), 0, torch.tensor([0, 2]), rand(2, 4, seed=1), lands="scale sign permute rotate remove"),
     "softmax": Row(aten.softmax.int, X, -1, lands="shift permute remove"),
     "mean": Row(aten.mean.dim, X, [-1], True, lands="scale sign shift permute rotate remove"),
     "sum": Row(aten.sum.dim_IntList, X, [1], lands="scale sign shift permute rotate remove"),

@@ -7,6 +7,7 @@ A change of a summed letter is undone by the other operand; one of a free letter
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -375,19 +376,32 @@ def _padding(node: fx.Node, given: Mapping[str, Any], transposed: bool) -> str:
 
 def einsum_product(s: Solver, node: fx.Node) -> Product | None:
     """Two operands by their equation; None for any other number."""
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    equation, operands = _spelled(s, node), node.args[1]
     assert isinstance(operands, list | tuple)
     terms, _, result = equation.partition("->")
     parts = terms.split(",")
-    if len(parts) != 2 or "." in equation or not _ or any(len(set(p)) != len(p) for p in (*parts, result)):
+    if len(parts) != 2 or not _ or any(len(set(p)) != len(p) for p in (*parts, result)):
         return None
     a, b = (Port(x, tuple(p)) for x, p in zip(operands, parts, strict=True))
     return Product(node, a, b, Port(node, tuple(result)))
 
 
+def _spelled(s: Solver, node: fx.Node) -> str:
+    """The equation with a letter for every axis that `...` stands for."""
+    equation = str(node.args[0]).replace(" ", "")
+    terms, arrow, result = equation.partition("->")
+    free = "".join(x for x in string.ascii_letters if x not in equation)
+    if "..." not in equation or not arrow:
+        return equation
+    operands: Any = node.args[1]
+    counts = [len(s.shape(x)) - len(part.replace(".", "")) for x, part in zip(operands, terms.split(","), strict=True)]
+    parts = [part.replace("...", free[:count][::-1]) for part, count in zip(terms.split(","), counts, strict=True)]
+    return f"{','.join(parts)}->{result.replace('...', free[: max(counts)][::-1])}"
+
+
 def einsum(s: Solver, node: fx.Node) -> None:
     """Two operands: a product. One: its axes in another order, if none is summed."""
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    equation, operands = _spelled(s, node), node.args[1]
     assert isinstance(operands, list | tuple)
     terms, arrow, result = equation.partition("->")
     if len(operands) == 1 and arrow and sorted(terms) == sorted(result) and len(set(terms)) == len(terms):

@@ -151,6 +151,71 @@ def _pooled_wrong(s: Solver, node: fx.Node) -> str:
     return "counts zeros from outside the image" if s.kind == Kind.SHIFT and "avg_pool" in name and counted else ""
 
 
+def ordered(s: Solver, node: fx.Node) -> None:
+    """The greatest (least) along an axis, some or all, in order, with their places. What moves a whole row keeps its order."""
+    x: Any = node.args[0]
+    axis = s.args(node)["dim"] % len(s.shape(x))
+    results = outputs(node)
+    if s.kind in (Kind.SIGN, Kind.ROTATE) or _varies(s, [x], axis):
+        return s.stop_all(node, [x, *results.values()], f"{node.name} orders the channels, which a {s.kind} would change")
+    for number, result in results.items():
+        kept = len(s.shape(result)) == len(s.shape(x))
+        for label in s.labels(x) if number == 0 or s.kind.is_mixing else ():
+            s.put(result, label.index if kept else label.index.squeeze(axis), label.power)
+        for label in s.labels(result):
+            index = label.index if kept else np.expand_dims(label.index, axis)
+            if axis in label.slot and kept:
+                s.stop(node, label.index, f"{node.name} orders the channels, which a {s.kind} would change")
+            else:
+                s.put(x, index, label.power)
+    return None
+
+
+def greatest(s: Solver, node: fx.Node) -> None:
+    """The greatest or least value over axes."""
+    if s.kind in (Kind.SIGN, Kind.ROTATE):
+        return s.stop_all(node, [node.args[0], node], f"{node.name} takes the greatest value, which a {s.kind} would change")
+    return _averaged(s, node, node)
+
+
+def gather(s: Solver, node: fx.Node) -> None:
+    """x at computed places along one axis: along it one parameter acts everywhere; the other axes keep theirs."""
+    given = s.args(node)
+    x, places = given["self"], given["index"]
+    axis, sizes = given["dim"] % len(s.shape(x)), (s.shape(x), s.shape(places))
+    if any(m != n for a, (m, n) in enumerate(zip(*sizes, strict=True)) if a != axis):
+        return s.stop_all(node, [x, places, node], f"{node.name} reads a part of the other axes")
+    for port, other in ((x, node), (node, x)):
+        for label in s.labels(port):
+            index = s.coarsen(label.index, [axis])
+            s.put(port, index, label.power)
+            s.put(other, index, label.power)
+            if index.size == 1:
+                continue
+            if s.kind == Kind.ROTATE and not s.is_flat_in_rows((node, port), places, index):
+                s.stop(node, index, f"{node.name} reads another place for every channel")
+            elif s.kind in (Kind.PERMUTE, Kind.REMOVE) and not s.is_unmoved((node, port), places, index):
+                s.put(places, index, label.power)
+    for label in s.labels(places):
+        s.put(node, s.coarsen(label.index, [axis]), label.power)
+    return None
+
+
+def index_add(s: Solver, node: fx.Node) -> None:
+    """Rows of one value added to computed rows of another: along that axis one parameter acts everywhere."""
+    given = s.args(node)
+    ports = [given["self"], given["source"], node]
+    axis = given["dim"] % len(s.shape(node))
+    if s.kind == Kind.SHIFT:
+        return s.stop_all(node, ports, f"{node.name} adds up shifts")
+    for port in ports:
+        for label in s.labels(port):
+            index = s.coarsen(label.index, [axis])
+            for other in ports:
+                s.put(other, index, label.power)
+    return None
+
+
 def cumulated(s: Solver, node: fx.Node) -> None:
     """Running sums: channels may not lie along their axis."""
     x: Any = node.args[0]
@@ -230,6 +295,10 @@ TABLE: Mapping[Any, Any] = {
     **dict.fromkeys((aten.softmax.int, aten._softmax.default, aten.log_softmax.int), softmax),
     **dict.fromkeys(POOLS, pool),
     aten.cumsum.default: cumulated,
+    **dict.fromkeys((aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim), ordered),
+    **dict.fromkeys((aten.amax.default, aten.amin.default), greatest),
+    aten.gather.default: gather,
+    aten.index_add.default: index_add,
     aten.index.Tensor: index,
     aten.index_put.default: index_put,
     aten.embedding.default: embedding,
