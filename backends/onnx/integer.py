@@ -24,7 +24,7 @@ from torch import Tensor
 from fxcompress.backends.onnx.blocks import Matrix, matrix_of
 from fxcompress.backends.onnx.build import CONTRIB, Builder
 from fxcompress.backends.onnx.exported import FX_INDEX, leaf_name
-from fxcompress.backends.onnx.outline import Leaf, Outline
+from fxcompress.backends.onnx.outline import Leaf, Outline, arguments
 from fxcompress.backends.onnx.views import Read, factor, integer, rank, read_of, tensor_of
 from fxcompress.numerics.affine import quantize
 from fxcompress.numerics.formats import format_of
@@ -215,9 +215,11 @@ class Legaliser:
 
     def _int32_bias(self, node: ir.Node, x: Codes, scale: Tensor) -> ir.Value | None:
         """The bias in units of s_x s_W; a bias of zeros is none."""
-        given = node.inputs[2] if len(node.inputs) > 2 else None
-        leaf = self.leaves.get(given.name) if given is not None else None
-        if given is None or (leaf is not None and leaf.quantised is None and not self.constants[leaf.name].any()):
+        index = node.metadata_props.get(FX_INDEX)
+        if index is not None and arguments(self.outline.nodes[int(index)]).get("bias") is None:
+            return None  # torch.onnx writes zeros
+        leaf = self.leaves.get(node.inputs[2].name) if len(node.inputs) > 2 else None  # type: ignore[union-attr]
+        if len(node.inputs) == 2 or (leaf is not None and leaf.quantised is None and not self.constants[leaf.name].any()):
             return None
         grid = leaf.quantised if leaf is not None else None
         if leaf is None or grid is None or grid.format.name != "int32" or grid.zero_point is not None:

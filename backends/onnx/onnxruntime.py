@@ -26,7 +26,7 @@ from fxcompress.backends.onnx.bind import FLOAT_KERNEL, INT8_KERNEL, bind
 from fxcompress.backends.onnx.blocks import GROUPS
 from fxcompress.backends.onnx.files import read_graph, write_model
 from fxcompress.backends.onnx.macs import macs
-from fxcompress.backends.onnx.outline import DEQUANTIZE, QUANTIZE, arguments, outline
+from fxcompress.backends.onnx.outline import DEQUANTIZE, QUANTIZE, arguments, is_move, outline
 from fxcompress.backends.onnx.parity import end_to_end, site_by_site
 from fxcompress.backends.onnx.session import OnnxSession
 from fxcompress.backends.onnx.stepwise import Steps, step_by_step
@@ -43,8 +43,6 @@ from fxcompress.target import ActivationKernel, Target, WeightKernel
 IN_FLOAT = "fxc.in_float"
 KERNELS = ("MatMulNBits", "GatherBlockQuantized", "MatMulIntegerToFloat", "QLinearConv", "QLinearMatMul", "QGemm")
 _LAYOUT = re.compile(r"_token_\d+$")  # what ONNX Runtime adds to the name of a node it changes the layout of
-_MOVING = "view reshape transpose permute t expand unsqueeze squeeze flatten unflatten contiguous clone select slice mT"
-MOVES = frozenset(getattr(torch.ops.aten, n) for n in _MOVING.split())
 
 
 class OnnxRuntimeOptions(Options):
@@ -170,7 +168,7 @@ def _quantised_sites(program: Program, work: Mapping[fx.Node, int]) -> list[fx.N
 
 def _is_dequantised(value: fx.Node) -> bool:
     """Whether a value is codes, dequantised and moved at most; constants are not asked about."""
-    while getattr(value.target, "overloadpacket", None) in MOVES:
+    while is_move(value):
         value = value.all_input_nodes[0]
     return value.target is DEQUANTIZE and arguments(value)["codes"].target is QUANTIZE
 
