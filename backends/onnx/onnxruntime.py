@@ -3,6 +3,11 @@
 Weight-only formats of 2, 4 and 8 bits run in ONNX Runtime's n-bit kernels from the packed bytes. Measured on one AVX-512 VNNI thread,
 [M, 576] x [576, 1536], against float32, for M = 1 and M = 64: 4 bits in groups of 128 2.6 x and 1.4 x, of 32 2.0 x and 1.1 x; 8 bits
 2.3 x and 1.5 x; 2 bits 1.8 x and 0.9 x, all with `activation_rounding: int8`. With "off": 0.8 x at 4 bits, 0.03 x at 2 and 8 bits.
+
+Programs with quantised activations run in integer kernels (`integer`). The same products, quantisers included: static 2.0 x and 3.2 x, one
+scale a token 1.8 x and 2.6 x; at M = 576 3.5 x and 2.8 x, where 8-bit weights alone give 1.4 x. DynamicQuantizeLinear is no faster than a
+static quantiser. Convolutions from float to float: 3 x 3 of 64 channels 2.8 x, 1 x 1 1.9 x, one axis 2.8 x, three axes 1.2 x; with groups they
+gain nothing (0.8 x).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import onnx
 import torch
 from torch import Tensor, fx
 
-from fxcompress.backends.onnx.integer import SIGNED
+from fxcompress.backends.onnx.codes import SIGNED
 from fxcompress.backends.onnx.outline import QUANTIZE, arguments, is_move
 from fxcompress.backends.onnx.parity import Run, exposing, limit_of, refusal, rounding_excused
 from fxcompress.contract import EXACT_LIMIT
