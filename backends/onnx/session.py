@@ -15,6 +15,7 @@ from fxcompress.backend import Session
 from fxcompress.errors import ArtifactError, InputError
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
+_NO_SATURATION = "session.x64quantprecision"  # without VNNI the kernels of uint8 and int8 add pairs of products in 16 bits, unless told not to
 _OPTIMIZED_WEIGHTS = "session.optimized_model_external_initializers_file_name"
 _INLINE_LIMIT = 1 << 30  # of a serialised graph, half of what protobuf takes
 
@@ -28,6 +29,7 @@ class OnnxSession(Session):
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry(_FOLDER, str(folder))
+        options.add_session_config_entry(_NO_SATURATION, "1")
         if optimized is not None:
             _keep_optimized(options, folder, optimized)
         try:

@@ -17,8 +17,8 @@ import onnx
 import torch
 from torch import Tensor, fx
 
-from fxcompress.backends.onnx.integer import SIGNED
-from fxcompress.backends.onnx.outline import QUANTIZE, arguments
+from fxcompress.backends.onnx.codes import SIGNED
+from fxcompress.backends.onnx.outline import QUANTIZE, arguments, is_move
 from fxcompress.backends.onnx.parity import Run, exposing, limit_of, refusal, rounding_excused
 from fxcompress.contract import EXACT_LIMIT
 from fxcompress.interpret import run
@@ -67,13 +67,19 @@ def _seen(
     made = {name for n in model.graph.node for name in n.output}
     names: dict[fx.Node, str] = {}
     for node in program.graph.nodes:
-        if node.target is QUANTIZE or node in products:
+        if node.target is QUANTIZE or (node in products and not _becomes_codes(node)):
             found = next((n for n in (node.name, f"{node.name}{SIGNED}") if n in made), None)
             names.update({node: found} if found else {})
     outputs = {n: v.name for n, v in zip(program.results(), model.graph.output, strict=True) if n.op != "placeholder"}
     names = outputs | names
     values = dict(zip(dict.fromkeys(names.values()), run_model(exposing(model, list(dict.fromkeys(names.values()))), probe), strict=True))
     return {node: _in_format(values[name], node.meta["val"].dtype) for node, name in names.items()}
+
+
+def _becomes_codes(node: fx.Node) -> bool:
+    """Whether a value is quantised, maybe after moves: its codes are compared then. ONNX Runtime 1.32 moves such a quantiser up to the
+    value, and would show it rounded if it were made an output."""
+    return any(reader.target is QUANTIZE or (is_move(reader) and _becomes_codes(reader)) for reader in node.users)
 
 
 def _in_format(value: Tensor, dtype: torch.dtype) -> Tensor:
