@@ -5,7 +5,7 @@
     anything else                                  the law of `numerics.affine`, written out
 
 The codes are bit for bit those of `numerics.affine`: QuantizeLinear divides, rounds ties to even and saturates. Formats below 8 bits clip their
-codes. 16 bits are a contributed op, since the standard one has them from opset 21 only, where GroupNorm is slow.
+codes. QuantizeLinear has 16 bits from opset 21 only, where GroupNorm is slow, so they are written out.
 """
 
 from __future__ import annotations
@@ -16,45 +16,42 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from onnxscript import opset18 as op
-from onnxscript.values import Opset
 from torch import Tensor
 
-from fxcompress.backends.onnx.build import CONTRIB, Builder
+from fxcompress.backends.onnx.build import Builder
 from fxcompress.backends.onnx.exported import leaf_name
 from fxcompress.backends.onnx.outline import Leaf
 from fxcompress.numerics.affine import working_dtype
 from fxcompress.numerics.formats import Format, format_of
 
-_CONTRIB = Opset(CONTRIB, 1)
 GRIDDED = ("QuantizeLinear", "DequantizeLinear")
-_LINEAR = {8: op, 16: _CONTRIB}
 
 
 def quantize(x: Any, scale: Any, zero_point: Any, format: str, block: Sequence[int]) -> Any:
     """The codes of x. NotImplementedError for groups, which would need the scale repeated."""
     kind = format_of(format)
     axis = _axis(x, block)
-    if kind.kind == "float" or _work(kind, x, scale) != torch.float32 or not _is_float32(x, scale) or kind.bits > 16:
+    if kind.kind == "float" or kind.bits > 8 or not _is_float32(x, scale):
         return _written_out(x, scale, zero_point, kind, block)
     if axis is not None:
         zero = _container(zero_point, kind, axis, scale.shape[axis])
-        return _clipped(_ops(kind).QuantizeLinear(x, _flat(scale, axis), zero, axis=max(axis, 0)), kind)
+        return _clipped(op.QuantizeLinear(x, _flat(scale, axis), zero, axis=max(axis, 0)), kind)
     if zero_point is not None:
         return _written_out(x, scale, zero_point, kind, block)
     one = _number(1.0, ir.DataType.FLOAT)
-    return _clipped(_ops(kind).QuantizeLinear(op.Div(x, _broadcast(scale, x, block)), one, _container(None, kind, -1)), kind)
+    return _clipped(op.QuantizeLinear(op.Div(x, _broadcast(scale, x, block)), one, _container(None, kind, -1)), kind)
 
 
 def dequantize(codes: Any, scale: Any, zero_point: Any, format: str, block: Sequence[int]) -> Any:
     """The value of the codes, in scale's dtype."""
     kind = format_of(format)
     axis = _axis(codes, block)
-    if kind.kind == "int" and kind.bits <= 16 and _is_float32(scale):
+    if kind.kind == "int" and kind.bits <= 8 and _is_float32(scale):
         if axis is not None:
             zero = None if zero_point is None else _container(zero_point, kind, axis)
-            return _ops(kind).DequantizeLinear(codes, _flat(scale, axis), zero, axis=max(axis, 0))
+            return op.DequantizeLinear(codes, _flat(scale, axis), zero, axis=max(axis, 0))
         if zero_point is None:
-            return op.Mul(_ops(kind).DequantizeLinear(codes, _number(1.0, ir.DataType.FLOAT)), _broadcast(scale, codes, block))
+            return op.Mul(op.DequantizeLinear(codes, _number(1.0, ir.DataType.FLOAT)), _broadcast(scale, codes, block))
     work = _onnx(_work(kind, scale))
     value = op.Cast(codes, to=work)
     if zero_point is not None:
@@ -101,12 +98,8 @@ def _covers(block: int, size: Any) -> bool:
     return isinstance(size, int) and block >= size
 
 
-def _ops(kind: Format) -> Any:
-    return _LINEAR[16 if kind.bits == 16 else 8]
-
-
 def _clipped(codes: Any, kind: Format) -> Any:
-    if kind.bits in (8, 16):
+    if kind.bits == 8:
         return codes
     container = _onnx(kind.container)
     return op.Clip(codes, _number(kind.qmin, container), _number(kind.qmax, container))
