@@ -13,15 +13,16 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 import yaml
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
-from fxcompress import artifact, cached, registry, store
+from fxcompress import artifact, cached, guard, registry, store
 from fxcompress.backend import Backend, Session
 from fxcompress.calibrate.feed import Feed, FlatItems, as_feed
 from fxcompress.calibrate.statistics import Statistics
@@ -29,6 +30,7 @@ from fxcompress.capture import Dynamic, capture
 from fxcompress.checkpoint import Checkpoint, opened
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
 from fxcompress.generation import generating
+from fxcompress.interpret import run
 from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight_bytes
 from fxcompress.program import Program, Value
 from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, load_recipe, options_error
@@ -55,6 +57,8 @@ def compile(  # noqa: PLR0913 - the arguments users say
     component: str | None = None,
     threads: int | None = None,
     checkpoint: str | Path | None = None,
+    evaluate: Callable[[CompiledModel], float] | None = None,
+    max_drop: float = 0.01,
     progress: Progress = lambda *_: None,
 ) -> CompiledModel:
     """Capture the model, run the recipe's passes under their contracts, lower to the backend, check the result there.
@@ -63,8 +67,9 @@ def compile(  # noqa: PLR0913 - the arguments users say
     or a Program from `capture`, which isn't changed and can be compiled again. recipe: a Recipe, mapping, YAML file or shipped name.
     example_inputs: tuple, dict by parameter name, or Inputs; left out, the source's own. calibration: items of the same forms; the last is
     the probe of the contracts. backend: beats the recipe's. check: "each" pass under its contract, "end" only end to end, "off". threads: of
-    the session. checkpoint: a folder that keeps what is finished; the same call goes on from there and gives the same model. progress(name,
-    finished, total): called before each pass. Raises an FxcError; nothing is left half-done.
+    the session. checkpoint: a folder that keeps what is finished; the same call goes on from there and gives the same model. evaluate: a metric
+    of a compiled model, higher is better; the quantised sites that cost most go back to float until it has lost at most max_drop
+    (`report.guard`). progress(name, finished, total): called before each pass. Raises an FxcError; nothing is left half-done.
     """
     _check_options(check, threads)
     recipe = load_recipe(recipe)
@@ -76,20 +81,58 @@ def compile(  # noqa: PLR0913 - the arguments users say
     feed, steps = None if calibration is None else as_feed(calibration), len(passes) + 1
     items = None if feed is None else FlatItems(feed, captured)
     statistics = None if items is None else Statistics(items)
-    with _opened(checkpoint, captured, passes, runner, check, feed) as kept:
-        manager = Manager(captured.copy(), runner.target, captured.example if items is None else items.probe, check, statistics)
-        _run(manager, passes, kept, lambda name, finished: progress(name or f"lower to {runner.name}", finished, steps))
-        audit(manager.program)
-        chosen = {"recipe": recipe.model_dump(mode="json"), "backend": _chosen(runner)}
-        made = kept.finished(chosen) if kept else None
-        folder, report, session = _copied(made) if made else _lowered(recipe, runner, captured, manager, threads)
-        configs = captured.config, captured.generation_config
-        compiled = CompiledModel(folder, runner, report, threads, manager.program, *configs, session)
-        weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
-        if kept and not made:
-            kept.finish(chosen, compiled.save)
+    probe = captured.example if items is None else items.probe
+
+    def compiled(recipe: Recipe, folder: str | Path | None = None) -> CompiledModel:
+        manager = Manager(captured.copy(), runner.target, probe, check, statistics)
+        passes = build(recipe)
+        with _opened(folder, captured, passes, runner, check, feed) as kept:
+            _run(manager, passes, kept, lambda name, finished: progress(name or f"lower to {runner.name}", finished, steps))
+            return _finished(recipe, runner, captured, manager, threads, kept)
+
+    model = (
+        compiled(recipe, checkpoint)
+        if evaluate is None
+        else _guarded(recipe, compiled, evaluate, max_drop, captured, runner, probe, statistics)
+    )
     progress("", steps, steps)
+    return model
+
+
+def _finished(
+    recipe: Recipe, runner: Backend, captured: Program, manager: Manager, threads: int | None, kept: Checkpoint | None
+) -> CompiledModel:
+    """Lower what the passes left, or take the artifact that the checkpoint holds already."""
+    audit(manager.program)
+    chosen = {"recipe": recipe.model_dump(mode="json"), "backend": _chosen(runner)}
+    made = kept.finished(chosen) if kept else None
+    folder, report, session = _copied(made) if made else _lowered(recipe, runner, captured, manager, threads)
+    compiled = CompiledModel(folder, runner, report, threads, manager.program, captured.config, captured.generation_config, session)
+    weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
+    if kept and not made:
+        kept.finish(chosen, compiled.save)
     return compiled
+
+
+def _guarded(
+    recipe: Recipe,
+    compiled: Callable[[Recipe], CompiledModel],
+    evaluate: Callable[[CompiledModel], float],
+    max_drop: float,
+    captured: Program,
+    runner: Backend,
+    probe: Sequence[Tensor],
+    statistics: Statistics | None,
+) -> CompiledModel:
+    """The compiled model with as few quantised sites in float as the metric needs."""
+    manager = Manager(captured.copy(), runner.target, probe, "off", statistics)
+    manager.run(list(takewhile(lambda planned: "finalised" not in planned[1].gives, build(recipe))))
+    ranked = guard.costs(manager.program, probe, run(captured, probe))
+    float_metric = float(evaluate(compiled(guard.in_float(recipe))))
+    model, report = guard.give_back(recipe, ranked, compiled, evaluate, float_metric, max_drop)
+    model.report = model.report.model_copy(update={"guard": report})
+    (model.folder / REPORT).write_text(model.report.model_dump_json(indent=1), encoding="utf-8")
+    return model
 
 
 def _check_options(check: str, threads: Any) -> None:

@@ -8,6 +8,7 @@ halving, every step a whole compilation judged by the metric.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 from fxcompress.errors import ContractViolation
 from fxcompress.interpret import run
 from fxcompress.program import Program
-from fxcompress.recipe import Recipe, Where
+from fxcompress.recipe import Recipe, Step, Where
 from fxcompress.registry import find_pass
 from fxcompress.report import GuardReport
 
@@ -59,28 +60,44 @@ def give_back(
     ranked: sites with their costs. Raises ContractViolation if the drop is larger even with every site given back.
     """
     names = sorted(ranked, key=lambda n: -ranked[n])
-    tried: dict[int, tuple[Model, float]] = {}
+    metrics: dict[int, float] = {}
+    met: dict[int, Model] = {}  # the model of the least count that is met, no other: models are large
 
     def is_met(count: int) -> bool:
-        if count not in tried:
+        if count not in metrics:
             model = build(without(recipe, names[:count]))
-            tried[count] = model, float(evaluate(model))
-        return float_metric - tried[count][1] <= max_drop
+            metrics[count] = float(evaluate(model))
+            if float_metric - metrics[count] <= max_drop:
+                met.clear()
+                met[count] = model
+        return float_metric - metrics[count] <= max_drop
 
     least, most = 0, 1
     if is_met(0):
         most = 0
     while most and not is_met(most):
         if most == len(names):
-            raise _unreachable(float_metric, tried[most][1], max_drop, len(names))
+            raise _unreachable(float_metric, metrics[most], max_drop, len(names))
         least, most = most, min(2 * most, len(names))
     while most - least > 1:
         middle = (least + most) // 2
         least, most = (least, middle) if is_met(middle) else (middle, most)
-    model, metric = tried[most]
-    return model, GuardReport(
-        float_metric=float_metric, quantised_metric=tried[0][1], metric=metric, max_drop=max_drop, given_back=tuple(names[:most])
+    given_back = tuple(names[:most])
+    report = GuardReport(
+        float_metric=float_metric,
+        quantised_metric=metrics[0],
+        metric=metrics[most],
+        max_drop=max_drop,
+        given_back=given_back,
+        recipe_line="where: {exclude: [" + ", ".join(f'"{n}"' for n in given_back) + "]}" if given_back else "",
     )
+    return met[most], report
+
+
+def in_float(recipe: Recipe) -> Recipe:
+    """The recipe up to its first pass that quantises; its float model is what the metric is compared with."""
+    steps = list(takewhile(lambda step: "quantised" not in find_pass(step.use).gives, recipe.passes))
+    return recipe.model_copy(update={"passes": tuple(steps) or (Step(use="tidy.dead_code"),)})
 
 
 def without(recipe: Recipe, sites: Sequence[str]) -> Recipe:

@@ -19,7 +19,7 @@ from fxcompress.errors import ContractViolation, FxcError
 from fxcompress.interpret import run
 from fxcompress.numerics.noise import sqnr
 from fxcompress.program import Program, module_path
-from fxcompress.recipe import Step
+from fxcompress.recipe import Step, check_step
 from fxcompress.report import Change, Check, Declined, PassReport
 from fxcompress.rewrite import Context, Match, Pass, Reject, Rewrite, Transform
 from fxcompress.target import Target
@@ -67,6 +67,7 @@ class Manager:
         start, bytes_before, nodes_before = time.process_time(), weight_bytes(self.program), len(self.program.graph.nodes)
         edit, notes = Edit(self.program), list[str]()
         try:
+            check_step(step, self.program, item.name)
             found = self._apply(step, item, edit, notes)
             checks = self._checked(step, item, edit)
             verify(self.program)

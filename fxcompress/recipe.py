@@ -207,17 +207,25 @@ def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
 
 def check_globs(recipe: Recipe, program: Program) -> None:
     """RecipeError for the first glob of the recipe that matches no module path, node or op of the program."""
-    nodes = [n for n in program.graph.nodes if n.op in ("call_function", "get_attr")]
+    opened = False
     for number, step in enumerate(recipe.passes, 1):
-        for glob in (*step.where.include, *step.where.exclude):
-            if not any(_hit((glob,), n) for n in nodes):
-                paths = sorted({p for n in nodes for p in n.meta.get("module", ())} - {""})
-                raise RecipeError(
-                    f"a glob of the recipe matches nothing: {glob!r}",
-                    where=f"pass {number}, {step.use}",
-                    why=f"no module path, node or op of the model; {nearest(glob, paths) if paths else 'it has no modules'}"[:300],
-                    do="fxcompress inspect MODEL lists the module paths",
-                )
+        check_step(step, program, f"pass {number}, {step.use}", later=opened)
+        opened = opened or "opened" in registry.find_pass(step.use).gives
+
+
+def check_step(step: Step, program: Program, where: str, later: bool = False) -> None:
+    """RecipeError for the first glob of the step that matches nothing in the program. later: names of nodes are let through, since a pass
+    before this one makes new ones; the step is asked again when its turn comes."""
+    nodes = [n for n in program.graph.nodes if n.op in ("call_function", "get_attr")]
+    for glob in (*step.where.include, *step.where.exclude):
+        if not any(_hit((glob,), n) for n in nodes) and not (later and glob.isidentifier()):
+            paths = sorted({p for n in nodes for p in n.meta.get("module", ())} - {""})
+            raise RecipeError(
+                f"a glob of the recipe matches nothing: {glob!r}",
+                where=where,
+                why=f"no module path, node or op of the model; {nearest(glob, paths) if paths else 'it has no modules'}"[:300],
+                do="fxcompress inspect MODEL lists the module paths",
+            )
 
 
 def _hit(globs: Sequence[str], node: fx.Node) -> bool:

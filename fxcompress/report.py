@@ -127,13 +127,15 @@ class BackendReport(Frozen):
 
 
 class GuardReport(Frozen):
-    """What the quality guard did: the user's metric in float, with every site quantised and as shipped, and the nodes given back to float."""
+    """What the quality guard did: the user's metric in float, with every site quantised and as shipped; the nodes given back to float, the
+    costliest first, and the line that says so in a recipe."""
 
     float_metric: float
     quantised_metric: float
     metric: float
     max_drop: float
     given_back: tuple[str, ...]
+    recipe_line: str
 
 
 class Report(Frozen):

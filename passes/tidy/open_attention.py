@@ -33,6 +33,7 @@ class OpenAttention(Rewrite):
     name = "tidy.open_attention"
     contract = Exact()
     targets = (aten.scaled_dot_product_attention.default,)
+    gives = frozenset({"opened"})
 
     def match(self, node: fx.Node, on: Context) -> Match | Reject:
         """Any call without dropout whose scale and head counts are numbers."""

@@ -1,0 +1,90 @@
+"""Quality guard: few sites go back to float, the costliest first, and the report says which and what it bought."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxcompress as fxc
+from fxcompress import guard
+from fxcompress.recipe import load_recipe
+from tests.passes.helpers import seeded
+
+X = seeded(64, 16)
+RECIPE: dict[str, Any] = {
+    "passes": ["tidy.fold_constants", {"quant.insert": {"weights": "int4/tensor", "activations": "uint4/tensor"}}, "quant.finalize"]
+}
+
+
+class Net(nn.Module):
+    """Layers of which one, with an outlier in its weight, suffers most from four bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        with torch.no_grad():
+            self.layers[2].weight[0, 0] = 20.0
+
+    def forward(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.fixture(scope="module")
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def metric(model: Net) -> Any:
+    wanted = model(X).detach()
+    return lambda compiled: -float((compiled(X) - wanted).norm() / wanted.norm())
+
+
+def compiled(model: Net, **options: Any) -> fxc.CompiledModel:
+    return fxc.compile(model, RECIPE, (X,), calibration=[(X,), (seeded(8, 16, seed=3),)], backend="reference", check="off", **options)
+
+
+def test_the_costliest_site_goes_first_and_no_more_than_needed(model: Net) -> None:
+    score = metric(model)
+    plain = score(compiled(model))
+    kept = compiled(model, evaluate=score, max_drop=-plain / 2)
+    report = kept.report.guard
+    assert report is not None
+    assert report.given_back[0] == "linear_2"
+    assert report.quantised_metric == pytest.approx(plain)
+    assert report.float_metric - report.metric <= report.max_drop
+    assert score(kept) == pytest.approx(report.metric)
+    fewer = guard.without(load_recipe(RECIPE), report.given_back[:-1])
+    worse = score(fxc.compile(model, fewer, (X,), calibration=[(X,), (seeded(8, 16, seed=3),)], backend="reference", check="off"))
+    assert report.float_metric - worse > report.max_drop
+    assert report.recipe_line.startswith('where: {exclude: ["linear_2"')
+
+
+def test_nothing_is_given_back_where_the_drop_is_met(model: Net) -> None:
+    report = compiled(model, evaluate=metric(model), max_drop=10.0).report.guard
+    assert report is not None
+    assert report.given_back == ()
+    assert report.recipe_line == ""
+
+
+def test_an_impossible_drop_is_refused(model: Net) -> None:
+    score = metric(model)
+    with pytest.raises(fxc.ContractViolation, match="can't be reached"):
+        compiled(model, evaluate=lambda m: 0.0 if "quant.insert" not in {p.name for p in m.report.passes} else -1 + score(m), max_drop=0.1)
+
+
+def test_the_report_is_in_the_artifact(model: Net, tmp_path: Any) -> None:
+    kept = compiled(model, evaluate=metric(model), max_drop=10.0)
+    assert fxc.load(kept.save(tmp_path / "out")).report.guard == kept.report.guard
+
+
+def test_costs_leave_the_program_as_it_was(model: Net) -> None:
+    program = fxc.capture(model, (X,))
+    before = [(n.args, n.kwargs) for n in program.graph.nodes]
+    assert guard.costs(program, (X,), [model(X).detach()]) == {}
+    assert [(n.args, n.kwargs) for n in program.graph.nodes] == before
