@@ -2,8 +2,9 @@
 
 Checked edge by edge. Every replaced value is recomputed by its new nodes from the OLD values around them and compared with the OLD value, so
 errors don't add up, overlapping edits don't mix, and the guilty node is named. Where an edit records that values change (`Edit.carry`), old
-values are taken under their recorded changes on both sides. A comparison that can't bite (an operand of the new node could
-change sign unseen) is `unverified`, never passed.
+values are taken under their recorded changes on both sides; an input or output can't carry one. Nodes that the edit neither made nor touched
+must read what they did, or what the edit put there. A comparison that can't bite (an operand of the new node could change sign unseen) is
+`unverified`, never passed.
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ from torch import Tensor, fx
 
 from fxcompress.edit import Edit, Site, Step
 from fxcompress.interpret import evaluate
-from fxcompress.measure import relative_error
+from fxcompress.measure import filled, greatest_distance, has_zeros, relative_error, rounded
 from fxcompress.numerics import formats, noise
 from fxcompress.program import Program
+from fxcompress.wiring import misreads
 
 Verdict = Literal["held", "broken", "unverified"]
 MEASURED = "measured"
 EXACT_LIMIT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+CONE = 64  # nodes between operands and an old value that is computed anew
+HIDDEN = 1e-5  # relative: rounding of numbers that no pass has seen, where the limit is 0
+DRAWS, ROUNDINGS = 4, 16  # how often operands are rounded at random, and how many roundings a value may be off by
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,12 @@ class Exact:
 
 @dataclass(frozen=True)
 class Bounded:
-    """May lose what the number format must lose: SQNR >= that of an ideal quantiser of its width on the measured range, less 3 dB.
+    """May lose what the number format must lose: SQNR >= that of an ideal quantiser of its width on the measured range, less 3 dB; and in a
+    constant without a measured range no block loses more than rounding on its own range may (`noise.excess`).
 
     Of fewer than 32 entries every one may be half a step off by chance, 10 log10 3 = 4.8 dB beyond the mean: less 5 dB there.
     The measured range is the one a pass filed under meta[MEASURED] of the dequantize node, (lo, hi) from calibration; else that of the value.
-    limit: another bound in dB, from the recipe.
+    limit: another bound in dB, from the recipe; blocks are then not looked at one by one.
     """
 
     limit: float | None = None
@@ -106,6 +113,19 @@ class Bounded:
         """Whether the figure reaches the bound; NaN never does."""
         return figure >= bound
 
+    def worst_block(self, old: Tensor, value: Tensor, new: fx.Node) -> str:
+        """The block of a constant that loses most beyond what it may (`noise.excess`), as a sentence; "" if none does."""
+        if self.limit is not None or MEASURED in new.meta or new.target is not torch.ops.fxc.dequantize.default:
+            return ""
+        _, _, zero_point, format_name, block = new.args
+        format, sizes = formats.format_of(str(format_name)), tuple(block)  # type: ignore[arg-type]
+        excess = noise.excess(old, value, format, sizes, symmetric=zero_point is None)
+        worst = excess.argmax()
+        if float(excess.flatten()[worst]) <= 1:
+            return ""
+        at = [int(i) for i in torch.unravel_index(worst, excess.shape)]
+        return f"block {at} of {new.name} loses {float(excess.flatten()[worst]):.3g} times what rounding on its own range may lose"
+
 
 @dataclass(frozen=True)
 class Lossy(Bounded):
@@ -116,6 +136,10 @@ class Lossy(Bounded):
     def bound(self, old: Tensor, new: fx.Node) -> float:
         """No limit."""
         return float("-inf")
+
+    def worst_block(self, old: Tensor, value: Tensor, new: fx.Node) -> str:
+        """No limit either."""
+        return ""
 
 
 Contract = Exact | Bounded | Lossy
@@ -144,7 +168,9 @@ class _Checker:
         self.old: dict[fx.Node, Any] = {}
 
     def run(self, probe: Sequence[Tensor]) -> Iterator[Measured]:
-        """Walk the old graph; compare each value as soon as everything it needs has been seen."""
+        """Who reads what; then walk the old graph and compare each value as soon as everything it needs has been seen."""
+        worst = math.inf if isinstance(self.contract, Exact) else -math.inf
+        yield from (Measured(wrong.site, wrong.node.name, worst, 0.0, "broken", wrong.why) for wrong in misreads(self.edit))
         pending: dict[fx.Node, list[_Pair]] = {}
         readers: dict[fx.Node, int] = {}
         for pair in self._pairs():
@@ -153,7 +179,7 @@ class _Checker:
             pending.setdefault(max(pair.needed, key=self.position.__getitem__), []).append(pair)
         for node in self._walk(set(readers), probe):
             for pair in pending.pop(node, ()):
-                yield self._compare(pair)
+                yield self._compare(pair) if pair.role == "value" else self._recorded(pair)
                 for used in pair.needed:
                     readers[used] -= 1
                     if not readers[used]:
@@ -167,6 +193,21 @@ class _Checker:
                     yield _Pair(site, self._root(old), new, self._frontier(new))
         for node, site in self.carried.items():
             yield _Pair(site, node, node, self._frontier(node))
+        for old, new in self._ends():
+            if changed := [n for n in (new, old) if n in self.edit.changes or n in self.edit.loose]:
+                yield _Pair(self._site_of(changed[0]), old, changed[0], {}, "end")
+        for leaf in (n for n in self.edit.changes if n.op == "get_attr" and n in self.steps):
+            yield _Pair(next(s for s in self.edit.sites if str(leaf.target) in s.constants), leaf, leaf, {}, "constant")
+
+    def _ends(self) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Inputs and outputs: the old value, and the node that stands for it now."""
+        inputs = [n for n in self.steps if n.op == "placeholder"]
+        yield from zip(inputs, inputs, strict=True)
+        yield from zip(self.edit.before[-1].args[0], self.program.results(), strict=True)
+
+    def _site_of(self, carrier: fx.Node) -> Site:
+        """The site that recorded a change of this value."""
+        return next(s for s in self.edit.sites if not {carrier, *carrier.users}.isdisjoint(s.carried))
 
     def _origins(self) -> dict[fx.Node, fx.Node]:
         """New node -> the old node whose value it stands for. What replaces a helper node of another site stands for none."""
@@ -232,16 +273,80 @@ class _Checker:
 
     def _compare(self, pair: _Pair) -> Measured:
         before = self._changed(pair.old, pair.new)
-        after, flips = self._fresh(pair)
+        env = self._operands(pair)
+        after = env[pair.new] if self._is_old(pair.new) else evaluate(pair.new, env, self.program.constants)
         bound = self.contract.bound(_leaves(before)[0], pair.new)
-        figure = self._figure(before, after)
+        figure, floors = self._figure(before, after), (0.0,) * len(_leaves(after))
+        if isinstance(self.contract, Exact) and bound < figure < math.inf and bound > 0:
+            floors = self._floors(pair, env, after, bound)
+            figure = self._figure(before, after, floors)
+        holds = self.contract.holds(figure, bound)
+        wrong = (self._worst_block(pair, before, after) or self._hidden(pair, bound)) if holds else ""
         del after  # a decoded weight may be large, and the flipped ones are as large
-        why = ""
-        if (verified := self.contract.holds(figure, bound)) and not isinstance(self.contract, Lossy) and pair.new not in self.carried:
-            unseen = [operand for operand, flipped in flips if self.contract.holds(self._figure(before, flipped), bound)]
-            why = f"{unseen[0]} could change sign unseen" if unseen else ""
-        verdict: Verdict = "broken" if not verified else "unverified" if why else "held"
-        return Measured(pair.site.name, pair.new.name, figure, bound, verdict, why)
+        if not holds or wrong:
+            return Measured(pair.site.name, pair.new.name, figure, bound, "broken", wrong)
+        why = self._unseen(pair, env, before, floors, bound) if not isinstance(self.contract, Lossy) and pair.new not in self.carried else ""
+        return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why)
+
+    def _recorded(self, pair: _Pair) -> Measured:
+        """A constant against the old one under its record: readers may be blind to parts of it. An input or output against itself."""
+        is_end = pair.role == "end"
+        before = self._changed(pair.old, pair.new)
+        after = self.old[pair.old] if is_end else self.program.constants[str(pair.new.target)]
+        limit = Exact(self.contract.limit if isinstance(self.contract, Exact) else None).bound(_leaves(after)[0], pair.new)
+        figure = math.inf if pair.new in self.edit.loose else _worst_error(before, after)
+        why = "an input or output carries a change" if is_end and figure > limit else ""
+        return Measured(pair.site.name, pair.new.name, figure, limit, "held" if figure <= limit else "broken", why)
+
+    def _hidden(self, pair: _Pair, bound: float) -> str:
+        """What zeros of the probe hide, as a sentence: a channel that is dead on the probe may be multiplied by anything. Both values are
+        computed once more with other numbers in place of the zeros; where the old one hangs on more than the new one, they can't be."""
+        if not isinstance(self.contract, Exact) or pair.new in self.carried or self._is_old(pair.new):
+            return ""
+        other = {root: filled(self.old[root]) for root in pair.frontier.values() if has_zeros(self.old[root])}
+        cone = self._old_cone(pair) if other else None
+        if not cone:
+            return ""
+        kept, self.old = self.old, {**self.old, **other}
+        try:
+            self.old[pair.old] = self._old_value(cone)
+            after = evaluate(pair.new, self._operands(pair), self.program.constants)
+            figure = self._figure(self._changed(pair.old, pair.new), after)
+        except (IndexError, RuntimeError):  # an op that can't take other numbers, such as an index made of floats
+            return ""
+        finally:
+            self.old = kept
+        return "" if figure <= max(bound, HIDDEN) else f"{figure:.3g} at {pair.new.name} where its operands aren't 0, as they are on the probe"
+
+    def _old_cone(self, pair: _Pair) -> list[Step] | None:
+        """The steps from the new value's operands to the old value, in order; None if there is another way to it, or it is long."""
+        roots, found, stack = set(pair.frontier.values()), dict[fx.Node, None](), [pair.old]
+        if pair.old in roots:
+            return None
+        while stack:
+            node = stack.pop()
+            if node.op == "placeholder" or len(found) > CONE:
+                return None
+            found[node] = None
+            stack += [n for n in self.steps[node].inputs if n not in roots and n not in found]
+        return [self.steps[n] for n in sorted(found, key=self.position.__getitem__)]
+
+    def _old_value(self, cone: Sequence[Step]) -> Any:
+        values = dict(self.old)
+        for step in cone:
+            values[step.node] = _evaluate(step, values, self.edit.constants_before)
+        return values[cone[-1].node]
+
+    def _worst_block(self, pair: _Pair, before: Any, after: Any) -> str:
+        is_constant = pair.old.op == "get_attr" and isinstance(self.contract, Bounded)
+        return self.contract.worst_block(before, after, pair.new) if is_constant else ""  # type: ignore[union-attr]
+
+    def _unseen(self, pair: _Pair, env: Mapping[fx.Node, Any], before: Any, floors: Sequence[float], bound: float) -> str:
+        """Why the comparison can't bite; "" if it can."""
+        for operand, flipped in self._flips(pair.new, env):
+            if self.contract.holds(self._figure(before, flipped, floors), bound):
+                return f"{operand} could change sign unseen"
+        return ""
 
     def _changed(self, node: fx.Node, stand_in: fx.Node) -> Any:
         """An old value under the change recorded for it, or for the new node that stands for it; a tuple under those of what is taken out."""
@@ -258,25 +363,44 @@ class _Checker:
             value = change(value)
         return value
 
-    def _figure(self, old: Any, new: Any) -> float:
-        """The worst figure over the tensors of a value; a value of another form is infinitely far."""
+    def _figure(self, old: Any, new: Any, floors: Sequence[float] = ()) -> float:
+        """The worst figure over the tensors of a value; a value of another form is infinitely far. floors: least scales of an Exact one."""
         a, b = _leaves(old), _leaves(new)
-        worst = max if isinstance(self.contract, Exact) else min
+        exact = isinstance(self.contract, Exact)
         if len(a) != len(b) or any((x.shape, x.dtype) != (y.shape, y.dtype) for x, y in zip(a, b, strict=True)):
-            return math.inf if isinstance(self.contract, Exact) else -math.inf
-        return worst(self.contract.figure(x, y) for x, y in zip(a, b, strict=True))
+            return math.inf if exact else -math.inf
+        if exact and any(floors):
+            return max(relative_error(x, y, floor) for x, y, floor in zip(a, b, floors, strict=True))
+        return (max if exact else min)(self.contract.figure(x, y) for x, y in zip(a, b, strict=True))
 
-    def _fresh(self, pair: _Pair) -> tuple[Any, Iterator[tuple[str, Any]]]:
-        """The new node's value from old values, and the same with each of its float operands negated in turn."""
-        new = pair.new
+    def _operands(self, pair: _Pair) -> dict[fx.Node, Any]:
+        """What the new node is computed from, from old values."""
         env = {node: self._changed(root, node) for node, root in pair.frontier.items()}
-        if self._is_old(new):
-            return env[new], iter([("the value", _negated(env[new]))])
-        for node in self._between(new, env):
+        for node in self._between(pair.new, env) if not self._is_old(pair.new) else ():
             env[node] = evaluate(node, env, self.program.constants)
-        floats = [n for n in new.all_input_nodes if isinstance(env[n], Tensor) and env[n].is_floating_point() and env[n].itemsize > 1]
-        flips = ((n.name, evaluate(new, {**env, n: -env[n]}, self.program.constants)) for n in floats)
-        return evaluate(new, env, self.program.constants), flips
+        return env
+
+    def _flips(self, new: fx.Node, env: Mapping[fx.Node, Any]) -> Iterator[tuple[str, Any]]:
+        """The new node's value with each of its float operands negated in turn."""
+        if self._is_old(new):
+            yield "the value", _negated(env[new])
+            return
+        for n in new.all_input_nodes:
+            if isinstance(env[n], Tensor) and env[n].is_floating_point() and env[n].itemsize > 1:
+                yield n.name, evaluate(new, {**env, n: -env[n]}, self.program.constants)
+
+    def _floors(self, pair: _Pair, env: Mapping[fx.Node, Any], after: Any, bound: float) -> tuple[float, ...]:
+        """Per tensor of the new value the scale below which it is rounding noise: where the bound allows what a few roundings of everything
+        that it is computed from do to it. A sum of numbers that cancel isn't known any better."""
+        exact, noise = _leaves(after), [0.0] * len(_leaves(after))
+        for seed in range(DRAWS if not self._is_old(pair.new) else 0):
+            rng = torch.Generator().manual_seed(seed)
+            off = {node: rounded(env[node], rng) for node in pair.frontier}
+            for node in self._between(pair.new, off):
+                off[node] = rounded(evaluate(node, off, self.program.constants), rng)
+            other = _leaves(evaluate(pair.new, off, self.program.constants))
+            noise = [max(n, greatest_distance(x, y)) for n, x, y in zip(noise, exact, other, strict=True)]
+        return tuple(ROUNDINGS * n / bound for n in noise)
 
     def _between(self, new: fx.Node, env: Mapping[fx.Node, Any]) -> list[fx.Node]:
         """Constants and inserted nodes the new node is computed from, in order."""
@@ -305,16 +429,22 @@ def _first_sites(edit: Edit, touched: set[fx.Node]) -> dict[fx.Node, Site]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """One comparison: the new node's value, computed from `frontier`, against the old node's."""
+    """One comparison: the new node's value, computed from `frontier`, against the old node's. role "constant": the tensor stored now against
+    the old one under its record; "end": an input's or output's old value under its record against itself."""
 
     site: Site
     old: fx.Node
     new: fx.Node
     frontier: dict[fx.Node, fx.Node]
+    role: Literal["value", "constant", "end"] = "value"
 
     @property
     def needed(self) -> set[fx.Node]:
         return {self.old, *self.frontier.values()}
+
+
+def _worst_error(old: Any, new: Any) -> float:
+    return max(relative_error(x, y) for x, y in zip(_leaves(old), _leaves(new), strict=True))
 
 
 def _leaves(value: Any) -> list[Tensor]:

@@ -36,6 +36,11 @@ class Site:
     erased: list[str] = field(default_factory=list)
 
 
+def site_name(node: fx.Node) -> str:
+    """Module path and node."""
+    return f"{module_path(node) or '<root>'}  ({node.name})"
+
+
 class Step(NamedTuple):
     """A node as it was when the edit began."""
 
@@ -56,6 +61,7 @@ class Edit:
         self.constants_before: dict[str, Tensor] = {}
         self.loose: dict[fx.Node, None] = {}  # old values that nothing is said about any more, and no site compares
         self.changes: dict[fx.Node, list[Callable[[Any], Any]]] = {}  # per old value what happens to it, one after the other; else nothing
+        self.rewired: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}  # per reader what it was given in place of what, one after the other
         self._undo: list[Callable[[], None]] = []
         self._erased: dict[fx.Node, None] = {}
         self._open: Site | None = None
@@ -66,8 +72,7 @@ class Edit:
         if not self.before:
             self.before = [Step(n, n.args, n.kwargs, tuple(n.all_input_nodes)) for n in self.graph.nodes]
             self.constants_before = dict(self.program.constants)
-        module = module_path(node)
-        self._open = Site(f"{module or '<root>'}  ({node.name})", node.name, module, reason)
+        self._open = Site(site_name(node), node.name, module_path(node), reason)
         self.sites.append(self._open)
         try:
             yield self._open
@@ -165,6 +170,7 @@ class Edit:
             undo()
         self._undo.clear()
         self._erased.clear()
+        self.rewired.clear()
         self.sites.clear()
 
     def commit(self) -> list[str]:
@@ -199,6 +205,7 @@ class Edit:
     def _rewire(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
         args, kwargs = reader.args, reader.kwargs
         reader.replace_input_with(old, new)
+        self.rewired.setdefault(reader, []).append((old, new))
         self._undo.append(lambda: _set(reader, args, kwargs))
 
     def _free(self, name: str) -> str:

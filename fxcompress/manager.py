@@ -200,6 +200,10 @@ def _unverified(item: Pass, unseen: Sequence[Measured], sites: int) -> ContractV
     )
 
 
+def _figure(item: Pass, worst: Measured) -> str:
+    return f"{worst.figure:.3g} dB" if item.contract.unit == "dB" else f"{item.contract.unit} {worst.figure:.3g}"
+
+
 def _violation(item: Pass, broken: Sequence[Measured], sites: int) -> ContractViolation:
     worst = _worst(broken, isinstance(item.contract, Exact))
     module, _, node = worst.site.rstrip(")").partition("  (")
@@ -208,6 +212,6 @@ def _violation(item: Pass, broken: Sequence[Measured], sites: int) -> ContractVi
     return ContractViolation(
         f"{item.name} breaks its {item.contract.kind} contract at {len(broken)} of {sites} sites",
         where=f"{worst.site}{more}",
-        why=f"{item.contract.unit} {worst.figure:.3g} at {worst.value} on the probe inputs, limit {worst.limit:.3g}",
+        why=worst.why or f"{_figure(item, worst)} at {worst.value} on the probe inputs, limit {worst.limit:.3g}",
         do=f'- {item.name}: {{where: {{exclude: ["{place}"]}}}}',
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 
-def relative_error(old: Tensor, new: Tensor) -> float:
+def relative_error(old: Tensor, new: Tensor, floor: float = 0.0) -> float:
     """max |new - old| / rms(old), in float64; positions where both are the same (infinities too) count 0; inf if a NaN or shape differs.
 
-    An all-zero old value gives max |new|. Integers and booleans: 0 if equal, else inf.
+    floor: taken in place of a smaller rms, for values that are rounding noise themselves. An all-zero old value gives max |new|, over the floor
+    if there is one. Integers and booleans: 0 if equal, else inf.
     """
     if old.shape != new.shape:
         return float("inf")
@@ -26,7 +29,38 @@ def relative_error(old: Tensor, new: Tensor) -> float:
     same = (a == b) | (a.isnan() & b.isnan())
     worst = torch.where(same, 0.0, (b - a).abs()).max().item()
     finite = a[a.isfinite()].abs()
-    scale = finite.square().mean().sqrt().item() if finite.numel() else 0.0
+    scale = max(floor, finite.square().mean().sqrt().item() if finite.numel() else 0.0)
     if math.isnan(worst):
         return float("inf")
     return float(worst / scale) if scale > 0 else float(worst)
+
+
+def rounded(value: Any, rng: torch.Generator) -> Any:
+    """Every float moved by one rounding, up or down at random."""
+
+    def leaf(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.itemsize == 1:
+            return x
+        sign = torch.randint(0, 2, x.shape, generator=rng).to(x.device, x.dtype) * 2 - 1
+        return x * (1 + sign * torch.finfo(x.dtype).eps)
+
+    return pytree.tree_map(leaf, value)
+
+
+def greatest_distance(a: Tensor, b: Tensor) -> float:
+    """max |a - b| where both are finite; 0 for what isn't floating point."""
+    both = a.isfinite() & b.isfinite() if a.is_floating_point() and a.shape == b.shape else torch.zeros(a.shape, dtype=torch.bool)
+    return float((a[both].double() - b[both].double()).abs().max()) if both.any() else 0.0
+
+
+def has_zeros(value: Any) -> bool:
+    """Whether a value is a tensor of floats with a 0 in it."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize > 1 and not bool(value.all())
+
+
+def filled(x: Tensor) -> Tensor:
+    """The tensor with positive random numbers of its own size in place of zeros; the same ones every time."""
+    finite = x[x.isfinite()].double()
+    size = finite.square().mean().sqrt().item() or 1.0
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).abs() * size
+    return torch.where(x == 0, noise.to(x.device, x.dtype), x)

@@ -58,12 +58,19 @@ def _declared_input(program: Program, node: fx.Node) -> bool:
     return node.op != "placeholder" or any(node.target == v.name for v in program.inputs)
 
 
+def _positive_scale(program: Program, node: fx.Node) -> bool:
+    """A grid may be shifted, not turned over: kernels take the scale's sign for granted."""
+    scale = node.args[1] if node.target in (torch.ops.fxc.quantize.default, torch.ops.fxc.dequantize.default) else None
+    return not isinstance(scale, fx.Node) or scale.op != "get_attr" or bool((program.constants[str(scale.target)] > 0).all())
+
+
 RULES: tuple[tuple[Callable[[Program, fx.Node], bool], str], ...] = (
     (_known_kind, "nodes are inputs, constants, functions and one output"),
     (_no_mutation, "no op may write its arguments"),
     (_known_function, "functions are torch ops, getitem and size arithmetic"),
     (_constant_exists, "a constant node names an entry of constants"),
     (_flat_output, "the output is the flat tuple of the declared outputs"),
+    (_positive_scale, "the scale of a quantiser is positive"),
     (_declared_input, "every placeholder is a declared input"),
 )
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from fxcompress import contract as contracts
 from fxcompress.contract import Bounded, Contract, Exact, Lossy, Measured, check
 from fxcompress.edit import Edit, Step
+from fxcompress.measure import relative_error
 from fxcompress.numerics import formats, noise
 from fxcompress.program import Program
 from tests.passes.helpers import Builder, chain, node, seeded
@@ -365,3 +366,170 @@ def test_deep_diamonds_are_measured_in_linear_time() -> None:
         return value  # type: ignore[return-value]
 
     assert measured(one_op(aten.mul.Tensor, X, 1.0), doubled, Exact()).verdict == "held"
+
+
+# who reads what, and what goes in and out
+
+
+def two_layers() -> tuple[Program, Edit]:
+    """A chain of two layers, both made anew."""
+    program = chain(2)
+    return program, remade(program, lambda number, e, n: anew(e, n))
+
+
+def the_broken(program: Program, edit: Edit) -> list[tuple[str, str, str]]:
+    return [(m.site, m.value, m.why) for m in check(program, edit, Exact(), program.example) if m.verdict == "broken"]
+
+
+def test_a_reader_that_keeps_the_old_value_is_named() -> None:
+    program, edit = two_layers()
+    reader = node(program, "relu_default")
+    reader.args = (node(program, "linear_default"),)
+    assert the_broken(program, edit) == [
+        ("layer.0  (linear_default)", "relu_default", "relu_default reads linear_default where linear_default_2 belongs")
+    ]
+
+
+def test_a_reader_of_the_neighbours_value_is_named() -> None:
+    program, edit = two_layers()
+    node(program, "relu_default_1").args = (node(program, "linear_default_2"),)
+    assert the_broken(program, edit) == [
+        ("layer.1  (linear_default_1)", "relu_default_1", "relu_default_1 reads linear_default_2 where linear_default_3 belongs")
+    ]
+
+
+def test_arguments_that_change_beside_the_edit_are_named() -> None:
+    program, edit = two_layers()
+    add = node(program, "add_tensor")
+    add.args = (*add.args[::-1],)
+    add.kwargs = {"alpha": 2}
+    assert the_broken(program, edit) == [
+        ("layer.0  (add_tensor)", "add_tensor", "the arguments of add_tensor are others than before, and no site says so")
+    ]
+
+
+def test_nobody_looks_at_dead_readers() -> None:
+    program, edit = two_layers()
+    with program.graph.inserting_before(program.output_node):
+        program.graph.call_function(aten.neg.default, (node(program, "linear_default"),))
+    assert the_broken(program, edit) == []
+
+
+@pytest.mark.parametrize("which", ["x", "mul_tensor"])
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_inputs_and_outputs_carry_no_change(which: str, factor: float) -> None:
+    """2 x with the input or the output said to be doubled, and the op made to agree."""
+    program = one_op(aten.mul.Tensor, X, 2.0)
+    op, x = program.results()[0], program.placeholders()[0]
+    edit = Edit(program)
+    with edit.site(op):
+        edit.carry(node(program, which), lambda v: v * factor)
+        edit.update(op, x, 2.0 * factor if which == "mul_tensor" else 2.0 / factor)
+    wrong = [(which, "an input or output carries a change")] if factor == 2 else []
+    assert [(m.value, m.why) for m in check(program, edit, Exact(), program.example) if m.verdict != "held"] == wrong
+
+
+def test_an_output_is_never_loose() -> None:
+    program = chain(2)
+    edit, last = Edit(program), program.results()[0]
+    with edit.site(last):
+        edit.loosen([last, node(program, "relu_default_1")])
+        edit.update(last, last.args[0], last.args[0])
+    assert [(v, w) for _, v, w in the_broken(program, edit)] == [("add_tensor_1", "an input or output carries a change")]
+
+
+# values that are rounding noise themselves
+
+
+def centred_sum(offset: float = 0.0) -> Measured:
+    """sum(x - mean(x)) of each row, its channels in the opposite order; an offset where the row is centred."""
+    built = Builder(x=seeded(4, 96))
+    centred = built.op(aten.sub.Tensor, built.x, built.op(aten.mean.dim, built.x, [1], True))
+    total = built.op(aten.sum.dim_IntList, centred, [1])
+    program = built.program(total)
+    edit = Edit(program)
+    with edit.site(total):
+        edit.carry(centred, lambda v: v.flip(1) + offset)
+    return next(m for m in check(program, edit, Exact(), program.example) if m.value == total.name)
+
+
+def test_noise_in_place_of_noise_is_held() -> None:
+    old = seeded(4, 96) - seeded(4, 96).mean(1, keepdim=True)
+    assert relative_error(old.sum(1), old.flip(1).sum(1)) > 0.01, "far beyond the limit"
+    assert centred_sum().verdict == "held"
+
+
+@pytest.mark.parametrize("offset", [1e-5, 1e-3])
+def test_what_is_more_than_noise_is_broken(offset: float) -> None:
+    """A hundred-thousandth of the summed values' own size."""
+    assert centred_sum(offset=offset).verdict == "broken"
+
+
+def test_where_only_noise_is_compared_nothing_is_proved() -> None:
+    """The same value made anew: whatever the row's sign, the sum is noise."""
+    built = Builder(x=seeded(4, 96))
+    centred = built.op(aten.sub.Tensor, built.x, built.op(aten.mean.dim, built.x, [1], True))
+    program = built.program(built.op(aten.sum.dim_IntList, centred, [1]))
+
+    def change(edit: Edit, old: fx.Node) -> fx.Node:
+        return edit.insert(aten.sum.dim_IntList, edit.insert(aten.flip.default, centred, [1], like=old), [1], like=old)
+
+    result = measured(program, change, Exact())
+    assert (result.verdict, result.why) == ("unverified", "flip_default could change sign unseen")
+
+
+# blocks
+
+
+def test_one_bad_block_of_many_is_broken_and_named() -> None:
+    """One scale of 512 halved: 40 dB over the whole weight, within what int4 may lose."""
+    built = Builder(x=seeded(2, 64))
+    weight = seeded(512, 64)
+    program = built.program(built.op(aten.linear.default, built.x, built.constant("w", weight)))
+    scale = weight.abs().amax(1, keepdim=True) / 7
+    assert measured(program.copy(), quantised_pair(scale, "int4"), Bounded(), at="w").verdict == "held"
+    scale[300] /= 2
+    result = measured(program.copy(), quantised_pair(scale, "int4"), Bounded(), at="w")
+    assert (result.verdict, result.figure > result.limit) == ("broken", True)
+    assert result.why.startswith("block [300, 0] of dequantize_default loses ")
+    assert measured(program.copy(), quantised_pair(scale, "int4"), Bounded(limit=15.0), at="w").verdict == "held"
+
+
+# what the probe doesn't reach
+
+
+def behind_relu(weight: Tensor) -> list[Measured]:
+    """A weight behind a relu that leaves channel 3 dead on the probe, made anew beside a new layer."""
+    x = seeded(4, 8)
+    x[:, 3] = -1
+    built = Builder(x=x)
+    hidden = built.op(aten.relu.default, built.x)
+    program = built.program(built.op(aten.linear.default, hidden, built.constant("w", seeded(5, 8))))
+    old, edit = program.results()[0], Edit(program)
+    with edit.site(old):
+        edit.replace(old, edit.insert(aten.linear.default, old.args[0], edit.constant("w", weight, like=old), like=old))
+    return check(program, edit, Exact(), program.example)
+
+
+def test_a_fault_behind_a_dead_channel_is_broken() -> None:
+    assert [m.verdict for m in behind_relu(seeded(5, 8))] == ["held"]
+    (result,) = behind_relu(seeded(5, 8) * (1 - 0.5 * (torch.arange(8) == 3)))
+    assert (result.verdict, result.figure) == ("broken", 0.0)
+    assert result.why.endswith("at linear_default_1 where its operands aren't 0, as they are on the probe")
+
+
+@pytest.mark.parametrize("row", [1, 5])
+def test_a_table_is_measured_in_rows_that_the_probe_does_not_read(row: int) -> None:
+    built = Builder(x=torch.tensor([1, 2]))
+    table = built.constant("w", seeded(6, 4))
+    program = built.program(built.op(aten.mul.Tensor, built.op(aten.embedding.default, table, built.x), 2.0))
+    wrong = seeded(6, 4) * 2
+    wrong[row] /= 2
+    edit = Edit(program)
+    with edit.site(program.results()[0]):
+        for carrier in (table, table.users.copy().popitem()[0]):
+            edit.carry(carrier, lambda v: v * 2)
+        edit.fold(table, wrong)
+        edit.update(program.results()[0], program.results()[0].args[0], 1.0)
+    broken = [m.value for m in check(program, edit, Exact(), program.example) if m.verdict == "broken"]
+    assert broken == (["w", "embedding_default"] if row == 1 else ["w"])

@@ -66,6 +66,11 @@ def wrong_order(program: Program) -> None:
     node(program, "linear_default").update_arg(0, late)
 
 
+def turned_over_grid(program: Program) -> None:
+    program.constants["layer.0.weight"] = torch.tensor([[0.1], [-0.1]])
+    before_output(program, torch.ops.fxc.quantize.default, program.placeholders()[0], node(program, "layer_0_weight"), None, "int8", [2, -1])
+
+
 BROKEN: dict[str, tuple[Callable[[Program], None], str, str]] = {
     "unknown kind": (unknown_kind, "layer (call_module layer)", "nodes are inputs, constants, functions and one output"),
     "mutation": (mutation, "add__tensor (call_function aten.add_.Tensor)", "no op may write its arguments"),
@@ -75,6 +80,7 @@ BROKEN: dict[str, tuple[Callable[[Program], None], str, str]] = {
     "nested output": (nested_output, "output (output output)", "the output is the flat tuple of the declared outputs"),
     "one output too many": (one_output_too_many, "output (output output)", "the output is the flat tuple of the declared outputs"),
     "literal output": (literal_output, "output (output output)", "the output is the flat tuple of the declared outputs"),
+    "turned over grid": (turned_over_grid, "quantize_default (call_function fxc.quantize.default)", "the scale of a quantiser is positive"),
     "undeclared input": (undeclared_input, "z (placeholder z)", "every placeholder is a declared input"),
     "wrong order": (wrong_order, "linear_default reads neg_default before it is computed", "nodes are in topological order"),
 }

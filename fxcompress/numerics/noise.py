@@ -8,9 +8,9 @@ from math import inf, isnan, log10, nan
 import torch
 from torch import Tensor
 
-from fxcompress.numerics.blocks import block_sizes, walk, widen
+from fxcompress.numerics.blocks import block_sizes, inside, scale_shape, walk, widen
 from fxcompress.numerics.formats import Format
-from fxcompress.numerics.ranges import extremes
+from fxcompress.numerics.ranges import extremes, minmax_range, quantisation_error
 
 _TILE = 1 << 18
 
@@ -28,6 +28,35 @@ def sqnr(reference: Tensor, approx: Tensor) -> float:
         signal += a.double().square().sum().item()
         noise += (a.double() - b.double()).square().sum().item()
     return decibel(signal, noise)
+
+
+def excess(x: Tensor, approx: Tensor, format: Format, block: Sequence[int], symmetric: bool) -> Tensor:
+    """Per block the squared error of approx over the one it may have: that of rounding x on the block's own min-max grid.
+
+    1 where no value is off by more than half a step of that grid, stretched to qmax + 1 codes a side: rounding is nearest then, whatever the
+    grid, and luck decides the sum. So what clips must win by it. Float formats, whose steps vary, may have twice the error. Rounding to x's
+    dtype comes on top. Returns float64 of scale_shape; a fine grid gives less than 1. Errors: those of `minmax_range`.
+    """
+    scale, zero = minmax_range(x, format, symmetric, block)
+    plain = quantisation_error(x, scale, zero, format, block).double()
+    squares, greatest = _block_errors(x, approx, block)
+    norm, bound = _block_errors(x, x.new_zeros(()).expand(x.shape), block)
+    eps = torch.finfo(x.dtype).eps
+    allowed = (plain * (2 if format.kind == "float" else 1.01)).sqrt() + eps * norm.sqrt()
+    ratio = torch.where(squares == 0, 0, squares / allowed.square())
+    half = scale.double() * (1 + 1 / format.qmax) / 2 + eps * bound
+    return torch.where(greatest <= half, ratio.clamp(max=1), ratio) if format.kind == "int" else ratio
+
+
+def _block_errors(reference: Tensor, approx: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Σ (reference - approx)² and max |reference - approx| of each block, in float64."""
+    squares = torch.zeros(scale_shape(reference.shape, block), dtype=torch.float64, device=reference.device)
+    greatest = torch.zeros_like(squares)
+    for (a, at), (b, _) in zip(walk(reference, block, _TILE // 4), walk(approx, block, _TILE // 4), strict=True):
+        error = a.double().sub_(b).abs_()
+        greatest[at] = torch.maximum(greatest[at], error.amax(inside(a)))
+        squares[at] += error.square_().sum(inside(a))
+    return squares, greatest
 
 
 def noise_power(step: Tensor, block: Sequence[int], shape: Sequence[int]) -> float:

@@ -337,7 +337,7 @@ def broken(figure: float, limit: float) -> str:
     return (
         "quant.weight_only breaks its bounded contract at 1 of 1 sites\n"
         "  where fc  (linear)\n"
-        f"  why   dB {figure:.3g} at dequantize_default on the probe inputs, limit {limit:.3g}\n"
+        f"  why   {figure:.3g} dB at dequantize_default on the probe inputs, limit {limit:.3g}\n"
         "  state program as before this pass; 0 finished passes are kept\n"
         '  do    - quant.weight_only: {where: {exclude: ["fc"]}}'
     )

@@ -1,0 +1,57 @@
+"""Who reads what in an open edit, against what the edit says.
+
+A node that no site touched reads what it read before, or what the edit put in its place: nothing else, and never what was replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch.utils._pytree as pytree
+from torch import fx
+
+from fxcompress.edit import Edit, site_name
+
+
+class Misread(NamedTuple):
+    """A live node that reads what it shouldn't. site: the name of the site that is to blame, or of the node itself."""
+
+    site: str
+    node: fx.Node
+    why: str
+
+
+def misreads(edit: Edit) -> Iterator[Misread]:
+    """Every old, untouched, live node whose arguments aren't the ones it had, with what `Edit.replace` put in place of some."""
+    touched = {n for site in edit.sites for n in site.touched}
+    alive = reached(edit.program.output_node)
+    for step in edit.before:
+        if step.node in alive and step.node not in touched:
+            wanted: Any = step.args, step.kwargs
+            for old, new in edit.rewired.get(step.node, ()):
+                wanted = fx.node.map_arg(wanted, lambda n: new if n is old else n)  # noqa: B023 - called before the next one
+            if wanted != (step.node.args, step.node.kwargs):
+                yield _misread(edit, step.node, wanted)
+
+
+def reached(output: fx.Node) -> set[fx.Node]:
+    """The output node and everything its values depend on."""
+    found: set[fx.Node] = set()
+    stack = [output]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _misread(edit: Edit, node: fx.Node, wanted: Any) -> Misread:
+    expected = [n for n in pytree.tree_leaves(wanted) if isinstance(n, fx.Node)]
+    wrong = next((n for n in node.all_input_nodes if n not in expected), None)
+    missing = next((n for n in expected if n not in node.all_input_nodes), None)
+    site = next((s.name for s in edit.sites for old, new in s.replaced.items() if wrong is old or missing is new), site_name(node))
+    if wrong is None or missing is None:
+        return Misread(site, node, f"the arguments of {node.name} are others than before, and no site says so")
+    return Misread(site, node, f"{node.name} reads {wrong.name} where {missing.name} belongs")

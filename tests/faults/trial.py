@@ -1,0 +1,112 @@
+"""Whether anybody notices a fault, and whether there was anything to notice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from fxcompress.contract import Contract, check
+from fxcompress.edit import Edit
+from fxcompress.interpret import walk
+from fxcompress.measure import relative_error
+from fxcompress.program import Program
+from fxcompress.verify import verify
+from fxcompress.wiring import reached
+from tests.faults.fault import Fault
+
+NOISE = 1e-5  # relative: what sums in another order do to a value a few layers deep in float32
+DRAWS = 3  # of random inputs, besides the example
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a fault. caught: "contract", the name of an error, or ""; named: the values called broken; change: the greatest relative
+    change of a value over all inputs, measured only where nobody noticed."""
+
+    fault: Fault
+    caught: str
+    named: tuple[str, ...] = ()
+    change: float = float("nan")
+
+    @property
+    def verdict(self) -> str:
+        """Who caught it, "equivalent" if there was nothing to catch, or "survived"."""
+        return self.caught or ("equivalent" if self.change <= NOISE else "survived")
+
+
+class Trial:
+    """An open edit with the values its program gives on random inputs."""
+
+    def __init__(self, edit: Edit, contract: Contract) -> None:
+        self.edit, self.contract, self.program = edit, contract, edit.program
+        self.inputs = [self.program.example, *(drawn(self.program, seed) for seed in range(DRAWS))]
+        self.kept = kept_nodes(edit)
+        self.right = [self._values(x) for x in self.inputs]
+
+    def run(self, fault: Fault) -> Outcome:
+        """Plant it, check as the manager does, take it back."""
+        undo = fault.plant()
+        try:
+            caught, named = self._noticed()
+            return Outcome(fault, caught, named) if caught else Outcome(fault, "", (), self._change())
+        finally:
+            undo()
+
+    def _noticed(self) -> tuple[str, tuple[str, ...]]:
+        try:
+            broken = tuple(m.value for m in check(self.program, self.edit, self.contract, self.program.example) if m.verdict == "broken")
+            verify(self.program)
+        except Exception as error:  # an op that can't run on what it is given
+            return type(error).__name__, ()
+        return ("contract" if broken else ""), broken
+
+    def _change(self) -> float:
+        """inf where the program no longer runs."""
+        try:
+            wrong = [self._values(x) for x in self.inputs]
+        except Exception:
+            return float("inf")
+        pairs = [(a[n], b[n]) for a, b in zip(self.right, wrong, strict=True) for n in a.keys() & b.keys()]
+        return max(apart(a, b) for a, b in pairs)
+
+    def _values(self, inputs: Sequence[Tensor]) -> dict[Any, Any]:
+        """Kept values by node, results by number."""
+        alive, values = reached(self.program.output_node), dict[Any, Any]()
+        nodes = [n for n in self.program.graph.nodes if n in alive or n.op == "placeholder"]
+        wanted = [n for n in nodes if n in self.kept]
+        values.update(zip(wanted, walk(nodes, self.program.constants, inputs, wanted), strict=True))
+        return values | dict(enumerate(walk(nodes, self.program.constants, inputs, self.program.results())))
+
+
+def kept_nodes(edit: Edit) -> set[fx.Node]:
+    """The live values that something is said about: the old ones, and those in the place of old ones."""
+    old = {s.node for s in edit.before if s.node.op == "call_function"}
+    new = {n for site in edit.sites for n in site.replaced.values()}
+    return reached(edit.program.output_node) & (old | new)
+
+
+def drawn(program: Program, seed: int) -> list[Tensor]:
+    """Other inputs: floats as spread as the example's, indices from the whole table, other integers and booleans from among the example's."""
+    rng = torch.Generator().manual_seed(seed)
+    return [_drawn(x, value.below, rng) for x, value in zip(program.example, program.inputs, strict=True)]
+
+
+def _drawn(x: Tensor, below: int | None, rng: torch.Generator) -> Tensor:
+    if x.is_floating_point():
+        return x.mean() + torch.randn(x.shape, generator=rng, dtype=x.dtype) * (x.std() if x.numel() > 1 else 1.0)
+    if below is not None:
+        return torch.randint(below, x.shape, generator=rng, dtype=x.dtype)
+    return x.flatten()[torch.randint(x.numel(), x.shape, generator=rng)]
+
+
+def apart(right: Any, wrong: Any) -> float:
+    """The greatest relative error over the tensors and numbers of two values; inf if their forms differ."""
+    a, b = ([torch.as_tensor(v) for v in pytree.tree_leaves(x)] for x in (right, wrong))
+    if [(x.shape, x.dtype) for x in a] != [(x.shape, x.dtype) for x in b]:
+        return float("inf")
+    return max((relative_error(x, y) for x, y in zip(a, b, strict=True)), default=0.0)

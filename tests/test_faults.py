@@ -1,0 +1,176 @@
+"""Contracts bite: a seeded sample of the faults that tools/mutate.py plants; what is equivalent is found out, what survives is seen."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxcompress.contract import Contract, Exact, Lossy, check
+from fxcompress.edit import Edit
+from fxcompress.program import Program
+from fxcompress.transport import Kind, Seed, Transport
+from tests.faults import faults
+from tests.faults.cases import CASES, Case, opened
+from tests.faults.fault import Fault, Undo
+from tests.faults.trial import Outcome, Trial
+from tests.passes.helpers import Builder, chain, named, node, seeded, snapshot, zoo
+
+aten = torch.ops.aten
+
+SAMPLES: tuple[tuple[str, str, int], ...] = (  # model, case, faults
+    ("llama", "tidy.fold_constants", 5),
+    ("llama", "tidy.no_ops", 15),
+    ("resnet", "tidy.fold_batch_norm", 20),
+    ("llama", "tidy.open_attention", 20),
+    ("llama", "tidy.fold_norm_gain", 15),
+    ("vit", "tidy.fold_norm_gain {'beta': True}", 20),
+    ("llama", "rotate.residual", 25),
+    ("llama", "sparsity.remove_channels", 20),
+    ("llama", "quant.weight_only", 15),
+    ("llama", "quant.weight_only {'weights': 'int4/group:32'}", 15),
+    ("llama", "quant.weight_only {'weights': 'uint4/group:16', 'symmetric': False}", 15),
+    ("llama", "quant.finalize", 15),
+)
+KINDS = (
+    "negate",
+    "transpose",
+    "wrong axis",
+    "roll axis",
+    "one more",
+    "keeps reading",
+    "swap with",
+    "swap operands",
+    "keep the old",
+    "halve a channel",
+)
+
+
+@functools.cache
+def case_of(name: str) -> Case:
+    return next(c for c in CASES if str(c) == name)
+
+
+@functools.cache
+def edit_of(model: str, name: str) -> Edit:
+    return case_of(name).opened(zoo(model))
+
+
+def outcomes(edit: Edit, contract: Contract, planted: list[Fault]) -> Iterator[Outcome]:
+    trial = Trial(edit, contract)
+    with torch.no_grad():
+        yield from map(trial.run, planted)
+
+
+@pytest.mark.parametrize(("model", "name", "count"), SAMPLES)
+def test_no_fault_survives(model: str, name: str, count: int) -> None:
+    edit, contract = edit_of(model, name), case_of(name).item().contract
+    assert {m.verdict for m in check(edit.program, edit, contract, edit.program.example)} == {"held"}
+    planted = list(faults(edit))
+    before = snapshot(edit.program)
+    found = list(outcomes(edit, contract, random.Random(0).sample(planted, min(count, len(planted)))))
+    assert [(str(o.fault), o.change) for o in found if o.verdict == "survived"] == []
+    assert sum(o.caught == "contract" for o in found) > count / 4
+    assert snapshot(edit.program) == before, "every fault is taken back"
+
+
+def test_every_kind_of_fault_is_planted() -> None:
+    planted = {f.kind for model, name, _ in SAMPLES for f in faults(edit_of(model, name))}
+    assert [kind for kind in KINDS if not any(kind in p for p in planted)] == []
+
+
+def folded(weight: Tensor, new: Tensor) -> Edit:
+    """One layer with another weight."""
+    built = Builder(x=seeded(4, 8))
+    program = built.program(built.op(aten.linear.default, built.x, built.constant("w", weight)))
+    edit = Edit(program)
+    with edit.site(program.results()[0]):
+        edit.fold(node(program, "w"), new)
+    return edit
+
+
+def verdict(edit: Edit, kind: str, contract: Contract) -> str:
+    (outcome,) = outcomes(edit, contract, [f for f in faults(edit) if f.kind == kind])
+    return outcome.verdict
+
+
+W = seeded(8, 8)
+EQUIVALENT = {
+    "transpose": W + W.t(),
+    "negate": torch.zeros(8, 8),
+    "roll axis 0": torch.ones(8, 8),
+    "keep the old one": W,
+    "halve a channel of axis 1": W * (torch.arange(8) != 4),
+}
+
+
+@pytest.mark.parametrize("kind", EQUIVALENT)
+def test_what_changes_nothing_is_found_out_by_evaluation(kind: str) -> None:
+    """Under a contract that notices nothing, so that the verdict is evaluation's alone."""
+    weight = EQUIVALENT[kind]
+    assert verdict(folded(W if kind == "keep the old one" else weight, weight), kind, Lossy()) == "equivalent"
+    assert verdict(folded(W + 1, W), kind, Lossy()) == "survived"
+    assert verdict(folded(W, W), kind, Exact()) == ("equivalent" if kind == "keep the old one" else "contract")
+
+
+def test_a_fault_too_small_to_see_survives() -> None:
+    """Beyond noise and within Exact's limit of 1e-4: the sweep says so rather than calling it equivalent."""
+    edit = folded(W, W)
+    constants = edit.program.constants
+
+    def plant() -> Undo:
+        constants.update(w=W * (1 + 2e-5))
+        return lambda: constants.update(w=W)
+
+    (outcome,) = outcomes(edit, Exact(), [Fault("slightly more", "w", "", plant)])
+    assert (outcome.verdict, 1e-5 < outcome.change < 1e-4) == ("survived", True)
+
+
+def test_one_fault_among_two_hundred_sites_is_named_with_its_node() -> None:
+    edit = opened(chain(200), named("quant.weight_only"))
+    value = {site.name: new.name for site in edit.sites for new in site.replaced.values()}
+    planted = [f for f in faults(edit) if f.kind in ("roll axis 0", "halve a channel of axis 0") and f.at.endswith(".scale")]
+    found = list(outcomes(edit, edit_contract(), random.Random(0).sample(planted, 8)))
+    assert len(edit.sites) == 200
+    assert [o.named for o in found] == [(value[o.fault.site],) for o in found]
+
+
+def edit_contract() -> Contract:
+    return named("quant.weight_only").contract
+
+
+def perceptron() -> Program:
+    """Three layers with nothing but relu between them."""
+    built = Builder(x=seeded(4, 8))
+    value = built.x
+    for i in range(3):
+        value = built.op(aten.linear.default, value, built.constant(f"w{i}", seeded(8, 8, seed=i) / 8**0.5))
+        value = built.op(aten.relu.default, value) if i < 2 else value
+    return built.program(value)
+
+
+def twice_scaled() -> Edit:
+    """Both hidden values scaled in one edit: the weight between them takes part in both folds."""
+    program = perceptron()
+    edit, engine = Edit(program), Transport(program)
+    for name in ("relu_default", "relu_default_1"):
+        plan = engine.solve(Kind.SCALE, Seed(node(program, name)))
+        plan.apply(edit, torch.linspace(0.5, 2, plan.count).double())
+    return edit
+
+
+def test_two_overlapping_folds_in_a_row_pass() -> None:
+    edit = twice_scaled()
+    assert [sorted(site.constants) for site in edit.sites] == [["w0", "w1"], ["w1", "w2"]]
+    assert {m.verdict for m in check(edit.program, edit, Exact(), edit.program.example)} == {"held"}
+
+
+def test_every_fault_in_overlapping_folds_is_caught() -> None:
+    edit = twice_scaled()
+    found = list(outcomes(edit, Exact(), list(faults(edit))))
+    assert len(found) > 20
+    assert {o.verdict for o in found} == {"contract"}
