@@ -204,7 +204,7 @@ def _shifted_result(s: Solver, product: Product, side: Port, label: Label) -> No
 
 
 def _put_bias(s: Solver, product: Product, label: Label) -> None:
-    if product.bias is None:
+    if product.bias is None or (s.kind in (Kind.PERMUTE, Kind.REMOVE) and not _letters(product.out, label.index) & set(product.bias_letters)):
         return
     index = _only(s, product.out, label.index, product.bias_letters)
     if (index != label.index).any() if index.shape == label.index.shape else True:
