@@ -80,14 +80,7 @@ def compile(  # noqa: PLR0913 - the arguments users say
         manager = Manager(captured.copy(), runner.target, captured.example if items is None else items.probe, check, statistics)
         _run(manager, passes, kept, lambda name, finished: progress(name or f"lower to {runner.name}", finished, steps))
         audit(manager.program)
-        chosen = {"recipe": recipe.model_dump(mode="json"), "backend": _chosen(runner)}
-        made = kept.finished(chosen) if kept else None
-        folder, report, session = _copied(made) if made else _lowered(recipe, runner, captured, manager, threads)
-        configs = captured.config, captured.generation_config
-        compiled = CompiledModel(folder, runner, report, threads, manager.program, *configs, session)
-        weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
-        if kept and not made:
-            kept.finish(chosen, compiled.save)
+        compiled = _compiled(recipe, runner, captured, manager, threads, kept)
     progress("", steps, steps)
     return compiled
 
@@ -122,6 +115,21 @@ def _run(manager: Manager, passes: Sequence[tuple[Step, Pass]], kept: Checkpoint
     finished = len(manager.done)
     keep = (lambda: kept.save(manager.program, manager.done)) if kept else lambda: None
     manager.run(passes[finished:], lambda name, number, _: progress(name, finished + number), keep)
+
+
+def _compiled(
+    recipe: Recipe, runner: Backend, captured: Program, manager: Manager, threads: int | None, kept: Checkpoint | None
+) -> CompiledModel:
+    """The program lowered and measured, or the checkpoint's artifact where it has finished just that."""
+    chosen = {"recipe": recipe.model_dump(mode="json"), "backend": _chosen(runner)}
+    made = kept.finished(chosen) if kept else None
+    folder, report, session = _copied(made) if made else _lowered(recipe, runner, captured, manager, threads)
+    configs = captured.config, captured.generation_config
+    compiled = CompiledModel(folder, runner, report, threads, manager.program, *configs, session)
+    weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
+    if kept and not made:
+        kept.finish(chosen, compiled.save)
+    return compiled
 
 
 def _lowered(recipe: Recipe, runner: Backend, captured: Program, manager: Manager, threads: int | None) -> tuple[Path, Report, Session | None]:
