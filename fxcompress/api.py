@@ -83,35 +83,17 @@ def compile(  # noqa: PLR0913 - the arguments users say
     statistics = None if items is None else Statistics(items)
     probe = captured.example if items is None else items.probe
 
-    def compiled(recipe: Recipe, folder: str | Path | None = None) -> CompiledModel:
+    def one(recipe: Recipe, folder: str | Path | None = None) -> CompiledModel:
         manager = Manager(captured.copy(), runner.target, probe, check, statistics)
         passes = build(recipe)
         with _opened(folder, captured, passes, runner, check, feed) as kept:
             _run(manager, passes, kept, lambda name, finished: progress(name or f"lower to {runner.name}", finished, steps))
-            return _finished(recipe, runner, captured, manager, threads, kept)
+            audit(manager.program)
+            return _compiled(recipe, runner, captured, manager, threads, kept)
 
-    model = (
-        compiled(recipe, checkpoint)
-        if evaluate is None
-        else _guarded(recipe, compiled, evaluate, max_drop, captured, runner, probe, statistics)
-    )
+    model = one(recipe, checkpoint) if evaluate is None else _guarded(recipe, one, evaluate, max_drop, captured, runner, probe, statistics)
     progress("", steps, steps)
     return model
-
-
-def _finished(
-    recipe: Recipe, runner: Backend, captured: Program, manager: Manager, threads: int | None, kept: Checkpoint | None
-) -> CompiledModel:
-    """Lower what the passes left, or take the artifact that the checkpoint holds already."""
-    audit(manager.program)
-    chosen = {"recipe": recipe.model_dump(mode="json"), "backend": _chosen(runner)}
-    made = kept.finished(chosen) if kept else None
-    folder, report, session = _copied(made) if made else _lowered(recipe, runner, captured, manager, threads)
-    compiled = CompiledModel(folder, runner, report, threads, manager.program, captured.config, captured.generation_config, session)
-    weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
-    if kept and not made:
-        kept.finish(chosen, compiled.save)
-    return compiled
 
 
 def _guarded(
@@ -165,6 +147,21 @@ def _run(manager: Manager, passes: Sequence[tuple[Step, Pass]], kept: Checkpoint
     finished = len(manager.done)
     keep = (lambda: kept.save(manager.program, manager.done)) if kept else lambda: None
     manager.run(passes[finished:], lambda name, number, _: progress(name, finished + number), keep)
+
+
+def _compiled(
+    recipe: Recipe, runner: Backend, captured: Program, manager: Manager, threads: int | None, kept: Checkpoint | None
+) -> CompiledModel:
+    """The program lowered and measured, or the checkpoint's artifact where it has finished just that."""
+    chosen = {"recipe": recipe.model_dump(mode="json"), "backend": _chosen(runner)}
+    made = kept.finished(chosen) if kept else None
+    folder, report, session = _copied(made) if made else _lowered(recipe, runner, captured, manager, threads)
+    configs = captured.config, captured.generation_config
+    compiled = CompiledModel(folder, runner, report, threads, manager.program, *configs, session)
+    weakref.finalize(compiled, shutil.rmtree, folder, ignore_errors=True)
+    if kept and not made:
+        kept.finish(chosen, compiled.save)
+    return compiled
 
 
 def _lowered(recipe: Recipe, runner: Backend, captured: Program, manager: Manager, threads: int | None) -> tuple[Path, Report, Session | None]:

@@ -22,9 +22,11 @@ import fxcompress as fxc
 from fxcompress import api, artifact, checkpoint
 from fxcompress.passes.quant import finalize, weight_only
 from fxcompress.passes.tidy import fold_batch_norm
+from fxcompress.recipe import load_recipe, shipped
 from fxcompress.report import Report
-from tests.passes.helpers import seeded
+from tests.passes.helpers import seeded, zoo
 from tests.test_artifact import content, crash
+from tests.zoo import ZOO
 
 QUANT = {"quant.weight_only": {"weights": "int8/channel"}}
 WITHOUT_FC2 = {"quant.weight_only": {**QUANT["quant.weight_only"], "where": {"exclude": ["fc2"]}}}
@@ -233,6 +235,25 @@ def test_onnxruntime(passes: int, program: fxc.Program, run: Path, tmp_path: Pat
     assert len(told) == 6 - passes
     assert files(model, tmp_path) == wanted
     assert files(compiled(program, run, backend="onnxruntime"), tmp_path / "again") == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", shipped())
+def test_shipped_recipes_stopped_before_every_step(recipe: str, run: Path, tmp_path: Path) -> None:
+    """On a real model, with statistics, which a process that goes on measures anew."""
+    program, example = zoo("llama"), ZOO["llama"]()[1]
+    feed = [{**example, "input_ids": example["input_ids"].roll(n, 1)} for n in range(3)]
+    wanted = files(fxc.compile(program, recipe, calibration=feed), tmp_path / "undisturbed")
+    for number in range(1, len(load_recipe(recipe).passes) + 1):
+
+        def stop(name: str, finished: int, total: int, at: int = number) -> None:
+            if finished == at:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fxc.compile(program, recipe, calibration=feed, checkpoint=run, progress=stop)
+        assert passes_kept(run) == number
+    assert files(fxc.compile(program, recipe, calibration=feed, checkpoint=run), tmp_path) == wanted
 
 
 # what isn't gone on from
