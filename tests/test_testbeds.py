@@ -60,7 +60,8 @@ def test_a_damaged_classifier_is_not(loaded, name):
     model.load_state_dict(bed.model.state_dict())
     kernels = [p for p in model.eval().parameters() if p.dim() > 1]
     with torch.no_grad():
-        kernels[len(kernels) // 2].neg_()
+        for kernel in kernels[::4]:
+            kernel.neg_()
     assert accuracy(classify.logits(model), fashion.pixels(bed.test.images[:500]), bed.test.labels[:500]).high < said - 0.05
 
 
