@@ -91,9 +91,9 @@ def compile(  # noqa: PLR0913 - the arguments users say
             audit(manager.program)
             return _compiled(recipe, runner, captured, manager, threads, kept)
 
-    model = one(recipe, checkpoint) if evaluate is None else _guarded(recipe, one, evaluate, max_drop, captured, runner, probe, statistics)
+    made = one(recipe, checkpoint) if evaluate is None else _guarded(recipe, one, evaluate, max_drop, captured, runner, probe, statistics)
     progress("", steps, steps)
-    return model
+    return made
 
 
 def _guarded(
