@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M-Instruct with 8-bit weights and activations, by how the activations are prepared.
 
-    python tools/int8_llm.py [--backend reference] [--windows 8] [--only NAME ...]
+    python tools/int8_llm.py [--backend onnxruntime] [--windows 8] [--only NAME ...]
 
 Needs the model (make model). Calibrates on Persuasion, scores Moby-Dick, in windows of 256 tokens; one line a recipe.
 """
@@ -61,7 +61,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="reference")
+    parser.add_argument("--backend", default="onnxruntime")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--items", type=int, default=8)
     parser.add_argument("--only", nargs="*", choices=[*PREPARED])
