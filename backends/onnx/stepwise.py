@@ -9,6 +9,7 @@ axis or bias moves numbers that don't.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ from fxcompress.measure import relative_error
 from fxcompress.noise import jittered
 from fxcompress.program import Program, module_path
 
+ORDERS = (torch.ops.aten.sort.default, torch.ops.aten.topk.default)
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -40,6 +43,7 @@ def step_by_step(program: Program, products: Collection[fx.Node], model: onnx.Mo
     seen = _seen(program, products, model, run_model, probe)
     held: dict[fx.Node, Any] = {}
     read = {operand for node in seen for operand in node.all_input_nodes}
+    read |= {_sorted(node) for node in seen if node.target is operator.getitem}
     steps, loose = Steps(), list[tuple[fx.Node, Tensor, float]]()
 
     def visit(node: fx.Node, value: Any) -> Any:
@@ -48,6 +52,8 @@ def step_by_step(program: Program, products: Collection[fx.Node], model: onnx.Mo
             held[node] = given
         if node in seen and node.target is QUANTIZE:
             steps.flips[node.name] = _judged_codes(node, value, given, held)
+        elif node in seen and node.target is operator.getitem:
+            _judge_order(node, value, given, held[_sorted(node)])
         elif node in seen:
             steps.errors[node.name] = error = relative_error(value, given)
             if not error <= EXACT_LIMIT.get(value.dtype, 0.0) and not rounding_excused(program, node, held, value, given):
@@ -66,7 +72,10 @@ def _seen(
     """What the model computes, by the program's node, codes in their format's own type."""
     made = {name for n in model.graph.node for name in n.output}
     names: dict[fx.Node, str] = {}
+    orders = {n.output[0].rsplit(".", 1)[0]: n.output[1] for n in model.graph.node if n.op_type == "TopK"}
     for node in program.graph.nodes:
+        if node.target is operator.getitem and node.args[1] == 1 and node.args[0].target in ORDERS and node.args[0].name in orders:
+            names[node] = orders[node.args[0].name]
         if node.target is QUANTIZE or (node in products and not _becomes_codes(node)):
             found = next((n for n in (node.name, f"{node.name}{SIGNED}") if n in made), None)
             names.update({node: found} if found else {})
@@ -105,6 +114,22 @@ def _judged_codes(node: fx.Node, wanted: Tensor, given: Tensor, held: Mapping[fx
     if off.any():
         raise refusal(where, f"{float(off.double().mean()):.1%} of the codes differ by one though nothing is near a rounding edge")
     return share
+
+
+def _sorted(node: fx.Node) -> fx.Node:
+    """What the order, an item of a sort, is the order of."""
+    sort: Any = node.args[0]
+    value: fx.Node = sort.args[0]
+    return value
+
+
+def _judge_order(node: fx.Node, wanted: Tensor, given: Tensor, values: Tensor) -> None:
+    """Equal values may come in any order, so the model's is taken where it sorts as well."""
+    sort: Any = node.args[0]
+    dim = arguments(sort).get("dim", -1)
+    error = relative_error(values.gather(dim, wanted), values.gather(dim, given))
+    if not error <= EXACT_LIMIT.get(values.dtype, 0.0):
+        raise refusal(f"{module_path(node) or 'the root module'}  ({sort.name})", f"another order, whose values differ by {error:.1e}")
 
 
 def _refuse_beyond_noise(
