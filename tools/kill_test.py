@@ -2,9 +2,10 @@
 
     python -m tools.kill_test [--kills 50] [--model llama] [--backend onnxruntime] [--seed 0]
 
-Each kill hits a stage drawn evenly (one of the passes, with the writing of its checkpoint; lowering; saving) at a moment drawn evenly over the
-time that the stage takes. The next process must begin at the first pass that the checkpoint on disk doesn't hold. Where an artifact stands it
-must be whole. Every artifact, and one that a new interpreter makes of a last checkpoint, must equal that of an undisturbed run, times aside.
+Each kill hits a stage drawn evenly from those still to come (a pass, with the writing of its checkpoint; lowering; saving) at a moment drawn
+evenly over the time that the stage takes. The next process must begin at the first pass that the checkpoint on disk doesn't hold. Where an
+artifact stands it must be whole. Every artifact, and one that a new interpreter makes of a last checkpoint, must equal that of an undisturbed
+run, times aside.
 Linux; run it from the repository's root.
 """
 
@@ -56,7 +57,7 @@ class Killer:
         self.expected = content(self.out)
 
     def series(self, kills: int) -> None:
-        """Attempts on one checkpoint until one of them lives to its end, or all kills are used."""
+        """Attempts on one checkpoint until one lives to its end, all kills are used, or by chance, so that early stages are hit as well."""
         while self.killed.total() < kills:
             before = finished(self.run)
             stage = self.draw.randrange(before, len(STAGES))
@@ -71,6 +72,8 @@ class Killer:
                 self.completed += 1
                 return
             self.killed[STAGES[stage]] += 1
+            if self.draw.random() < 0.3:
+                return
 
     def _attempt(self, stage: int, delay: float) -> tuple[list[int], bool]:
         """(numbers of the stages that were begun, whether it was killed). It is killed some seconds after the stage has begun."""
