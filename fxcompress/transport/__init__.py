@@ -26,7 +26,8 @@ __all__ = ["Extra", "Kind", "Label", "Plan", "Seed", "Stop", "Transport", "trans
 
 
 Require = Literal["any", "all"]
-OTHER = {"a-out": "b-out", "b-out": "a-out"}  # the other operand that may take a change of the result
+# per route of a sum the others: the other addend takes a change of the result, or that of the first, which the result then doesn't have
+OTHERS = {"a-out": ("b-out", "a-b"), "b-out": ("a-out", "a-b")}
 
 
 class Transport:
@@ -57,8 +58,9 @@ class Transport:
             return solved(solver)
 
         plan = attempt({})
-        flips = [n for n, route in plan.choices.items() if route in OTHER and n not in given] if plan.pinned and plan.kind == Kind.SHIFT else []
-        found = next((p for p in (attempt({n: OTHER[plan.choices[n]]}) for n in flips) if p.count > plan.count), plan)
+        is_stuck = bool(plan.pinned) and plan.kind == Kind.SHIFT
+        flips = [{n: other} for n, r in plan.choices.items() if is_stuck and n not in given for other in OTHERS.get(r, ())]
+        found = next((p for p in map(attempt, flips) if p.count > plan.count), plan)
         return found.nothing() if require == "all" and found.pinned else found
 
 
