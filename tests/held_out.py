@@ -16,6 +16,7 @@ from tests.zoo import (
     ENCODER,
     GROUPED,
     IMAGE,
+    PAIR,
     PIXELS,
     STAGES,
     TEXT,
@@ -43,7 +44,6 @@ QUERY = {name: value for name, value in GROUPED.items() if name != "use_cache"}
 GPT = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PROMPT = both(tokens(), mask(left=True))
-PAIR = both(TEXT, tokens("decoder_input_ids", 6))
 LARGE = noise(pixel_values=(3, 64, 64))
 FRAMES = noise(pixel_values=(4, 3, 32, 32))
 SEQ2SEQ = {
@@ -74,7 +74,6 @@ SPEECH = {
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 CAUSAL_TEXT: dict[str, Builder] = {
-    "opt": transformers("OPTForCausalLM", PROMPT, **CAUSAL, ffn_dim=128, word_embed_proj_dim=64),
     "gpt_neox": transformers("GPTNeoXForCausalLM", PROMPT, **CAUSAL),
     "gpt_neo": transformers(
         "GPTNeoForCausalLM",
@@ -94,7 +93,6 @@ CAUSAL_TEXT: dict[str, Builder] = {
     "phi": transformers("PhiForCausalLM", PROMPT, **QUERY),
     "phi3": transformers("Phi3ForCausalLM", PROMPT, **QUERY, **IDS),
     "gemma": transformers("GemmaForCausalLM", PROMPT, **QUERY, head_dim=16),
-    "gemma2": transformers("Gemma2ForCausalLM", PROMPT, **QUERY, head_dim=16, query_pre_attn_scalar=16, sliding_window=4),
     "gemma3": transformers("Gemma3ForCausalLM", PROMPT, **QUERY, head_dim=16, query_pre_attn_scalar=16, sliding_window=4),
     "qwen3": transformers("Qwen3ForCausalLM", PROMPT, **QUERY, head_dim=16),
     "qwen2_moe": transformers("Qwen2MoeForCausalLM", PROMPT, **QUERY, **MOE, shared_expert_intermediate_size=64),
@@ -190,9 +188,6 @@ ENCODED_TEXT: dict[str, Builder] = {
 }
 
 PAIRED_TEXT: dict[str, Builder] = {
-    "t5": transformers(
-        "T5ForConditionalGeneration", PAIR, vocab_size=VOCAB, d_model=64, d_kv=8, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0
-    ),
     "umt5": transformers(
         "UMT5ForConditionalGeneration",
         PAIR,

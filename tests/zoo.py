@@ -225,6 +225,7 @@ IMAGE = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "intermediate_siz
 STAGES = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 24, 32, 48]}
 PROMPT = both(tokens(), mask(left=True))
 TEXT = both(tokens(), mask())
+PAIR = both(TEXT, tokens("decoder_input_ids", 6))
 PIXELS = noise(pixel_values=(3, 32, 32))
 UNET = {
     "block_out_channels": (32, 64),
@@ -349,10 +350,15 @@ ZOO: dict[str, Builder] = {
     ),
     "llama": transformers("LlamaForCausalLM", PROMPT, **GROUPED),
     "qwen2": transformers("Qwen2ForCausalLM", PROMPT, **GROUPED),
+    "gemma2": transformers("Gemma2ForCausalLM", PROMPT, **GROUPED, head_dim=16, query_pre_attn_scalar=16, sliding_window=4),
     "mixtral": transformers("MixtralForCausalLM", PROMPT, **GROUPED, num_local_experts=4, num_experts_per_tok=2),
     "gpt2": transformers("GPT2LMHeadModel", PROMPT, vocab_size=VOCAB, n_positions=64, n_embd=64, n_layer=2, n_head=4, use_cache=False),
+    "opt": transformers("OPTForCausalLM", PROMPT, **DECODER, ffn_dim=128, word_embed_proj_dim=64),
     "bert": transformers("BertModel", both(TEXT, lambda: {"token_type_ids": torch.arange(TOKENS).ge(6).long().repeat(BATCH, 1)}), **ENCODER),
     "t5_encoder": transformers("T5EncoderModel", TEXT, vocab_size=VOCAB, d_model=64, d_kv=8, d_ff=128, num_layers=2, num_heads=4),
+    "t5": transformers(
+        "T5ForConditionalGeneration", PAIR, vocab_size=VOCAB, d_model=64, d_kv=8, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0
+    ),
     "vit": transformers("ViTForImageClassification", PIXELS, **IMAGE, num_labels=10),
     "swin": transformers(
         "SwinForImageClassification",

@@ -26,7 +26,7 @@ __all__ = ["Extra", "Kind", "Label", "Plan", "Seed", "Stop", "Transport", "trans
 
 
 Require = Literal["any", "all"]
-FLIPS = {"a-out": ("b-out",), "b-out": ("a-out",), "a-b": ("a-out", "b-out"), "b-a": ("a-out", "b-out")}  # per route the others
+FLIPS = {"a-out": ("b-out", "a-b"), "b-out": ("a-out", "a-b"), "a-b": ("a-out", "b-out"), "b-a": ("a-out", "b-out")}  # per route the others
 
 
 class Transport:

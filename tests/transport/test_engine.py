@@ -305,3 +305,19 @@ def test_all_or_nothing() -> None:
     before = snapshot(program)
     whole.apply(Edit(program), torch.ones(0))
     assert snapshot(program) == before
+
+
+def test_a_shift_that_a_norm_would_see_is_taken_by_the_other_addend() -> None:
+    """Norms after the sum, as in BERT: beta moves, the layers that read it take it off, and so does the bias of the layer that is added."""
+    built = Builder(x=seeded(2, 3, WIDTH, dtype=F64))
+    gain, beta, w, v, c = (
+        built.constant(n, seeded(*s, seed=i, dtype=F64))
+        for i, (n, s) in enumerate({"g": (WIDTH,), "b": (WIDTH,), "w": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "c": (WIDTH,)}.items(), 1)
+    )
+    y = built.op(aten.layer_norm.default, built.x, [WIDTH], gain, beta)
+    hidden = built.op(aten.linear.default, built.op(aten.gelu.default, built.op(aten.linear.default, y, w)), v, c)
+    program = built.program(built.op(aten.layer_norm.default, built.op(aten.add.Tensor, y, hidden), [WIDTH], gain))
+    plan = solve(program, Kind.SHIFT, Seed(y))
+    assert (plan.count, plan.is_whole) == (WIDTH, True)
+    figures = proved(program, plan, vector_for(plan))
+    assert (max(figures["output"], figures["audit"]) < LIMIT, figures["broken"]) == (True, 0)
