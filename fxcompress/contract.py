@@ -286,7 +286,26 @@ class _Checker:
         if not holds or wrong:
             return Measured(pair.site.name, pair.new.name, figure, bound, "broken", wrong)
         why = self._unseen(pair, env, before, floors, bound) if not isinstance(self.contract, Lossy) and pair.new not in self.carried else ""
+        if why and self._is_on_range(pair):
+            spread = self._over_range(pair)
+            return Measured(pair.site.name, pair.new.name, figure, bound, spread.verdict, spread.why)
         return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why)
+
+    def _is_on_range(self, pair: _Pair) -> bool:
+        """Whether the pair quantises one value on a range measured before, which its other numbers may fill better than the probe's."""
+        value, frontier = self.old[pair.old], set(pair.frontier.values())
+        if MEASURED not in pair.new.meta or frontier != {pair.old} or not isinstance(value, Tensor):
+            return False
+        lo, hi = pair.new.meta[MEASURED]
+        return bool(lo.numel() == 1 and value.numel() > 1) and not torch.equal(value, _spread(value, lo, hi))
+
+    def _over_range(self, pair: _Pair) -> Measured:
+        """The comparison on numbers spread over the measured range: the probe's may all be far below one step of it."""
+        kept, self.old = self.old, {**self.old, pair.old: _spread(self.old[pair.old], *pair.new.meta[MEASURED])}
+        try:
+            return self._compare(pair)
+        finally:
+            self.old = kept
 
     def _recorded(self, pair: _Pair) -> Measured:
         """A constant against the old one under its record: readers may be blind to parts of it. An input or output against itself."""
@@ -413,6 +432,11 @@ class _Checker:
                 found[stack.pop()] = None
         del found[new]
         return list(found)
+
+
+def _spread(value: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """As many numbers in equal steps from lo to hi."""
+    return torch.linspace(float(lo), float(hi), value.numel(), dtype=torch.float64).to(value.dtype).reshape(value.shape)
 
 
 def _first_sites(edit: Edit, touched: set[fx.Node]) -> dict[fx.Node, Site]:

@@ -254,7 +254,7 @@ def test_passes() -> None:
 def test_one_pass() -> None:
     row = as_json("passes", "quant.weight_only")
     assert row["doc"] == weight_only.__doc__.strip()  # type: ignore[union-attr]
-    assert [o["option"] for o in row["options"]] == ["weights", "embeddings", "symmetric", "range"]
+    assert [o["option"] for o in row["options"]] == ["weights", "embeddings", "symmetric", "range", "storage"]
     assert text("passes", "quant.weight_only").startswith("Weights as integers or 8-bit floats, activations as they are.\n")
     assert as_json("passes", "quant.wieght_only", code=1)["why"] == "did you mean 'quant.weight_only'?"
 

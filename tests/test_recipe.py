@@ -73,7 +73,7 @@ def test_unknown_option() -> None:
         "an option is not valid\n"
         "  where pass 1, quant.weight_only\n"
         "  why   wieghts: unknown, did you mean 'weights'?\n"
-        "  do    fields: weights, embeddings, symmetric, range"
+        "  do    fields: weights, embeddings, symmetric, range, storage"
     )
 
 

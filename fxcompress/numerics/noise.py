@@ -53,7 +53,7 @@ def _block_errors(reference: Tensor, approx: Tensor, block: Sequence[int]) -> tu
     squares = torch.zeros(scale_shape(reference.shape, block), dtype=torch.float64, device=reference.device)
     greatest = torch.zeros_like(squares)
     for (a, at), (b, _) in zip(walk(reference, block, _TILE // 4), walk(approx, block, _TILE // 4), strict=True):
-        error = a.double().sub_(b).abs_()
+        error = (a.double() - b).abs_()
         greatest[at] = torch.maximum(greatest[at], error.amax(inside(a)))
         squares[at] += error.square_().sum(inside(a))
     return squares, greatest

@@ -186,3 +186,15 @@ def test_a_shifted_zero_point_is_an_excess() -> None:
 
 def test_nothing_lost_is_no_excess() -> None:
     assert excess(torch.zeros(2, 16), torch.zeros(2, 16), INT4, GROUP, True).tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_measuring_changes_nothing(dtype: torch.dtype) -> None:
+    """In float64 a cast is no copy."""
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    kept, rounded = x.clone(), (x * 4).round() / 4
+    excess(x, rounded, format_of("int8"), (1, -1), symmetric=True)
+    ideal_sqnr(x, format_of("int8"), (1, -1), symmetric=True)
+    static_sqnr(x, format_of("int8"), x.min().double(), x.max().double(), symmetric=True)
+    sqnr(x, rounded)
+    assert torch.equal(x, kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -624,7 +625,7 @@ def test_options_are_checked_before_anything_runs(options: dict[str, Any], why: 
         build(load_recipe({"passes": [{NAME: options}, "quant.finalize"]}))
     assert str(caught.value) == (
         f"an option is not valid\n  where pass 1, quant.insert\n  why   {why}\n"
-        "  do    fields: weights, embeddings, activations, products, range"
+        "  do    fields: weights, embeddings, activations, products, range, storage"
     )
 
 
@@ -766,7 +767,7 @@ def test_a_finalised_program_survives_the_store(tmp_path: Path) -> None:
         value.data = seeded(*value.shape, seed=index) / 4
     feed = [(seeded(n, 3, 6, 6, seed=n),) for n in (2, 99, 4)]
     compiled = fxc.compile(model, "int8", feed[0], feed, backend="reference")
-    assert [p.fired for p in compiled.report.passes] == [0, 0, 0, 5, 3]
+    assert [p.fired for p in compiled.report.passes] == [0, 0, 0, 5, 2, 3]
     again = fxc.load(compiled.save(tmp_path / "out"))
     x = seeded(5, 3, 6, 6, seed=9)
     assert torch.equal(again(x), compiled(x))
@@ -774,3 +775,16 @@ def test_a_finalised_program_survives_the_store(tmp_path: Path) -> None:
     constants = store.load_program(tmp_path / "out").constants
     assert {t.dtype for n, t in constants.items() if n.endswith(".codes")} == {torch.int32}
     assert {t.dtype for n, t in constants.items() if n.endswith(".packed")} == {torch.uint8}
+
+
+def test_a_range_far_beyond_the_probe_is_checked_on_numbers_that_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outlier of the feed leaves the probe below one step: on the probe nothing bites, over the range a fault does."""
+    before = function(linear, seeded(4, 8), w=seeded(5, 8))
+    outlier = seeded(4, 8, seed=1)
+    outlier[0, 0] = 1e4
+    _, report = run(before, before.example, [outlier])
+    assert {c.verdict for c in report.checks} == {"held"}
+    right = insert.grid_of
+    monkeypatch.setattr(insert, "grid_of", lambda *args: replace(right(*args), zero_point=right(*args).zero_point + 9))
+    with pytest.raises(ContractViolation):
+        run(before, before.example, [outlier])

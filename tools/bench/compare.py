@@ -2,9 +2,9 @@
 
     python -m tools.bench.compare [--only NAME ...] [--runs 30] [--json FILE]
 
-Needs nncf and openvino (pip install nncf openvino). Models: ResNet, ViT, BERT, a diffusion UNet, DiT and a Llama of transformers and diffusers
-with drawn weights. Rivals run a small grid of their own options; the one with the best SQNR on the calibration items is kept. Per row, as ratios
-of fxcompress to the rival:
+Needs nncf and openvino (pip install nncf openvino). Models: ResNet, ViT, BERT, a diffusion UNet, DiT and a Llama of transformers and diffusers,
+weights drawn. Rivals run a small grid of their own options; the one with the best SQNR on the calibration items is kept. Per row, as ratios of
+fxcompress to the rival:
 
     quantise   captured Program -> finalised Program, against the rival's quantise call on the exported model (CPU seconds)
     to file    nn.Module -> file, each through its own exporter (CPU seconds; peak memory beside it)
