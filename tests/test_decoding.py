@@ -311,6 +311,12 @@ def test_generate_without_cache_and_with_a_streamer(model: nn.Module, compiled: 
     assert torch.equal(torch.cat([t.view(-1) for t in lines.seen]), torch.cat([made[0], torch.tensor([-1])]))
 
 
+def test_generate_may_be_given_a_tokenizer(compiled: fxc.CompiledModel) -> None:
+    """Stop strings need one, and transformers passes it on to forward."""
+    module = compiled.as_module()
+    assert torch.equal(module.generate(ids(), tokenizer=object(), **GREEDY), module.generate(ids(), **GREEDY))
+
+
 def test_a_conversation_goes_on(model: nn.Module, compiled: fxc.CompiledModel) -> None:
     """The cache that generate gives back serves the next turn."""
     options = {**GREEDY, "return_dict_in_generate": True}
