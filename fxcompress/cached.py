@@ -108,9 +108,11 @@ def cache_of(pairs: Pairs, cache: Any = None) -> Any:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     cache = DynamicCache() if cache is None else cache
-    cache.layers = [DynamicLayer() for _ in pairs]
+    if len(cache.layers) != len(pairs) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        cache.layers = [DynamicLayer() for _ in pairs]
     for layer, (keys, values) in zip(cache.layers, pairs, strict=True):
-        layer.lazy_initialization(keys, values)
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
     return cache
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from fxcompress.cached import SWITCH
 
+PASSED_ON = ("tokenizer", "assistant_tokenizer")  # generate hands these to forward (transformers 5.23), where models ignore them
+
 
 @functools.cache
 def generating(base: type[Any]) -> type[Any]:
@@ -48,7 +50,7 @@ def forward_of(compiled: Any) -> Callable[..., Any]:
     """The call of the compiled model under the signature it takes, which is how transformers learns whether it takes a mask and positions."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return compiled(*args, **kwargs)
+        return compiled(*args, **{name: value for name, value in kwargs.items() if name not in PASSED_ON})
 
     names = {*compiled.signature.captured(), SWITCH}
     taken = [p for n, p in compiled.signature.parameters.parameters.items() if n in names]

@@ -18,6 +18,7 @@ from fxcompress.calibrate.feed import FlatItems, as_feed
 from fxcompress.dynamic import at_sizes
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
+from fxcompress.sources import resolve
 from tests.zoo import VOCAB, transformers
 
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -31,6 +32,7 @@ MODELS = {
     "gemma2": ("Gemma2ForCausalLM", {**WINDOWED, "tie_word_embeddings": False}),
 }
 NOTHING = {"name": "nothing", "passes": ["tidy.fold_constants"]}
+GGUF = Path(__file__).parents[1] / ".cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 20
 GREEDY = {"max_new_tokens": LENGTH, "do_sample": False, "pad_token_id": 0}
 
@@ -309,6 +311,12 @@ def test_generate_without_cache_and_with_a_streamer(model: nn.Module, compiled: 
     assert torch.equal(torch.cat([t.view(-1) for t in lines.seen]), torch.cat([made[0], torch.tensor([-1])]))
 
 
+def test_generate_may_be_given_a_tokenizer(compiled: fxc.CompiledModel) -> None:
+    """Stop strings need one, and transformers passes it on to forward."""
+    module = compiled.as_module()
+    assert torch.equal(module.generate(ids(), tokenizer=object(), **GREEDY), module.generate(ids(), **GREEDY))
+
+
 def test_a_conversation_goes_on(model: nn.Module, compiled: fxc.CompiledModel) -> None:
     """The cache that generate gives back serves the next turn."""
     options = {**GREEDY, "return_dict_in_generate": True}
@@ -334,6 +342,18 @@ def test_the_models_own_generation_config_counts(tmp_path: Path) -> None:
 def test_without_a_cache_there_is_no_generate(model: nn.Module) -> None:
     module = fxc.compile(model, NOTHING, {"input_ids": ids(), "use_cache": False}, backend="reference").as_module()
     assert not hasattr(module, "generate")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GGUF.exists(), reason="make model")
+def test_smollm2_says_what_it_says() -> None:
+    """A real model on ONNX Runtime, from a .gguf file and nothing else, token for token."""
+    loaded = resolve(GGUF)
+    assert loaded.tokenizer is not None
+    prompt = loaded.tokenizer()("The capital of France is", return_tensors="pt")["input_ids"]
+    wanted = loaded.model.generate(prompt, **GREEDY)
+    small = fxc.compile(loaded.model, NOTHING, loaded.example)
+    assert torch.equal(small.as_module().generate(prompt, **GREEDY), wanted)
 
 
 # passes and feeds

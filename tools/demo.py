@@ -131,8 +131,7 @@ def _decode_rates(models: dict[str, fxc.CompiledModel], prompt: torch.Tensor) ->
     for _ in range(ROUNDS):
         for name, model in models.items():
             clock = _Clock()
-            lengths = {"max_new_tokens": NEW_TOKENS + 1, "min_new_tokens": NEW_TOKENS + 1}
-            model.as_module().generate(prompt, do_sample=False, streamer=clock, **lengths)
+            model.as_module().generate(prompt, do_sample=False, streamer=clock, max_new_tokens=NEW_TOKENS + 1)
             first = clock.times[1]  # the first put is the prompt
             rates[name].append((len(clock.times) - 2) / (clock.times[-1] - first))
     return {name: statistics.median(r) for name, r in rates.items()}
