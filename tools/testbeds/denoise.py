@@ -16,6 +16,7 @@ from tools.testbeds.fashion import CLASSES, Split, doubled, halved, pixels
 
 SHAPE = (1, 16, 16)
 NO_CLASS = len(CLASSES)
+GUIDANCE = 1.5
 
 
 def unet() -> nn.Module:
@@ -78,7 +79,7 @@ def loss(model: nn.Module, data: Split, batch: int) -> Tensor:
     return nn.functional.mse_loss(model(PROCESS.add_noise(x, noise, t), t, labels).sample, PROCESS.get_velocity(x, noise, t))
 
 
-def sampler(steps: int = 20, guidance: float = 1.0) -> Sampler:
+def sampler(steps: int = 20, guidance: float = GUIDANCE) -> Sampler:
     """DDIM; guided unless guidance is 1."""
     return Sampler(scheduler(), steps, None if guidance == 1.0 else Guidance(guidance, {"class_labels": torch.tensor([NO_CLASS])}))
 
@@ -91,29 +92,34 @@ def sample(model: Callable[..., Any], labels: Tensor, seed: int, how: Sampler | 
 
 
 def states(model: nn.Module, seed: int, n: int = 20, steps: int = 20) -> Feed:
-    """What the model sees while it draws n images, two of each class for 20."""
+    """What the model sees while it draws n images, two of each class for 20: both halves of the guidance in each item."""
     return trajectory(model, sampler(steps), n, shape=SHAPE, conditions={"class_labels": torch.arange(n) % len(CLASSES)}, seed=seed)
 
 
 def metrics(model: nn.Module, train: Split, test: Split) -> dict[str, float]:
-    """Figures of 1000 samples, 100 a class, drawn in 20 steps without guidance; features and classes are the ResNet's.
+    """Figures of 1000 samples, 100 a class, guided by GUIDANCE and, as "unguided_...", not guided. Features and classes are the ResNet's."""
+    judge = weights.read(classify.resnet(), "resnet")
+    real = accuracy(classify.logits(judge), doubled(images(test)), test.labels).value
+    guided, free = (_judged(judge, model, sampler(guidance=g), images(train), images(test)) for g in (GUIDANCE, 1.0))
+    return {"guidance": GUIDANCE, "recognised_real": real, **guided, **{f"unguided_{key}": value for key, value in free.items()}}
 
-    frechet_ratio: the distance to 5000 training images, over that of 1000 other training images, mean of two draws. nearest_ratio: median pixel
-    distance to the nearest training image, over that of 1000 test images: a model that copies what it was trained on is far below 1.
+
+def _judged(judge: nn.Module, model: nn.Module, how: Sampler, train: Tensor, test: Tensor) -> dict[str, float]:
+    """frechet_ratio: the distance to 5000 training images over that of 1000 other training images, mean of two draws.
+
+    nearest_ratio: median pixel distance to the nearest training image over that of 1000 test images: far below 1 where they are copied.
     """
     labels = torch.arange(1000) % len(CLASSES)
-    drawn, judge = sample(model, labels, seed=1), weights.read(classify.resnet(), "resnet")
-    real = images(train)
-    features = [classify.features(judge, doubled(x)) for x in (drawn, real[:6000])]
+    drawn = sample(model, labels, seed=1, how=how)
+    features = [classify.features(judge, doubled(x)) for x in (drawn, train[:6000])]
     distance, floor = frechet(features[0], features[1][:5000]), noise_floor(frechet, features[1], 1000, 5000)
     found = recall(classify.logits(judge), doubled(drawn), labels)
     return {
         "recognised": sum(found.values()) / len(found),
         "recall_worst_class": min(found.values()),
-        "recognised_real": accuracy(classify.logits(judge), doubled(images(test)), test.labels).value,
         "frechet": distance,
         "frechet_ratio": distance * len(floor) / sum(floor),
-        "nearest_ratio": nearest(drawn, real) / nearest(images(test)[:1000], real),
+        "nearest_ratio": nearest(drawn, train) / nearest(test[:1000], train),
     }
 
 
