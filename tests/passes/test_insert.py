@@ -723,9 +723,14 @@ def test_contract_bites_on_the_other_operand(monkeypatch: pytest.MonkeyPatch) ->
         run(before)
 
 
-def test_a_probe_of_zeros_cannot_vouch_for_a_quantiser() -> None:
+def test_a_probe_of_zeros_is_no_excuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros vouch for no quantiser; numbers over its range do, and tell on a wrong one."""
     before = function(linear, torch.zeros(4, 6), w=seeded(3, 6))
-    with pytest.raises(ContractViolation, match=r"quant\.insert can't be checked at 1 of 2 sites"):
+    _, report = run(before, [torch.zeros(4, 6)], [seeded(4, 6)])
+    assert {c.verdict for c in report.checks} == {"held"}
+    right = insert.grid_of
+    monkeypatch.setattr(insert, "grid_of", lambda *args: replace(right(*args), scale=right(*args).scale / 2))
+    with pytest.raises(ContractViolation):
         run(before, [torch.zeros(4, 6)], [seeded(4, 6)])
 
 

@@ -321,7 +321,8 @@ def test_options_are_checked_before_anything_runs(options: dict[str, Any], why: 
     with pytest.raises(RecipeError) as caught:
         build(load_recipe({"passes": [{NAME: options}, "quant.finalize"]}))
     assert str(caught.value) == (
-        f"an option is not valid\n  where pass 1, quant.weight_only\n  why   {why}\n  do    fields: weights, embeddings, symmetric, range, storage"
+        f"an option is not valid\n  where pass 1, quant.weight_only\n  why   {why}\n"
+        "  do    fields: weights, embeddings, symmetric, range, storage"
     )
 
 
