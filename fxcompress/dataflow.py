@@ -60,12 +60,13 @@ def _use(reader: fx.Node, source: fx.Node, axes: Axes) -> WeightUse | None:
     if len(places) != 1 or places[0] not in positions or source in reader.kwargs.values():
         return None
     channel, contraction = positions[places[0]]
-    if family == "conv" and _is_transposed(reader):
+    if family == "conv" and is_transposed(reader):
         channel, contraction = contraction, channel
     return WeightUse(family, reader, axes[channel], axes[contraction], axes[2:] if family == "conv" else ())
 
 
-def _is_transposed(node: fx.Node) -> bool:
+def is_transposed(node: fx.Node) -> bool:
+    """Whether a convolution is a transposed one."""
     name = str(node.target)
     return "conv_transpose" in name or (node.target is aten.convolution.default and bool(node.args[6]))
 
@@ -92,8 +93,19 @@ VIEWS: Mapping[Any, Callable[..., Axes]] = {
     aten.clone.default: lambda axes, *_: axes,
 }
 
+_MOVING = "to _to_copy view reshape transpose permute t expand unsqueeze squeeze flatten unflatten contiguous clone select slice mT"
+_MOVES = frozenset(getattr(torch.ops.aten, name) for name in _MOVING.split())
+
 _UNOPENED = "einsum bilinear _trilinear tensordot lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell mv dot addbmm cdist"
 UNOPENED = frozenset(_UNOPENED.split())  # ops that multiply by a weight in a way this table doesn't tell
+
+
+def is_move(node: fx.Node) -> bool:
+    """Whether the op hands on the numbers of its first operand, in another place or shape."""
+    if getattr(node.target, "overloadpacket", None) not in _MOVES:
+        return False
+    before, after = (getattr(n.meta["val"], "dtype", None) for n in (node.all_input_nodes[0], node))
+    return before == after
 
 
 def is_constant(node: fx.Node) -> bool:

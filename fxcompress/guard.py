@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
+from fxcompress.dataflow import is_move
 from fxcompress.errors import ContractViolation
 from fxcompress.interpret import run
 from fxcompress.program import Program
@@ -25,9 +26,20 @@ QUANTIZE, DEQUANTIZE = torch.ops.fxc.quantize.default, torch.ops.fxc.dequantize.
 Model = TypeVar("Model")
 
 
-def quantised_sites(program: Program) -> list[fx.Node]:
-    """The nodes that read a dequantised value and are no quantiser of it, in order."""
-    return [n for n in program.graph.nodes if n.target is not QUANTIZE and any(_is_pair(a) for a in n.all_input_nodes)]
+def quantised_sites(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes that compute with dequantised values, each with the nodes that read these for it: itself, or what moves the numbers there."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.target is not QUANTIZE and any(_is_pair(a) for a in node.all_input_nodes):
+            found.setdefault(_computing(node), []).append(node)
+    return found
+
+
+def _computing(node: fx.Node) -> fx.Node:
+    """The first op behind a node that does more than move numbers."""
+    while is_move(node) and len(node.users) == 1:
+        node = next(iter(node.users))
+    return node
 
 
 def costs(program: Program, probe: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, float]:
@@ -37,13 +49,15 @@ def costs(program: Program, probe: Sequence[Tensor], reference: Sequence[Tensor]
     """
     total = _noise(reference, run(program, probe))
     found = {}
-    for site in quantised_sites(program):
-        args, kwargs = site.args, site.kwargs
-        site.args, site.kwargs = fx.node.map_arg((args, kwargs), lambda n: _source(n) if _is_pair(n) else n)
+    for site, readers in quantised_sites(program).items():
+        before = [(reader, reader.args, reader.kwargs) for reader in readers]
         try:
+            for reader, args, kwargs in before:
+                reader.args, reader.kwargs = fx.node.map_arg((args, kwargs), lambda n: _source(n) if _is_pair(n) else n)
             found[site.name] = total - _noise(reference, run(program, probe))
         finally:
-            site.args, site.kwargs = args, kwargs
+            for reader, args, kwargs in before:
+                reader.args, reader.kwargs = args, kwargs
     return found
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from fxcompress.numerics.formats import Format
 
 Family = Literal["linear", "embedding", "conv"]
-SiteFamily = Literal["linear", "conv", "product"]  # what multiplies an activation: by a weight, by a kernel window, by another activation
+SiteFamily = Literal["linear", "conv", "transposed", "product"]  # what multiplies an activation: a weight, a kernel window, another activation
 
 
 class WeightKernel(BaseModel):

@@ -33,10 +33,6 @@ SAME_OP: Mapping[Any, Any] = {  # the first has no translation, or asks for stri
 }
 
 
-_MOVING = "to _to_copy view reshape transpose permute t expand unsqueeze squeeze flatten unflatten contiguous clone select slice mT"
-_MOVES = frozenset(getattr(torch.ops.aten, name) for name in _MOVING.split())
-
-
 @dataclass(frozen=True)
 class Quantised:
     """What makes a leaf's codes numbers: constants' names, format and block as in `numerics.affine.dequantize`."""
@@ -89,14 +85,6 @@ def fingerprint(outlined: Outline) -> str:
     lines += [f"{SAME_OP.get(n.target, n.target)} {fx.node.map_arg((n.args, n.kwargs), names.__getitem__)}" for n in outlined.nodes]
     lines += [names[n] for n in outlined.results]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def is_move(node: fx.Node) -> bool:
-    """Whether the op hands on the numbers of its first operand, in another place or shape."""
-    if getattr(node.target, "overloadpacket", None) not in _MOVES:
-        return False
-    before, after = (getattr(n.meta["val"], "dtype", None) for n in (node.all_input_nodes[0], node))
-    return before == after
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

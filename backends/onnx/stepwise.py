@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.backends.onnx.codes import SIGNED
-from fxcompress.backends.onnx.outline import QUANTIZE, arguments, is_move
+from fxcompress.backends.onnx.outline import QUANTIZE, arguments
 from fxcompress.backends.onnx.parity import Run, exposing, limit_of, refusal, rounding_excused
 from fxcompress.contract import EXACT_LIMIT
+from fxcompress.dataflow import is_move
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.noise import jittered

@@ -23,13 +23,13 @@ from pydantic import ValidationError, field_validator
 from torch import Tensor, fx
 
 from fxcompress.contract import MEASURED, Bounded
-from fxcompress.dataflow import weight_uses
+from fxcompress.dataflow import is_move, weight_uses
 from fxcompress.edit import Edit
 from fxcompress.errors import CalibrationError, RecipeError
 from fxcompress.numerics.formats import Format
 from fxcompress.numerics.ranges import least_scale
 from fxcompress.passes.quant.grids import Grid, check_method, grid_of, observer_of
-from fxcompress.passes.quant.sites import SUMMED, MatmulSite, matmul_sites, result_of
+from fxcompress.passes.quant.sites import SUMMED, MatmulSite, matmul_sites, result_of, source_of
 from fxcompress.passes.quant.weight_only import WeightOnly, WeightOnlyOptions, parse
 from fxcompress.passes.tidy.schema import arguments
 from fxcompress.program import Program, module_path
@@ -121,7 +121,7 @@ class Insert(Transform):
         for match in weights:
             self._weight_only.apply(match, edit)
         for site in sites:
-            if site.family == "conv":
+            if site.family in ("conv", "transposed"):
                 _insert_bias(site, edit)
         return declined
 
@@ -139,7 +139,7 @@ class Insert(Transform):
         wrong = next((v for v in site.activations.values() if not v.meta["val"].is_floating_point()), None)
         if wrong is not None:
             return Reject("{} multiplies {}, which is of {}", site.node, wrong, wrong.meta["val"].dtype)
-        if not self.options.is_static and (site.family == "conv" or max(site.activations) != _position(site)):
+        if not self.options.is_static and (site.family in ("conv", "transposed") or max(site.activations) != _position(site)):
             return Reject("{} sums over other axes than the last one of {}, so its tokens can't have scales", site.node, _last(site))
         if kernel.needs_output and any(u.op == "output" for u in result.users):
             return Reject("{} is a result of the model; {} computes {} only into integers", result, on.target.name, site.family)
@@ -148,22 +148,28 @@ class Insert(Transform):
     def _values(self, site: MatmulSite, on: Context) -> list[fx.Node]:
         """What has to be quantised for a site: its activations, and its result where the kernel gives integers, unless they are already."""
         kernel, result = self._kernel(site, on), result_of(site.node)
-        values = [v for v in site.activations.values() if v.target is not DEQUANTIZE]
+        values = [v for v, _ in self._operands(site) if v.target is not DEQUANTIZE]
         if isinstance(kernel, ActivationKernel) and kernel.needs_output and any(u.target is not QUANTIZE for u in result.users):
             values.append(result)
         return values
+
+    def _operands(self, site: MatmulSite) -> list[tuple[fx.Node, fx.Node]]:
+        """The site's activations, each with the node that reads it. A static scale is the same before as after what only moves numbers: there
+        the quantiser stands before, where one serves several readers and a value that the model returns too stays apart."""
+        found = [(v, site.node) for v in site.activations.values()]
+        return [source_of(v, r) for v, r in found] if self.options.is_static else found
 
     def _readers(self, sites: Sequence[MatmulSite], on: Context) -> dict[fx.Node, list[fx.Node] | None]:
         """Per value the sites that read it from now on as integers; None, all its readers, for results that are integers anyway."""
         found: dict[fx.Node, list[fx.Node] | None] = {}
         for site in sites:
-            operands = list(site.activations.values())
+            operands = self._operands(site)
             for value in self._values(site, on):
-                known = found.setdefault(value, [])
-                if value not in operands:
+                known, own = found.setdefault(value, []), [reader for v, reader in operands if v is value]
+                if not own:
                     found[value] = None
                 elif known is not None:
-                    known.append(site.node)
+                    known.extend(own)
         return found
 
     def _grids(self, sites: Sequence[MatmulSite], on: Context) -> dict[fx.Node, Grid | Reject]:
@@ -264,7 +270,7 @@ def _insert_bias(site: MatmulSite, edit: Edit) -> None:
         return
     with edit.site(site.node, "bias on the grid of the products"):
         at: dict[str, Any] = {"like": site.node, "before": site.node}
-        one, many = (edit.insert(aten.reshape.default, given[k].args[1], [-1], **at) for k in ("input", "weight"))
+        one, many = (edit.insert(aten.reshape.default, _pair(given[k]).args[1], [-1], **at) for k in ("input", "weight"))
         scale = edit.insert(aten.repeat.default, edit.insert(aten.mul.Tensor, many, one, **at), [repeats], **at)
         codes = edit.insert(QUANTIZE, bias, scale, None, "int32", [1], **at)
         pair = edit.insert(DEQUANTIZE, codes, scale, None, "int32", [1], val=bias.meta["val"], **at)
@@ -272,9 +278,17 @@ def _insert_bias(site: MatmulSite, edit: Edit) -> None:
         edit.replace(bias, pair, [site.node])
 
 
+def _pair(value: fx.Node) -> fx.Node:
+    """The value before everything that only moves its numbers."""
+    while is_move(value):
+        value = value.all_input_nodes[0]
+    return value
+
+
 def _product_scale(x: fx.Node, weight: fx.Node, program: Program) -> Tensor | None:
     """s_x s_W, one entry or one a channel of the weight, float64; None unless both are quantised by constants and all that is summed into one
     channel has the same two."""
+    x = _pair(x)
     if x.target is not DEQUANTIZE or weight.target is not DEQUANTIZE or -1 not in weight.args[4][:2]:  # type: ignore[index, operator]
         return None
     s_x, s_w = (program.constant(n.args[1]) for n in (x, weight))  # type: ignore[arg-type]

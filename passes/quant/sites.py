@@ -8,18 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxcompress.dataflow import WEIGHT_ARGUMENTS
+from fxcompress.dataflow import WEIGHT_ARGUMENTS, is_move, is_transposed
 from fxcompress.program import Program
 from fxcompress.target import SiteFamily
 
 aten = torch.ops.aten
 CLAMPS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
+PARTS = (aten.slice.Tensor, aten.select.int)  # their operand holds more numbers, and may have another range
 SUMMED = (aten.addmm.default, aten.baddbmm.default)  # the first argument is added, the next two are multiplied
 
 
 @dataclass(frozen=True)
 class MatmulSite:
-    """One op that contracts. family: "linear" and "conv" multiply an activation by a constant, "product" two activations.
+    """One op that contracts. family: "linear", "conv" and "transposed" (convolutions) multiply an activation by a constant, "product" two
+    activations.
 
     activations: the operands that an input decides, by argument position.
     """
@@ -36,7 +38,7 @@ def matmul_sites(program: Program) -> Iterator[MatmulSite]:
         entry = WEIGHT_ARGUMENTS.get(node.target) if node.op == "call_function" else None
         if entry is None or entry[0] == "embedding":
             continue
-        family = entry[0]
+        family: SiteFamily = "transposed" if entry[0] == "conv" and is_transposed(node) else entry[0]
         positions = (1, 2) if node.target in SUMMED else (0, 1)
         found = {i: node.args[i] for i in positions if node.args[i] in decided}
         if found:
@@ -45,10 +47,17 @@ def matmul_sites(program: Program) -> Iterator[MatmulSite]:
 
 def summed_axis(site: MatmulSite) -> int:
     """The axis of a layer's input that it sums over: a convolution's channels, else the last one, or the last but one of a right factor."""
-    if site.family == "conv":
+    if site.family in ("conv", "transposed"):
         return 1
     is_right = next(iter(site.activations)) == (2 if site.node.target in SUMMED else 1) and site.node.target is not aten.linear.default
     return -2 if is_right else -1
+
+
+def source_of(value: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The value before the ops that only move its numbers to this one reader, and the first of these, which reads it."""
+    while is_move(value) and value.target not in PARTS and len(value.users) == 1:
+        value, reader = value.all_input_nodes[0], value
+    return value, reader
 
 
 def result_of(node: fx.Node) -> fx.Node:
