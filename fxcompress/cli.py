@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
@@ -146,14 +147,14 @@ def bench(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show versions, passes and backends, and what can't be loaded and why."""
+    """Show versions, passes and backends, what can't be loaded and why, and how to install what a backend lacks."""
     from fxcompress import api, registry
 
     with failing(as_json):
-        broken = registry.broken()
-        facts = {"versions": api.versions(), "passes": registry.passes(), "backends": registry.backends(), "broken": broken}
+        broken, absent = registry.broken(), registry.absent()
+        facts = {"versions": api.versions(), "passes": registry.passes(), "backends": registry.backends(), "broken": broken, "absent": absent}
     rows = [{"name": k, "value": v} for k, v in api.versions().items()]
-    rows += [{"name": n, "value": broken.get(n, "ok")} for n in (*registry.passes(), *registry.backends())]
+    rows += [{"name": n, "value": broken.get(n) or absent.get(n, "ok")} for n in (*registry.passes(), *registry.backends())]
     show(facts, as_json, lambda: [table("name", rows)])
     if broken:
         raise typer.Exit(1)
@@ -219,7 +220,7 @@ def table(key: str, rows: list[dict[str, Any]]) -> Table:
     for name in rows[0] if rows else [key]:
         grid.add_column(name, no_wrap=name == key, justify="right" if rows and isinstance(rows[0][name], int | float) else "left")
     for row in rows:
-        grid.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        grid.add_row(*(f"{v:,}" if isinstance(v, int) else escape(str(v)) for v in row.values()))
     return grid
 
 
