@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,12 +61,13 @@ def test_the_smallest_pass_and_backend_work(registered: None) -> None:
     assert torch.equal(compiled(x), model(x))
 
 
-def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (source,) = blocks("README.md", "python")
-    space: dict[str, object] = {}
-    exec(compile(source, "README.md", "exec"), space)
-    assert space["y"].shape == (5, 64)  # type: ignore[attr-defined]
+    space: dict[str, Any] = {}
+    for source in blocks("README.md", "python"):
+        exec(compile(source, "README.md", "exec"), space)
+    assert space["y"].shape == (5, 64)
+    assert space["fast"].report.backend.integer_share == 1.0
 
 
 def test_the_readme_recipe_is_valid(tmp_path: Path) -> None:
