@@ -33,6 +33,11 @@ class Backend(ABC):
     def __init__(self, options: Any = None) -> None:
         self.options: Any = self.Options() if options is None else options
 
+    @classmethod
+    def absent(cls) -> str:
+        """The command that installs what this backend needs beside the package, "" where all is there."""
+        return ""
+
     @abstractmethod
     def write(self, program: Program, folder: Path) -> None:
         """Lower the program into files in the folder. BackendRefusal for what can't be run; nothing is silently lowered to something else."""

@@ -146,14 +146,14 @@ def bench(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show versions, passes and backends, and what can't be loaded and why."""
+    """Show versions, passes and backends, what can't be loaded and why, and how to install what a backend lacks."""
     from fxcompress import api, registry
 
     with failing(as_json):
-        broken = registry.broken()
-        facts = {"versions": api.versions(), "passes": registry.passes(), "backends": registry.backends(), "broken": broken}
+        broken, absent = registry.broken(), registry.absent()
+        facts = {"versions": api.versions(), "passes": registry.passes(), "backends": registry.backends(), "broken": broken, "absent": absent}
     rows = [{"name": k, "value": v} for k, v in api.versions().items()]
-    rows += [{"name": n, "value": broken.get(n, "ok")} for n in (*registry.passes(), *registry.backends())]
+    rows += [{"name": n, "value": broken.get(n) or absent.get(n, "ok")} for n in (*registry.passes(), *registry.backends())]
     show(facts, as_json, lambda: [table("name", rows)])
     if broken:
         raise typer.Exit(1)

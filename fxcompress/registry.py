@@ -32,6 +32,12 @@ def find_backend(name: str) -> Any:
     return _load("backend", "fxcompress.backends", name)
 
 
+def absent() -> dict[str, str]:
+    """Backends that need something that isn't installed, with the command that installs it."""
+    commands = {name: find_backend(name).absent() for name in backends() if name not in broken()}
+    return {name: command for name, command in commands.items() if command}
+
+
 def broken() -> dict[str, str]:
     """Passes and backends that can't be loaded, with the reason."""
     failures = {}

@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
-import torch
 from pydantic import field_validator
 from torch import Tensor, fx
 
@@ -31,12 +30,12 @@ from fxcompress.backends.onnx.bind import FLOAT_KERNEL, INT8_KERNEL, bind
 from fxcompress.backends.onnx.blocks import GROUPS
 from fxcompress.backends.onnx.files import read_graph, write_model
 from fxcompress.backends.onnx.macs import macs
-from fxcompress.backends.onnx.outline import DEQUANTIZE, QUANTIZE, arguments, outline
+from fxcompress.backends.onnx.outline import QUANTIZE, outline
 from fxcompress.backends.onnx.parity import end_to_end, site_by_site
 from fxcompress.backends.onnx.session import OnnxSession
+from fxcompress.backends.onnx.sites import quantised_sites, share
 from fxcompress.backends.onnx.stepwise import Steps, step_by_step
 from fxcompress.backends.onnx.translate import translate
-from fxcompress.dataflow import is_move, weight_uses
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.numerics.noise import sqnr
@@ -116,7 +115,7 @@ class OnnxRuntimeBackend(Backend):
         plain = _without_rounding(model)
         exact = rounded if self.options.activation_rounding == "off" else OnnxSession(plain, folder).run(probe)
         work = {n: macs(n, shapes) for n in outline(program).nodes}
-        sites = _quantised_sites(program, work)
+        sites = quantised_sites(program, work)
         judged = _judge(program, sites, plain, folder, probe)
         covered = {n for n in sites if kernels.get(n.name) in KERNELS}
         reasons = json.loads(next((p.value for p in model.metadata_props if p.key == IN_FLOAT), "{}"))
@@ -124,8 +123,8 @@ class OnnxRuntimeBackend(Backend):
             name=self.name,
             options=self.options.model_dump(mode="json"),
             opset=next(o.version for o in model.opset_import if o.domain == ""),
-            integer_share=_share(covered, work, work),
-            quantised_share=_share(covered, sites, work),
+            integer_share=share(covered, work, work),
+            quantised_share=share(covered, sites, work),
             in_float=tuple(
                 FloatSite(site=n.name, module=module_path(n), macs=work[n], reason=_reason(n, reasons, kernels))
                 for n in sites
@@ -157,30 +156,6 @@ def _judge(program: Program, sites: Sequence[fx.Node], model: onnx.ModelProto, f
     if any(n.target is QUANTIZE for n in program.graph.nodes):
         return step_by_step(program, set(sites), model, session, probe)
     return Steps(site_by_site(program, sites, model, session, probe))
-
-
-def _quantised_sites(program: Program, work: Mapping[fx.Node, int]) -> list[fx.Node]:
-    """Readers of quantised constants, and ops that multiply dequantised activations."""
-    outlined = outline(program)
-    sites: dict[fx.Node, None] = {n: None for n in outlined.nodes if work[n] and any(_is_dequantised(a) for a in n.all_input_nodes)}
-    for place, index in outlined.places.items():
-        leaf = outlined.leaves[index]
-        if leaf.quantised is not None:
-            uses, others = weight_uses(place, torch.empty(leaf.shape, device="meta"))
-            sites.update(dict.fromkeys([*(u.node for u in uses), *others]))
-    return [n for n in outlined.nodes if n in sites]
-
-
-def _is_dequantised(value: fx.Node) -> bool:
-    """Whether a value is codes, dequantised and moved at most; constants are not asked about."""
-    while is_move(value):
-        value = value.all_input_nodes[0]
-    return value.target is DEQUANTIZE and arguments(value)["codes"].target is QUANTIZE
-
-
-def _share(part: Any, whole: Any, work: Mapping[fx.Node, int]) -> float | None:
-    total = sum(work[n] for n in whole)
-    return sum(work[n] for n in part) / total if total else None
 
 
 def _reason(node: fx.Node, reasons: Mapping[str, str], kernels: Mapping[str, str]) -> str:

@@ -117,7 +117,7 @@ def exposing(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
 
 def refusal(where: str, why: str) -> BackendRefusal:
     """Other numbers than the program's."""
-    what, do = "onnxruntime gives other numbers than the program", 'backend="reference" runs it; please report the model'
+    what, do = "the backend gives other numbers than the program", 'backend="reference" runs it; please report the model'
     return BackendRefusal(what, where=where, why=why, do=do)
 
 

@@ -93,7 +93,7 @@ def _refuse_types(program: Program, outlined: Outline) -> None:
     for node in (*outlined.inputs, *outlined.nodes):
         if getattr(node.meta.get("val"), "dtype", None) == torch.bfloat16:
             raise BackendRefusal(
-                "onnxruntime has no bfloat16 kernels on CPU",
+                "ONNX runtimes have no bfloat16 kernels on CPU",
                 where=_place(node),
                 why=f"{node.name} computes in bfloat16",
                 do="model.float() before compile",

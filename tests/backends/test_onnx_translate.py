@@ -192,7 +192,7 @@ def test_bfloat16_is_refused_with_the_remedy():
     with pytest.raises(BackendRefusal) as refused:
         translate(program_of(nn.Linear(4, 4).bfloat16(), torch.randn(2, 4).bfloat16()))
     assert str(refused.value) == (
-        "onnxruntime has no bfloat16 kernels on CPU\n"
+        "ONNX runtimes have no bfloat16 kernels on CPU\n"
         "  where the root module  (input_1)\n"
         "  why   input_1 computes in bfloat16\n"
         "  do    model.float() before compile"

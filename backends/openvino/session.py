@@ -1,0 +1,73 @@
+"""OpenVINO sessions over model files. The package is optional: it is imported when a session is opened."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcompress.backend import Session
+from fxcompress.errors import ArtifactError, BackendRefusal, InputError
+
+INSTALL = "pip install 'fxcompress[openvino]'"
+
+
+def absent() -> str:
+    """The command that installs OpenVINO where it is missing, "" where it isn't."""
+    return "" if importlib.util.find_spec("openvino") else INSTALL
+
+
+def runtime() -> Any:
+    """The openvino package. BackendRefusal with the command that installs it."""
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendRefusal("OpenVINO isn't installed", why=f"{type(error).__name__}: {error}", do=INSTALL) from None
+    return openvino
+
+
+class OpenVinoSession(Session):
+    """A model running in OpenVINO on CPU, in float32 where it isn't integer; values go in and out by position."""
+
+    def __init__(self, path: Path, threads: int | None = None, rounding: bool = False) -> None:
+        """path: the ONNX file, its weights beside it. rounding: whether kernels that decompress weights may round activations to int8."""
+        properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}  # bfloat16 on some processors otherwise
+        if threads:
+            properties["INFERENCE_NUM_THREADS"] = threads
+        if not rounding:
+            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+        core = runtime().Core()
+        try:
+            self.compiled = core.compile_model(core.read_model(str(path)), "CPU", properties)
+        except RuntimeError as error:
+            raise ArtifactError("OpenVINO can't load the model", where=str(path), why=_said(error), do="save the model again") from error
+        self.request = self.compiled.create_infer_request()
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs in the program's order. InputError for a value that doesn't fit the model; OpenVINO would convert its type in silence."""
+        ports = self.compiled.inputs
+        if len(ports) != len(inputs):
+            raise InputError("the inputs don't fit the model", why=f"{len(inputs)} values for {len(ports)} inputs")
+        feed = {i: _array(value, port) for i, (value, port) in enumerate(zip(inputs, ports, strict=True))}
+        try:
+            self.request.infer(feed)
+        except RuntimeError as error:
+            raise InputError("the inputs don't fit the model", why=_said(error)) from error
+        return [torch.from_numpy(self.request.get_output_tensor(i).data.copy()) for i in range(len(self.compiled.outputs))]
+
+
+def _array(value: Tensor, port: Any) -> Any:
+    array, wanted = value.detach().cpu().contiguous().numpy(), port.get_element_type().to_dtype()
+    if array.dtype != wanted:
+        raise InputError("the inputs don't fit the model", why=f"{port.get_any_name()} is {array.dtype}, the model takes {wanted}")
+    return array
+
+
+def _said(error: Exception) -> str:
+    """The last line of a message of OpenVINO's: what comes before are places in its own source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
