@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
@@ -219,7 +220,7 @@ def table(key: str, rows: list[dict[str, Any]]) -> Table:
     for name in rows[0] if rows else [key]:
         grid.add_column(name, no_wrap=name == key, justify="right" if rows and isinstance(rows[0][name], int | float) else "left")
     for row in rows:
-        grid.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        grid.add_row(*(f"{v:,}" if isinstance(v, int) else escape(str(v)) for v in row.values()))
     return grid
 
 

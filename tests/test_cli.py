@@ -308,7 +308,12 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = as_json("doctor")
     assert facts["versions"]["torch"] == importlib.metadata.version("torch")
     assert (facts["passes"], facts["backends"], facts["broken"]) == (registry.passes(), registry.backends(), {})
-    assert "quant.finalize" in text("doctor")
+    assert "quant.finalize" in text("doctor") and facts["absent"] == {}
+    kind = registry.find_backend("openvino")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(kind, "absent", lambda: "pip install 'fxcompress[openvino]'")
+        assert as_json("doctor")["absent"] == {"openvino": "pip install 'fxcompress[openvino]'"}
+        assert "pip install 'fxcompress[openvino]'" in text("doctor")
     monkeypatch.setattr(registry, "broken", lambda: {"quant.finalize": "ImportError: no module named x"})
     assert as_json("doctor", code=1)["broken"] == {"quant.finalize": "ImportError: no module named x"}
     assert "ImportError: no module named x" in call("doctor").stdout
