@@ -251,12 +251,11 @@ def test_n_bit_weights_are_refused(format, tmp_path):
         EXACT.write(program, tmp_path)
 
 
-def test_short_last_groups_are_refused(tmp_path):
+def test_short_last_groups_are_not_offered(tmp_path):
     reason = OpenVinoBackend.target.refusal("linear", format_of("int8"), 48, 64, True)
     assert reason == "openvino: groups of 48 don't divide 64"
     program = quantised(program_of(nn.Linear(64, 24), torch.randn(2, 5, 64)), "weight", "int8", (1, 48))
-    with pytest.raises(BackendRefusal, match=r"openvino has no groups of \[1, 48\] in a weight of \[24, 64\]"):
-        EXACT.write(program, tmp_path)
+    assert report(program, tmp_path).parity < 1e-5  # as a pass left it that didn't ask
 
 
 def test_without_openvino(monkeypatch):
