@@ -27,7 +27,8 @@ def dense(build: Builder, leaf: Leaf, quantised: Quantised, constants: Mapping[s
     zero = _zero(build, quantised, constants)
     if zero is not None:
         zero = build.early_node("Cast", zero, to=work)
-        codes = build.early_node("Sub", codes, _spread(build, zero, leaf, quantised))
+        is_one = quantised.zero_point is None  # the offset of the format
+        codes = build.early_node("Sub", codes, zero if is_one else _spread(build, zero, leaf, quantised))
     product = build.early_node("Mul", codes, _spread(build, scale, leaf, quantised))
     return build.early_node("Cast", product, to=ir.tensor_adapters.from_torch_dtype(leaf.dtype))
 

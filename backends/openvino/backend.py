@@ -63,7 +63,7 @@ class OpenVinoBackend(Backend):
         kernels=(WeightKernel(families=("linear", "embedding"), formats=("int8", "uint8"), ragged=False),),
         activations=(
             ActivationKernel(families=("linear", "conv"), activations=("uint8/tensor", "int8/tensor")),
-            ActivationKernel(families=("product",), activations=("int8/tensor",)),
+            ActivationKernel(families=("product", "transposed"), activations=("int8/tensor",)),
         ),
     )
 

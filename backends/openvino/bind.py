@@ -4,7 +4,7 @@
     groups                                          Reshape((Cast(codes) - zero_point) * scale), the codes reshaped to [.., groups, g, ..]
 
 OpenVINO keeps both as codes: beside a quantised activation they become int8 kernels, beside a float one the kernel decompresses the weight.
-The integer bias of a convolution is a DequantizeLinear too. 8-bit floats are written out (`dense`).
+The integer bias of a convolution is a DequantizeLinear too. 8-bit floats and groups with a short last one are written out (`dense`).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Bound:
 
 
 def bind(skeleton: Skeleton, constants: Mapping[str, Tensor]) -> Bound:
-    """Fill the skeleton, which is edited. BackendRefusal where it holds an op that only ONNX Runtime has, n-bit codes, or a short
-    last group: OpenVINO 2026.4 decodes the first wrong from bytes, and can't load the second."""
+    """Fill the skeleton, which is edited. BackendRefusal where it holds an op that only ONNX Runtime has, or n-bit codes: the shift that takes
+    them out of their bytes is wrong in OpenVINO 2026.4, which divides and rounds."""
     build, outlined = Builder(skeleton.model), skeleton.outline
     _refuse(skeleton)
     bind_grids(build, outlined.leaves, constants)
@@ -104,6 +104,8 @@ def _unfit(leaf: Leaf, quantised: Quantised) -> str | None:
         return f"{quantised.format} is decoded when OpenVINO loads the model"
     if leaf.dtype != torch.float32:
         return f"OpenVINO's kernels give float32, the weight's scale is {leaf.dtype}"
+    if any(leaf.shape[a] % quantised.block[a] for a in _split(leaf, quantised)):
+        return f"groups of {list(quantised.block)} don't divide {list(leaf.shape)}"
     return None
 
 
@@ -122,11 +124,9 @@ def _refuse(skeleton: Skeleton) -> None:
             index = node.metadata_props.get(FX_INDEX)
             raise _refusal(f"{node.op_type} as ONNX Runtime has it", skeleton.outline.nodes[int(index)] if index else None)
     for place, number in skeleton.outline.places.items():
-        leaf = skeleton.outline.leaves[number]
-        if leaf.quantised is not None and leaf.quantised.format.kind == "int" and leaf.quantised.format.bits not in BITS:
-            raise _refusal(f"{leaf.quantised.format} weights", place)
-        if leaf.quantised is not None and any(leaf.shape[a] % leaf.quantised.block[a] for a in _split(leaf, leaf.quantised)):
-            raise _refusal(f"groups of {list(leaf.quantised.block)} in a weight of {list(leaf.shape)}", place)
+        grid = skeleton.outline.leaves[number].quantised
+        if grid is not None and grid.format.kind == "int" and grid.format.bits not in BITS:
+            raise _refusal(f"{grid.format} weights", place)
 
 
 def _refusal(what: str, node: fx.Node | None) -> BackendRefusal:

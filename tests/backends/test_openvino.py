@@ -115,6 +115,8 @@ def test_transposed_convolution_needs_symmetric_activations(tmp_path):
     torch.manual_seed(0)
     layer, x = nn.ConvTranspose2d(8, 16, 3), torch.randn(2, 8, 8, 8)
     (tmp_path / "a").mkdir()
+    reason = OpenVinoBackend.target.activation_kernel("transposed", "uint8/tensor", "int8")
+    assert str(reason).startswith("openvino has no integer kernel for transposed with activations uint8/tensor")
     assert report(codes(layer, x, format="int8"), tmp_path / "a").integer_share == 1
     (site,) = report(codes(layer, x), tmp_path).in_float
     assert site.reason.startswith("OpenVINO runs it as Deconvolution (")
@@ -251,12 +253,11 @@ def test_n_bit_weights_are_refused(format, tmp_path):
         EXACT.write(program, tmp_path)
 
 
-def test_short_last_groups_are_refused(tmp_path):
+def test_short_last_groups_are_not_offered(tmp_path):
     reason = OpenVinoBackend.target.refusal("linear", format_of("int8"), 48, 64, True)
     assert reason == "openvino: groups of 48 don't divide 64"
     program = quantised(program_of(nn.Linear(64, 24), torch.randn(2, 5, 64)), "weight", "int8", (1, 48))
-    with pytest.raises(BackendRefusal, match=r"openvino has no groups of \[1, 48\] in a weight of \[24, 64\]"):
-        EXACT.write(program, tmp_path)
+    assert report(program, tmp_path).parity < 1e-5  # as a pass left it that didn't ask
 
 
 def test_without_openvino(monkeypatch):
