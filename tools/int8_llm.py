@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M-Instruct with 8-bit weights and activations, by how the activations are prepared.
 
-    python tools/int8_llm.py [--backend onnxruntime] [--windows 8] [--only NAME ...]
+    python -m tools.int8_llm [--backend onnxruntime] [--windows 8] [--only NAME ...]
 
 Needs the model (make model). Calibrates on Persuasion, scores Moby-Dick, in windows of 256 tokens; one line a recipe.
 """
