@@ -322,7 +322,7 @@ class _Checker:
         computed once more with other numbers in place of the zeros; where the old one hangs on more than the new one, they can't be."""
         if not isinstance(self.contract, Exact) or pair.new in self.carried or self._is_old(pair.new):
             return ""
-        other = {root: filled(self.old[root]) for root in pair.frontier.values() if has_zeros(self.old[root])}
+        other = {root: filled(self.old[root]) for root in pair.frontier.values() if root not in self.edit.nulls and has_zeros(self.old[root])}
         cone = self._old_cone(pair) if other else None
         if not cone:
             return ""

@@ -62,6 +62,7 @@ class Edit:
         self.loose: dict[fx.Node, None] = {}  # old values that nothing is said about any more, and no site compares
         self.changes: dict[fx.Node, list[Callable[[Any], Any]]] = {}  # per old value what happens to it, one after the other; else nothing
         self.rewired: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}  # per reader what it was given in place of what, one after the other
+        self.nulls: set[fx.Node] = set()  # values whose zeros are 0 for every input, as the pass has shown: nothing hides behind them
         self._undo: list[Callable[[], None]] = []
         self._erased: dict[fx.Node, None] = {}
         self._open: Site | None = None

@@ -208,9 +208,10 @@ def _violation(item: Pass, broken: Sequence[Measured], sites: int) -> ContractVi
     worst = _worst(broken, isinstance(item.contract, Exact))
     module, _, node = worst.site.rstrip(")").partition("  (")
     place = node if module == "<root>" else module
-    more = f"   and {len(broken) - 1} more" if len(broken) > 1 else ""
+    count = len({m.site for m in broken})
+    more = f"   and {count - 1} more" if count > 1 else ""
     return ContractViolation(
-        f"{item.name} breaks its {item.contract.kind} contract at {len(broken)} of {sites} sites",
+        f"{item.name} breaks its {item.contract.kind} contract at {count} of {sites} sites",
         where=f"{worst.site}{more}",
         why=worst.why or f"{_figure(item, worst)} at {worst.value} on the probe inputs, limit {worst.limit:.3g}",
         do=f'- {item.name}: {{where: {{exclude: ["{place}"]}}}}',

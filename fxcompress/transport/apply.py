@@ -129,6 +129,8 @@ class Applied:
         old = self.program.constants[str(bias.target)]
         new = (old.double() + delta.reshape(-1)).to(old.dtype)
         if len(bias.users) == 1 and new.shape == old.shape:
+            if bias in self.changes:  # the change it carries is not all that happens to it
+                self.edit.carry(bias, lambda value: (value.double() + delta.reshape(-1)).to(value.dtype))
             self.edit.fold(bias, new)
         else:
             self._set(node, place, self.edit.constant(str(bias.target), new, like=node))

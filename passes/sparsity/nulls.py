@@ -57,6 +57,10 @@ class Nulls:
             kept |= self._carries(right, axis, summed=True) & ~self._is_null(left) & ~self._is_null(right)
         return kept
 
+    def values(self) -> list[fx.Node]:
+        """The values of the plan that hold a channel of nothing but 0."""
+        return [n for n in self.plan.values if bool(self._is_null(n).any())]
+
     def readers(self) -> Iterator[fx.Node]:
         """Products that sum over the channels."""
         for node in dict.fromkeys(u for n in self.plan.values for u in n.users):

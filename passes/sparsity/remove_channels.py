@@ -74,6 +74,7 @@ def remove(engine: Transport, use: WeightUse, side: str, edit: Edit) -> Reject |
         return Reject("{} reads the channels too, without a weight", product) if product else Reject("every channel is read by some layer")
     if not keep.any():
         return Reject("no channel would be left")
+    edit.nulls.update(nulls.values())  # what reads them may have weights there
     try:
         plan.apply(edit, keep.numpy(), f"{int((~keep).sum())} of {len(keep)} channels are read by nobody", at=use.node)
     except ValueError as error:  # the form without them can't be written down

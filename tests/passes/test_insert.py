@@ -18,7 +18,7 @@ import fxcompress as fxc
 from fxcompress import store
 from fxcompress.calibrate.statistics import Statistics
 from fxcompress.contract import MEASURED
-from fxcompress.dataflow import VIEWS
+from fxcompress.dataflow import VIEWS, is_move
 from fxcompress.edit import Edit
 from fxcompress.errors import CalibrationError, ContractViolation, RecipeError
 from fxcompress.interpret import run as interpret
@@ -761,7 +761,7 @@ def test_real_models(name: str, attentions: int) -> None:
 
 def reaches(value: fx.Node, target: Any) -> bool:
     """Whether a value is of that op, or a view of one."""
-    while value.target in VIEWS:
+    while value.target in VIEWS or is_move(value):
         value = value.args[0]
     return value.target is target
 
