@@ -179,7 +179,9 @@ def _exported(model: Any, item: dict[str, Any], path: Path) -> None:
             return _first(self.model(**dict(zip(names, values, strict=True))))
 
     with torch.no_grad():
-        torch.onnx.export(Positional().eval(), tuple(item.values()), str(path), dynamo=True, input_names=names, opset_version=18, verbose=False)
+        torch.onnx.export(
+            Positional().eval(), tuple(item.values()), str(path), dynamo=True, input_names=names, opset_version=18, external_data=False
+        )
 
 
 def _nncf(model: Any, items: Sequence[dict[str, Any]], runtime: str, folder: Path) -> Made:
