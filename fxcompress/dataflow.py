@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,25 @@ def is_move(node: fx.Node) -> bool:
         return False
     before, after = (getattr(n.meta["val"], "dtype", None) for n in (node.all_input_nodes[0], node))
     return before == after
+
+
+def ancestors(wanted: Iterable[fx.Node]) -> set[fx.Node]:
+    """These nodes and everything their values depend on."""
+    found: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def before_moves(value: fx.Node) -> fx.Node:
+    """The value before everything that only moves its numbers."""
+    while is_move(value):
+        value = value.all_input_nodes[0]
+    return value
 
 
 def is_constant(node: fx.Node) -> bool:

@@ -86,16 +86,9 @@ def give_back(
                 met[count] = model
         return float_metric - metrics[count] <= max_drop
 
-    least, most = 0, 1
-    if is_met(0):
-        most = 0
-    while most and not is_met(most):
-        if most == len(names):
-            raise _unreachable(float_metric, metrics[most], max_drop, len(names))
-        least, most = most, min(2 * most, len(names))
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (least, middle) if is_met(middle) else (middle, most)
+    most = _least_met(is_met, len(names))
+    if most is None:
+        raise _unreachable(float_metric, metrics[len(names)], max_drop, len(names))
     given_back = tuple(names[:most])
     report = GuardReport(
         float_metric=float_metric,
@@ -106,6 +99,21 @@ def give_back(
         recipe_line="where: {exclude: [" + ", ".join(f'"{n}"' for n in given_back) + "]}" if given_back else "",
     )
     return met[most], report
+
+
+def _least_met(is_met: Callable[[int], bool], count: int) -> int | None:
+    """The least number from 0 to count that is met, by doubling and halving; None if count isn't."""
+    if is_met(0):
+        return 0
+    least, most = 0, 1
+    while not is_met(most):
+        if most >= count:
+            return None
+        least, most = most, min(2 * most, count)
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (least, middle) if is_met(middle) else (middle, most)
+    return most
 
 
 def in_float(recipe: Recipe) -> Recipe:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch.utils._pytree as pytree
 from torch import fx
 
+from fxcompress.dataflow import ancestors
 from fxcompress.edit import Edit, site_name
 
 
@@ -25,7 +26,7 @@ class Misread(NamedTuple):
 def misreads(edit: Edit) -> Iterator[Misread]:
     """Every old, untouched, live node whose arguments aren't the ones it had, with what `Edit.replace` put in place of some."""
     touched = {n for site in edit.sites for n in site.touched}
-    alive = reached(edit.program.output_node)
+    alive = ancestors([edit.program.output_node])
     for step in edit.before:
         if step.node in alive and step.node not in touched:
             wanted: Any = step.args, step.kwargs
@@ -33,18 +34,6 @@ def misreads(edit: Edit) -> Iterator[Misread]:
                 wanted = fx.node.map_arg(wanted, lambda n: new if n is old else n)  # noqa: B023 - called before the next one
             if wanted != (step.node.args, step.node.kwargs):
                 yield _misread(edit, step.node, wanted)
-
-
-def reached(output: fx.Node) -> set[fx.Node]:
-    """The output node and everything its values depend on."""
-    found: set[fx.Node] = set()
-    stack = [output]
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
 
 
 def _misread(edit: Edit, node: fx.Node, wanted: Any) -> Misread:

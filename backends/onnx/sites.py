@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxcompress.backends.onnx.outline import DEQUANTIZE, QUANTIZE, Outline, arguments, outline
-from fxcompress.dataflow import is_move, weight_uses
+from fxcompress.dataflow import before_moves, weight_uses
 from fxcompress.program import Program
 
 
@@ -44,6 +44,5 @@ def share(part: Iterable[fx.Node], whole: Collection[fx.Node], work: Mapping[fx.
 
 def _is_dequantised(value: fx.Node) -> bool:
     """Whether a value is codes, dequantised and moved at most; constants are not asked about."""
-    while is_move(value):
-        value = value.all_input_nodes[0]
+    value = before_moves(value)
     return value.target is DEQUANTIZE and arguments(value)["codes"].target is QUANTIZE

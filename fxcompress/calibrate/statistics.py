@@ -15,9 +15,11 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxcompress.calibrate.observers import Accumulator, Observer
+from fxcompress.dataflow import ancestors
+from fxcompress.edit import site_name
 from fxcompress.errors import CalibrationError
 from fxcompress.interpret import walk
-from fxcompress.program import Program, module_path
+from fxcompress.program import Program
 
 MEMORY = 4 << 30  # bytes of accumulators in one run; more is asked for in several runs
 
@@ -55,7 +57,7 @@ class Statistics:
             if size > self.memory:
                 raise CalibrationError(
                     "a statistic doesn't fit into memory",
-                    where=f"{module_path(node) or '<root>'}  ({node.name})",
+                    where=site_name(node),
                     why=f"{type(observer).__name__} of {list(node.meta['val'].shape)} takes {size} bytes, the limit is {self.memory}",
                     do="exclude the site in the recipe, or raise the memory limit",
                 )
@@ -86,7 +88,7 @@ def _feed(by_node: Mapping[fx.Node, Sequence[Accumulator]], index: int, node: fx
         wrong = int((~torch.isfinite(value)).sum())
         raise CalibrationError(
             "the model computes values that aren't finite",
-            where=f"{module_path(node) or '<root>'}  ({node.name}), calibration item {index}",
+            where=f"{site_name(node)}, calibration item {index}",
             why=f"{wrong} of {value.numel()} values are inf or nan",
             do="remove the item, or exclude the place in the recipe",
         )
@@ -96,13 +98,7 @@ def _feed(by_node: Mapping[fx.Node, Sequence[Accumulator]], index: int, node: fx
 
 def _needed(program: Program, wanted: Iterable[fx.Node]) -> list[fx.Node]:
     """All inputs, and what the wanted nodes are computed from, in order."""
-    needed: set[fx.Node] = set()
-    stack = list(wanted)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
+    needed = ancestors(wanted)
     return [n for n in program.graph.nodes if n in needed or n.op == "placeholder"]
 
 

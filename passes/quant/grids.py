@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.calibrate.observers import Distribution, Extremes, Observer, Range
+from fxcompress.edit import site_name
 from fxcompress.errors import CalibrationError
 from fxcompress.numerics.formats import Format
 from fxcompress.numerics.histogram import Histogram, least_divergence, least_error, percentile
 from fxcompress.numerics.ranges import scale_from_range
-from fxcompress.program import module_path
 from fxcompress.rewrite import Reject
 
 
@@ -66,6 +66,6 @@ def _range(value: fx.Node, seen: Histogram, format: Format, method: str, by: str
     try:
         return percentile(seen, float(share) / 100)
     except ValueError as error:
-        where = f"{module_path(value) or '<root>'}  ({value.name})"
+        where = site_name(value)
         do = f"pass more items, or ask {by} for a lower percentile, as percentile:99.9"
         raise CalibrationError("the calibration feed is too small", where=where, why=str(error), do=do) from None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -23,8 +23,8 @@ from pydantic import ValidationError, field_validator
 from torch import Tensor, fx
 
 from fxcompress.contract import MEASURED, Bounded
-from fxcompress.dataflow import is_move, weight_uses
-from fxcompress.edit import Edit
+from fxcompress.dataflow import before_moves, weight_uses
+from fxcompress.edit import Edit, site_name
 from fxcompress.errors import CalibrationError, RecipeError
 from fxcompress.numerics.formats import Format
 from fxcompress.numerics.ranges import least_scale
@@ -32,7 +32,7 @@ from fxcompress.passes.quant.grids import Grid, check_method, grid_of, observer_
 from fxcompress.passes.quant.sites import SUMMED, MatmulSite, matmul_sites, result_of, source_of
 from fxcompress.passes.quant.weight_only import WeightOnly, WeightOnlyOptions, parse
 from fxcompress.passes.tidy.schema import arguments
-from fxcompress.program import Program, module_path
+from fxcompress.program import Program
 from fxcompress.rewrite import Context, Match, Options, Reject, Transform
 from fxcompress.target import ActivationKernel, Target
 
@@ -125,7 +125,7 @@ class Insert(Transform):
                 _insert_bias(site, edit)
         return declined
 
-    @property
+    @cached_property
     def _weight_only(self) -> WeightOnly:
         return WeightOnly(WeightOnlyOptions(weights=self.options.weights, embeddings=self.options.embeddings, storage=self.options.storage))
 
@@ -182,7 +182,7 @@ class Insert(Transform):
             first = next(iter(grids))
             raise CalibrationError(
                 "no value changes on the calibration feed",
-                where=f"{module_path(first) or '<root>'}  ({first.name})",
+                where=site_name(first),
                 why=f"{cast(Reject, grids[first]).reason}; {self.name} can use none of the {len(grids)} values it would quantise",
                 do="pass items that differ from one another, as the model meets them in use",
             )
@@ -270,7 +270,7 @@ def _insert_bias(site: MatmulSite, edit: Edit) -> None:
         return
     with edit.site(site.node, "bias on the grid of the products"):
         at: dict[str, Any] = {"like": site.node, "before": site.node}
-        one, many = (edit.insert(aten.reshape.default, _pair(given[k]).args[1], [-1], **at) for k in ("input", "weight"))
+        one, many = (edit.insert(aten.reshape.default, before_moves(given[k]).args[1], [-1], **at) for k in ("input", "weight"))
         scale = edit.insert(aten.repeat.default, edit.insert(aten.mul.Tensor, many, one, **at), [repeats], **at)
         codes = edit.insert(QUANTIZE, bias, scale, None, "int32", [1], **at)
         pair = edit.insert(DEQUANTIZE, codes, scale, None, "int32", [1], val=bias.meta["val"], **at)
@@ -278,17 +278,10 @@ def _insert_bias(site: MatmulSite, edit: Edit) -> None:
         edit.replace(bias, pair, [site.node])
 
 
-def _pair(value: fx.Node) -> fx.Node:
-    """The value before everything that only moves its numbers."""
-    while is_move(value):
-        value = value.all_input_nodes[0]
-    return value
-
-
 def _product_scale(x: fx.Node, weight: fx.Node, program: Program) -> Tensor | None:
     """s_x s_W, one entry or one a channel of the weight, float64; None unless both are quantised by constants and all that is summed into one
     channel has the same two."""
-    x = _pair(x)
+    x = before_moves(x)
     if x.target is not DEQUANTIZE or weight.target is not DEQUANTIZE or -1 not in weight.args[4][:2]:  # type: ignore[index, operator]
         return None
     s_x, s_w = (program.constant(n.args[1]) for n in (x, weight))  # type: ignore[arg-type]

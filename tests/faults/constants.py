@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fxcompress.dataflow import ancestors
 from fxcompress.edit import Edit, Site
-from fxcompress.wiring import reached
 from tests.faults.fault import Fault, Undo
 
 
@@ -57,7 +57,7 @@ def _stale(edit: Edit, name: str, site: Site) -> Iterator[tuple[str, Tensor]]:
 
 def _read_before(edit: Edit, site: Site) -> list[str]:
     """Constants that went into the values the site replaced, as far as nothing else needs what lies between."""
-    steps, alive = {s.node: s for s in edit.before}, reached(edit.program.output_node)
+    steps, alive = {s.node: s for s in edit.before}, ancestors([edit.program.output_node])
     stack = [n for n in (*site.replaced, *site.touched) if n in steps]
     seen = dict.fromkeys(stack)
     while stack:

@@ -10,8 +10,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from fxcompress.dataflow import ancestors
 from fxcompress.edit import Edit, Site
-from fxcompress.wiring import reached
 from tests.faults.fault import Fault, Undo, given, in_turn, is_float, reading
 
 Arguments = tuple[Any, Any]  # args, kwargs
@@ -19,7 +19,7 @@ Arguments = tuple[Any, Any]  # args, kwargs
 
 def node_faults(edit: Edit) -> Iterator[Fault]:
     """Per such node: operands negated and swapped, numbers off by one or negated, lists in another order."""
-    alive = reached(edit.program.output_node)
+    alive = ancestors([edit.program.output_node])
     for node, site in _changed_nodes(edit).items():
         if node in alive and node.op == "call_function":
             for kind, (args, kwargs) in wrong_arguments(node):

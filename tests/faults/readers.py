@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fxcompress.dataflow import ancestors
 from fxcompress.edit import Edit
-from fxcompress.wiring import reached
 from tests.faults.fault import Fault, Undo, in_turn, reading
 
 
 def reader_faults(edit: Edit) -> Iterator[Fault]:
     """Per reader of a replaced value, and of a constant with other numbers: it keeps the old one. Neighbours' values swapped."""
-    alive, old_nodes = reached(edit.program.output_node), {s.node for s in edit.before}
+    alive, old_nodes = ancestors([edit.program.output_node]), {s.node for s in edit.before}
     replaced = [(old, new, site) for site in edit.sites for old, new in site.replaced.items() if old in old_nodes and new in alive]
     for old, new, site in replaced:
         for reader in (u for u in new.users if u in alive and (old, new) in edit.rewired.get(u, ())):

@@ -11,12 +11,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from fxcompress.contract import Contract, check
+from fxcompress.dataflow import ancestors
 from fxcompress.edit import Edit
 from fxcompress.interpret import walk
 from fxcompress.measure import relative_error
 from fxcompress.program import Program
 from fxcompress.verify import verify
-from fxcompress.wiring import reached
 from tests.faults.fault import Fault
 
 NOISE = 1e-5  # relative: what sums in another order do to a value a few layers deep in float32
@@ -76,7 +76,7 @@ class Trial:
 
     def _values(self, inputs: Sequence[Tensor]) -> dict[Any, Any]:
         """Kept values by node, results by number."""
-        alive, values = reached(self.program.output_node), dict[Any, Any]()
+        alive, values = ancestors([self.program.output_node]), dict[Any, Any]()
         nodes = [n for n in self.program.graph.nodes if n in alive or n.op == "placeholder"]
         wanted = [n for n in nodes if n in self.kept]
         values.update(zip(wanted, walk(nodes, self.program.constants, inputs, wanted), strict=True))
@@ -87,7 +87,7 @@ def kept_nodes(edit: Edit) -> set[fx.Node]:
     """The live values that something is said about: the old ones, and those in the place of old ones."""
     old = {s.node for s in edit.before if s.node.op == "call_function"}
     new = {n for site in edit.sites for n in site.replaced.values()}
-    return reached(edit.program.output_node) & (old | new)
+    return ancestors([edit.program.output_node]) & (old | new)
 
 
 def drawn(program: Program, seed: int) -> list[Tensor]:
