@@ -488,6 +488,6 @@ def _negated_leaf(v: Any) -> Any:
 
 def _evaluate(step: Step, values: Mapping[fx.Node, Any], constants: Mapping[str, Tensor]) -> Any:
     if step.node.op == "get_attr":
-        return constants[str(step.node.target)]
+        return constants[str(step.target)]
     args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda n: values[n])
-    return step.node.target(*args, **kwargs)  # type: ignore[operator]
+    return step.target(*args, **kwargs)

@@ -45,6 +45,7 @@ class Step(NamedTuple):
     """A node as it was when the edit began."""
 
     node: fx.Node
+    target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     inputs: tuple[fx.Node, ...]
@@ -71,7 +72,7 @@ class Edit:
     def site(self, node: fx.Node, reason: str = "") -> Iterator[Site]:
         """Open one site at a node. The changes made inside belong to it."""
         if not self.before:
-            self.before = [Step(n, n.args, n.kwargs, tuple(n.all_input_nodes)) for n in self.graph.nodes]
+            self.before = [Step(n, n.target, n.args, n.kwargs, tuple(n.all_input_nodes)) for n in self.graph.nodes]
             self.constants_before = dict(self.program.constants)
         self._open = Site(site_name(node), node.name, module_path(node), reason)
         self.sites.append(self._open)
@@ -137,11 +138,11 @@ class Edit:
                 self._undo.append(lambda n=node: self.loose.pop(n))  # type: ignore[misc]
             self._site().carried.extend(u for u in node.users if u.op == "call_function" and u not in self._site().carried)
 
-    def update(self, node: fx.Node, *args: Any, **kwargs: Any) -> None:
-        """The op computes its value from other arguments."""
-        old_args, old_kwargs = node.args, node.kwargs
-        self._undo.append(lambda: _set(node, old_args, old_kwargs))
-        _set(node, args, kwargs)
+    def update(self, node: fx.Node, *args: Any, op: Any = None, **kwargs: Any) -> None:
+        """The node computes its value from other arguments, and with another op if one is given."""
+        old_op, old_args, old_kwargs = node.target, node.args, node.kwargs
+        self._undo.append(lambda: _set(node, old_args, old_kwargs, old_op))
+        _set(node, args, kwargs, op or old_op)
         self._site().touched.append(node)
 
     def reshape(self, node: fx.Node, shape: list[Any]) -> None:
@@ -248,5 +249,5 @@ def _drop_last(changes: dict[fx.Node, list[Any]], node: fx.Node) -> None:
         del changes[node]
 
 
-def _set(node: fx.Node, args: Any, kwargs: Any) -> None:
-    node.args, node.kwargs = args, kwargs
+def _set(node: fx.Node, args: Any, kwargs: Any, target: Any = None) -> None:
+    node.args, node.kwargs, node.target = args, kwargs, target or node.target

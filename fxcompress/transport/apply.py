@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxcompress.edit import Edit, Site
 from fxcompress.interpret import evaluate
-from fxcompress.transport.change import Change, applied
+from fxcompress.transport.change import Change, Elementwise, applied
 from fxcompress.transport.labels import Kind, Label
 from fxcompress.transport.plan import Plan
 from fxcompress.transport.resize import Resizer
@@ -22,6 +22,13 @@ BIAS_ARGUMENT: dict[Any, int] = {
     aten.layer_norm.default: 3,
     aten.group_norm.default: 3,
     aten.linear.default: 2,
+}
+WITH_TENSOR: dict[Any, Any] = {  # where an overload takes numbers only
+    aten.add.Scalar: aten.add.Tensor,
+    aten.sub.Scalar: aten.sub.Tensor,
+    aten.rsub.Scalar: aten.rsub.Tensor,
+    aten.mul.Scalar: aten.mul.Tensor,
+    aten.div.Scalar: aten.div.Tensor,
 }
 GAIN_ARGUMENT: dict[Any, int] = {aten.layer_norm.default: 2, aten.rms_norm.default: 2, aten.group_norm.default: 2}
 
@@ -44,7 +51,7 @@ class Applied:
                 else:
                     self.edit.carry(node, change)
             self.edit.loosen(self.plan.loose)
-            for extra in self.plan.extras:
+            for extra in sorted(self.plan.extras, key=lambda e: e.node):  # in the graph's order: what is made reads what was made
                 getattr(self, f"_{extra.role}")(extra)
             if self.plan.kind == Kind.REMOVE:
                 resizer.apply(updates)
@@ -64,21 +71,19 @@ class Applied:
         return applied(self.plan.kind, base.double(), label, self.numbers)
 
     def _literal(self, extra: Extra) -> None:
-        """c -> c v: the number added becomes a vector."""
-        node, factor = extra.node, self._number(extra)
-        if bool((factor == 1).all()):
+        """c -> c v, or c + v: an operand that is a number becomes a vector."""
+        node, change = extra.node, Elementwise(self.plan.kind, (Label(extra.index, extra.power),), self.numbers)
+        if change.is_identity():
             return None
         number: Any = next((a for a in node.args[:2] if not isinstance(a, fx.Node)), None)
         if number is None:  # another plan has made it a vector
-            return self._rescale(node, next(a for a in node.args[:2] if a not in self.plan.values), factor)
-        place = None if "Tensor" in node.target._overloadname else node.next  # type: ignore[union-attr]
-        vector = self._constant(node, "constant", number * factor, place)
-        if place is not None:  # an overload that takes numbers only
-            other = aten.sub.Tensor if "sub" in str(node.target) else aten.add.Tensor
-            operands = [vector if a is number else a for a in node.args[:2]]
-            operands = operands[::-1] if node.target is aten.rsub.Scalar else operands
-            return self.edit.replace(node, self.edit.insert(other, *operands, like=node, before=place, val=node.meta.get("val")))
-        return self.edit.update(node, *(vector if a is number else a for a in node.args), **node.kwargs)
+            return self._rechange(node, next(a for a in node.args[:2] if a not in self.plan.values), change)
+        vector = self._constant(node, "constant", change(torch.full(extra.index.shape, number, dtype=torch.float64)))
+        if node.target not in WITH_TENSOR:
+            return self.edit.update(node, *(vector if a is number else a for a in node.args), **node.kwargs)
+        alpha = self.plan.facts.arguments(node).get("alpha", 1)
+        kwargs = {} if alpha == 1 else {"alpha": alpha}
+        return self.edit.update(node, node.args[0], vector, op=WITH_TENSOR[node.target], **kwargs)
 
     def _bias(self, extra: Extra) -> None:
         """A bias where there was none."""
@@ -95,12 +100,11 @@ class Applied:
         node, place = extra.node, GAIN_ARGUMENT[extra.node.target]
         gain = node.args[place] if len(node.args) > place else node.kwargs.get("weight")
         if gain is not None:  # another plan has made it
-            return self._rescale(node, gain, factor)
+            return self._rechange(node, gain, lambda old: old * factor)
         return self._set(node, place, self._constant(node, "weight", factor))
 
-    def _rescale(self, node: fx.Node, constant: Any, factor: Tensor) -> None:
-        old = self.program.constants[str(constant.target)]
-        new = self._constant(node, "constant", old.double() * factor)
+    def _rechange(self, node: fx.Node, constant: Any, change: Change) -> None:
+        new = self._constant(node, "constant", change(self.program.constants[str(constant.target)].double()))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: new if n is constant else n)
         self.edit.update(node, *args, **kwargs)
 
@@ -129,18 +133,20 @@ class Applied:
         old = self.program.constants[str(bias.target)]
         new = (old.double() + delta.reshape(-1)).to(old.dtype)
         if len(bias.users) == 1 and new.shape == old.shape:
-            if bias in self.changes:  # the change it carries is not all that happens to it
-                self.edit.carry(bias, lambda value: (value.double() + delta.reshape(-1)).to(value.dtype))
+            self.edit.carry(bias, lambda value: (value.double() + delta.reshape(-1)).to(value.dtype))
             self.edit.fold(bias, new)
         else:
             self._set(node, place, self.edit.constant(str(bias.target), new, like=node))
 
     def _insert_add(self, node: fx.Node, delta: Tensor) -> None:
+        made = next((site.replaced[node] for site in self.edit.sites if node in site.replaced), None)
+        if made is not None:  # another plan has made it
+            return self._rechange(made, made.args[1], lambda old: old + delta)
         place, target = node.next, node.target
         assert callable(target)
         product = self.edit.insert(target, *node.args, like=node, before=place, val=node.meta.get("val"), **node.kwargs)
         bias = self._constant(node, "bias", delta, place)
-        self.edit.replace(node, self.edit.insert(aten.add.Tensor, product, bias, like=node, before=place, val=node.meta.get("val")))
+        return self.edit.replace(node, self.edit.insert(aten.add.Tensor, product, bias, like=node, before=place, val=node.meta.get("val")))
 
     def _constant(self, node: fx.Node, name: str, value: Tensor, before: fx.Node | None = None) -> fx.Node:
         module = node.meta.get("module", ("",))[-1]

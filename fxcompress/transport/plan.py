@@ -112,9 +112,10 @@ class Plan:
         return self._rotation(vector)
 
     def audit(self, before: Program, after: Program, vector: Any, inputs: Sequence[Tensor]) -> dict[str, float]:
-        """Per labelled value but constants, by name: max |d| / rms between it in `after` and its change of what it was in `before`."""
+        """Per labelled value that is read, but constants: max |d| / rms between it in `after` and its change of what it was before."""
         changes = self.changes(vector)
-        names = {n.name: changes.get(n, _same) for n in self.values if n.op != "get_attr"}
+        replaced = {n.name for n in after.graph.nodes if not n.users}
+        names = {n.name: changes.get(n, _same) for n in self.values if n.op != "get_attr" and n.name not in replaced}
         old = _kept(before, inputs, names)
         new = _kept(after, inputs, names)
         return {name: relative_error(names[name](old[name]), new[name]) for name in names if name in old and name in new}

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, note, settings
 from torch import Tensor, fx
 
 from fxcompress.contract import Exact, check
@@ -17,7 +17,7 @@ from fxcompress.interpret import run
 from fxcompress.program import Program
 from fxcompress.transport import Kind, Plan, Seed, Transport
 from fxcompress.transport.facts import grouped
-from fxcompress.transport.labels import Classes
+from fxcompress.transport.labels import Classes, canon
 from fxcompress.transport.relations.views import reshaped
 from fxcompress.transport.solver import Solver
 from tests.passes.helpers import Builder, seeded, snapshot
@@ -62,6 +62,11 @@ class Net:
             lambda: op(aten.gelu.default, a),
             lambda: op(aten.add.Tensor, a, op(aten.mean.dim, a, [-1], True)),
             lambda: op(aten.add.Tensor, a, 1.0),
+            lambda: op(aten.mul.Tensor, a, 0.5),
+            lambda: op(aten.rsub.Scalar, a, 1.0, 2.0),
+            lambda: op(aten.div.Tensor, op(aten.mul.Tensor, a, b), 2.0),
+            lambda: op(aten.rsub.Tensor, a, self.constant(WIDTH)),
+            lambda: op(aten.matmul.default, a, self.constant(WIDTH, WIDTH)),
         )
         self.values.append(makers[kind % len(makers)]())
 
@@ -75,12 +80,18 @@ class Net:
         return self.built.program(self.linear(self.values[-1]))
 
 
-@st.composite
-def nets(draw: st.DrawFn) -> Program:
+Ops = list[tuple[int, int, int]]
+NETS = st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99), st.integers(0, 99)), min_size=2, max_size=9)
+
+
+def made(ops: Ops) -> Program:
+    """The graph of (op, operand, operand) numbers, without dead code, which pins."""
     net = Net()
-    for _ in range(draw(st.integers(2, 9))):
-        net.add(draw(st.integers(0, 99)), draw(st.integers(0, 99)), draw(st.integers(0, 99)))
-    return net.program()
+    for op in ops:
+        net.add(*op)
+    program = live(net.program())
+    note(str(program.graph))
+    return program
 
 
 def live(program: Program) -> Program:
@@ -96,9 +107,10 @@ def inputs_of_layers(program: Program) -> list[fx.Node]:
 
 
 @settings(max_examples=120, deadline=None)
-@given(nets(), st.sampled_from(KEPT), st.integers(0, 99))
-def test_random_graphs_keep_their_function(program: Program, kind: Kind, where: int) -> None:
-    layers = inputs_of_layers(live(program))
+@given(NETS, st.sampled_from(KEPT), st.integers(0, 99))
+def test_random_graphs_keep_their_function(ops: Ops, kind: Kind, where: int) -> None:
+    program = made(ops)
+    layers = inputs_of_layers(program)
     plan = solve(program, kind, Seed(layers[where % len(layers)], (2,)))
     if plan.count:
         figures = proved(program, plan, vector_for(plan, where))
@@ -111,7 +123,7 @@ def form(plan: Plan) -> Any:
     first = np.full(plan.count, len(plan.classes))
     np.minimum.at(first, plan.classes[plan.classes >= 0], np.flatnonzero(plan.classes >= 0))
     labels = {
-        n.name: sorted((label.power, np.append(plan.classes, -1)[label.index].tolist()) for label in labels)
+        n.name: sorted((label.power, canon(np.append(plan.classes, -1)[label.index]).tolist()) for label in labels)
         for n, labels in plan.values.items()
     }
     blocks = [sorted(first[plan.blocks == b].tolist()) for b in set(plan.blocks.tolist())]
@@ -119,20 +131,23 @@ def form(plan: Plan) -> Any:
 
 
 @settings(max_examples=60, deadline=None)
-@given(nets(), st.sampled_from(KEPT), st.integers(0, 99), st.integers(0, 10**6))
-def test_the_order_of_work_changes_nothing(program: Program, kind: Kind, where: int, shuffle: int) -> None:
-    layers = inputs_of_layers(live(program))
+@given(NETS, st.sampled_from(KEPT), st.integers(0, 99), st.integers(0, 10**6))
+def test_the_order_of_work_changes_nothing(ops: Ops, kind: Kind, where: int, shuffle: int) -> None:
+    program = made(ops)
+    layers = inputs_of_layers(program)
     engine, seed = Transport(program), Seed(layers[where % len(layers)], (2,))
     one, other = engine.solve(kind, seed), engine.solve(kind, seed, shuffle=shuffle)
-    assert one.classes.tolist() == other.classes.tolist()
-    if not one.pinned and not other.pinned and one.choices == other.choices:
-        assert form(one) == form(other)
+    if one.choices == other.choices:  # which of two operands takes a change may depend on which was met first
+        assert one.classes.tolist() == other.classes.tolist()
+        if not one.pinned and not other.pinned:
+            assert form(one) == form(other)
 
 
 @settings(max_examples=40, deadline=None)
-@given(nets(), st.sampled_from(DIAGONAL), st.integers(0, 99))
-def test_the_identity_changes_no_byte(program: Program, kind: Kind, where: int) -> None:
-    layers = inputs_of_layers(live(program))
+@given(NETS, st.sampled_from(DIAGONAL), st.integers(0, 99))
+def test_the_identity_changes_no_byte(ops: Ops, kind: Kind, where: int) -> None:
+    program = made(ops)
+    layers = inputs_of_layers(program)
     plan = solve(program, kind, Seed(layers[where % len(layers)], (2,)))
     before = snapshot(program)
     plan.apply(Edit(program), torch.full((plan.count,), 0.0 if kind == Kind.SHIFT else 1.0))
@@ -140,9 +155,10 @@ def test_the_identity_changes_no_byte(program: Program, kind: Kind, where: int) 
 
 
 @settings(max_examples=40, deadline=None)
-@given(nets(), st.integers(0, 99))
-def test_a_scale_and_its_inverse_restore_every_bit(program: Program, where: int) -> None:
-    layers = inputs_of_layers(live(program))
+@given(NETS, st.integers(0, 99))
+def test_a_scale_and_its_inverse_restore_every_bit(ops: Ops, where: int) -> None:
+    program = made(ops)
+    layers = inputs_of_layers(program)
     plan = solve(program, Kind.SCALE, Seed(layers[where % len(layers)], (2,)))
     assume(all(float(2 * label.power).is_integer() for labels in plan.values.values() for label in labels))  # 4 ** (1 / 4) is no power of 2
     before = {k: t.clone() for k, t in program.constants.items()}
@@ -154,10 +170,10 @@ def test_a_scale_and_its_inverse_restore_every_bit(program: Program, where: int)
 
 
 @settings(max_examples=40, deadline=None)
-@given(nets(), st.sampled_from((Kind.SCALE, Kind.SIGN)))
-def test_many_plans_at_once_are_one_after_the_other(program: Program, kind: Kind) -> None:
+@given(NETS, st.sampled_from(DIAGONAL))
+def test_many_plans_at_once_are_one_after_the_other(ops: Ops, kind: Kind) -> None:
     """Changes of one channel each commute: planned on one graph, all applied in one edit, under one contract."""
-    live(program)
+    program = made(ops)
     engine = Transport(program)
     plans = [engine.solve(kind, Seed(x, (2,))) for x in dict.fromkeys(inputs_of_layers(program))]
     before, edit = run(program, program.example), Edit(program)
@@ -168,9 +184,10 @@ def test_many_plans_at_once_are_one_after_the_other(program: Program, kind: Kind
 
 
 @settings(max_examples=40, deadline=None)
-@given(nets(), st.integers(0, 99))
-def test_a_rotation_by_a_permutation_is_a_permutation(program: Program, where: int) -> None:
-    layers = inputs_of_layers(live(program))
+@given(NETS, st.integers(0, 99))
+def test_a_rotation_by_a_permutation_is_a_permutation(ops: Ops, where: int) -> None:
+    program = made(ops)
+    layers = inputs_of_layers(program)
     seed = Seed(layers[where % len(layers)], (2,))
     turn, move = solve(program, Kind.ROTATE, seed), solve(program, Kind.PERMUTE, seed)
     if not turn.count:
@@ -198,10 +215,11 @@ def constants_after(program: Program, plan: Plan, vector: Any) -> Tensor:
 
 
 @settings(max_examples=30, deadline=None)
-@given(nets(), st.sampled_from(KEPT), st.integers(0, 99))
-def test_a_dropped_leaf_is_seen(program: Program, kind: Kind, where: int) -> None:
-    """Every constant whose change is left out, one at a time: audit and contract both name what reads it."""
-    layers = inputs_of_layers(live(program))
+@given(NETS, st.sampled_from(KEPT), st.integers(0, 99))
+def test_a_dropped_leaf_is_seen(ops: Ops, kind: Kind, where: int) -> None:
+    """Every constant whose change is left out, one at a time: the contract names it or what reads it."""
+    program = made(ops)
+    layers = inputs_of_layers(program)
     plan = solve(program, kind, Seed(layers[where % len(layers)], (2,)))
     vector, old = vector_for(plan, where), program.copy()
     for leaf in plan.leaves if plan.count else ():
@@ -212,7 +230,7 @@ def test_a_dropped_leaf_is_seen(program: Program, kind: Kind, where: int) -> Non
             continue
         program.constants[leaf.target] = old.constants[leaf.target]
         broken = {m.value for m in check(program, edit, Exact(limit=1e-9), program.example) if m.verdict == "broken"}
-        assert broken & {u.name for u in leaf.users}
+        assert broken & {leaf.name, *(u.name for u in leaf.users)}
         edit.rollback()
 
 

@@ -19,7 +19,8 @@ from fxcompress.edit import Edit
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.program import Program
-from fxcompress.transport import Kind, Plan, Seed, Transport
+from fxcompress.transport import FLIPS, Kind, Plan, Seed, Transport
+from fxcompress.transport.apply import WITH_TENSOR
 from tests.passes.helpers import Builder, seeded
 from tests.transport.helpers import LIMIT, vector_for
 
@@ -122,6 +123,7 @@ ROWS: dict[str, Row] = {
     "add narrow": Row(aten.add.Tensor, X, rand(4), constants=(1,), lands=EVERY),
     "add number": Row(aten.add.Tensor, X, 2.0, lands="scale sign shift permute rotate remove"),
     "sub": Row(aten.sub.Tensor, X, Y, lands=EVERY),
+    "rsub alpha": Row(aten.rsub.Scalar, X, 1.0, 2.0, lands="scale sign shift permute rotate remove"),
     "rsub": Row(aten.rsub.Scalar, X, 1.0, lands="scale sign shift permute rotate remove"),
     "where": Row(aten.where.self, rand(2, 3, 1) > 0, X, Y, lands="scale sign shift permute rotate remove"),
     "where by channel": Row(aten.where.self, rand(2, 3, 4) > 0, X, Y, lands="scale sign shift permute remove"),
@@ -329,6 +331,25 @@ def test_an_op_on_one_value_twice(op: Any, kind: Kind) -> None:
 @pytest.mark.parametrize("row", [pytest.param(r, id=i) for i, r in ROWS.items()])
 def test_row(row: Row, kind: Kind) -> None:
     assert bool(landings(row.program(), kind)) == (kind in row.lands)
+
+
+NUMBERS = (*((op, (2.0,)) for op in WITH_TENSOR), *((op, (1.5, 2.0)) for op in (aten.add.Scalar, aten.sub.Scalar, aten.rsub.Scalar)))
+
+
+@pytest.mark.parametrize("route", list(FLIPS))
+@pytest.mark.parametrize(("op", "operands"), [*NUMBERS, *((WITH_TENSOR[op], operands) for op, operands in NUMBERS[:2])], ids=str)
+def test_a_number_may_carry_the_change(op: Any, operands: tuple[float, ...], route: str) -> None:
+    """Whatever the route, what lands is exact: a number that is to change becomes a vector."""
+    built = Builder(anchor=rand(1), x=rand(3, 4))
+    node = built.op(op, built.x, *operands)
+    program = built.program(node)
+    plans = [
+        Transport(program).solve(kind, Seed(at), choices={node: route}, is_open=True)
+        for kind, at in itertools.product((Kind.SCALE, Kind.SHIFT), (built.x, node))
+    ]
+    assert any(plan.count for plan in plans)
+    for plan in plans:
+        assert deviation(program, plan, vector_for(plan)) < LIMIT if plan.count else plan.reason()
 
 
 def landings(program: Program, kind: Kind) -> int:

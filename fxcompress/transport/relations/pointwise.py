@@ -95,7 +95,7 @@ def sums(s: Solver, node: fx.Node) -> None:
     if isinstance(alpha, fx.Node):
         return s.stop_all(node, [a, b, node], f"{node.name} has a factor that is computed")
     if s.kind == Kind.SHIFT:
-        return triple(s, node, (a, b), (1.0, sign * float(alpha)) if node.target not in REVERSED else (float(alpha), -1.0))
+        return triple(s, node, (a, b), (1.0, sign * float(alpha)) if node.target not in REVERSED else (1.0, -float(alpha)))
     _literals(s, node, a, b)
     spread_over(s, [p for p in (a, b, node) if isinstance(p, fx.Node)])
 
@@ -233,8 +233,8 @@ def triple(s: Solver, node: fx.Node, operands: tuple[Any, Any], weights: tuple[f
         return
     route = s.choices.setdefault(node, _route(s, node, a, b))
     first, second, third = _paired(route)
-    _balance(s, ports[first], ports[second])
-    _balance(s, ports[second], ports[first])
+    _balance(s, node, ports[first], ports[second])
+    _balance(s, node, ports[second], ports[first])
     for label in s.labels(ports[third][0]):
         _odd_one(s, node, label, third, ports, [*s.labels(ports[first][0]), *s.labels(ports[second][0])])
 
@@ -244,20 +244,27 @@ def _paired(route: str) -> tuple[str, str, str]:
     return first, second, next(p for p in ("a", "b", "out") if p not in (first, second))
 
 
-def _balance(s: Solver, source: tuple[Any, float], target: tuple[Any, float]) -> None:
-    for label in s.labels(source[0]):
-        s.put(target[0], label.index, -label.power * source[1] / target[1])
+def _balance(s: Solver, node: fx.Node, source: tuple[Any, float], target: tuple[Any, float]) -> None:
+    labels = s.labels(source[0])
+    if len(labels) > 1 and not isinstance(target[0], fx.Node):
+        return s.stop_all(node, [source[0]], f"{node.name}: two changes of {source[0].name} would meet in one number")
+    for label in labels:
+        _balance_one(s, node, label, source, target)
 
 
 def _odd_one(s: Solver, node: fx.Node, label: Label, which: str, ports: Mapping[str, tuple[Any, float]], others: list[Label]) -> None:
     """A label on the port that the route leaves out: on other axes it goes its own way, on the same ones nobody could say which."""
     if which == "out" or any(_meets(label, other) for other in others):
         return s.stop(node, label.index, f"both operands of {node.name} would change")
-    _balance_one(s, label, ports[which], ports["out"])
+    _balance_one(s, node, label, ports[which], ports["out"])
 
 
-def _balance_one(s: Solver, label: Label, source: tuple[Any, float], target: tuple[Any, float]) -> None:
-    s.put(target[0], label.index, -label.power * source[1] / target[1])
+def _balance_one(s: Solver, node: fx.Node, label: Label, source: tuple[Any, float], target: tuple[Any, float]) -> None:
+    power = -label.power * source[1] / target[1]
+    if isinstance(target[0], fx.Node):
+        s.put(target[0], label.index, power)
+    else:
+        s.extra(node, "literal", label.index, power)
 
 
 def _meets(a: Label, b: Label) -> bool:
