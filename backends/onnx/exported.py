@@ -74,8 +74,11 @@ def exported_program(outlined: Outline, decomposed: bool = False) -> Exported:
 
 
 def _does_nothing(node: fx.Node) -> bool:
-    """A squeeze of an axis longer than 1, which ONNX refuses."""
-    return node.target is aten.squeeze.dim and node.meta["val"].dim() == node.args[0].meta["val"].dim() > 0  # type: ignore[union-attr]
+    """A squeeze of an axis longer than 1, which ONNX refuses; a cast to the type it has, behind which no kernel sees what was dequantised."""
+    if node.target is not aten.squeeze.dim and node.target not in _COPIES:
+        return False
+    old, new = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    return bool(new.dtype == old.dtype if node.target in _COPIES else new.dim() == old.dim() > 0)
 
 
 def _respelled(graph: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -> fx.Node:
