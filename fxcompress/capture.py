@@ -142,6 +142,7 @@ class Adapter(nn.Module):
         self.keeps = False  # whether a key/value cache goes in and out, which the graph sees as tensors
         self.positional = 0  # how many arguments go by position
         self.training = False  # only of the adapter: the model stays as it is
+        self.numbers = [(m, n, b.item()) for m in model.modules() for n, b in m.named_buffers(recurse=False) if _is_size(b)]
 
     def call(self, tensors: Sequence[Tensor]) -> Any:
         """The model's own result."""
@@ -172,6 +173,11 @@ class Adapter(nn.Module):
                 torch._check(tensors[index].shape[0] == tensors[self.tied[0]].shape[0])  # type: ignore[no-untyped-call]
             if self.keeps:
                 cached.agree(self._tree(tensors))
+            with _known(self.numbers):
+                return self._results(tensors)
+        return self._results(tensors)
+
+    def _results(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(leaf for leaf in pytree.tree_leaves(self.call(tensors)) if isinstance(leaf, Tensor))
 
     def settle(self, tensors: Sequence[Tensor]) -> tuple[str, ...]:
@@ -213,6 +219,22 @@ class Adapter(nn.Module):
         if not any(isinstance(v, Tensor) for v in leaves):
             raise CaptureError("the model returns no tensor", why=f"it returns {describe(result)}")
         return result, spec, tuple(INPUT if isinstance(v, Tensor) else v for v in leaves)
+
+
+def _is_size(buffer: Tensor) -> bool:
+    return not buffer.dim() and buffer.dtype in (torch.int32, torch.int64) and not buffer.is_meta
+
+
+@contextlib.contextmanager
+def _known(numbers: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+    """Buffers of one integer as numbers that the tracer sees: strides and kernel sizes kept as tensors decide shapes, as only numbers may."""
+    for module, name, value in numbers:
+        module.__dict__[name] = torch.tensor(value, dtype=module._buffers[name].dtype)
+    try:
+        yield
+    finally:
+        for module, name, _ in numbers:
+            del module.__dict__[name]
 
 
 def _check_example(tensors: Mapping[str, Tensor]) -> None:

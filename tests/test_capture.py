@@ -234,6 +234,29 @@ def test_control_flow_on_data_is_refused_with_the_line() -> None:
     assert "in forward" in caught.value.where
 
 
+class Padded(nn.Module):
+    """A convolution that pads by what it computes from its stride and kernel size, kept as buffers, as audio codecs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 3, 5, stride=2)
+        self.register_buffer("kernel_size", torch.tensor(5), persistent=False)
+        self.register_buffer("stride", torch.tensor(2), persistent=False)
+
+    def forward(self, x):
+        left = self.kernel_size - self.stride
+        extra = (torch.ceil((x.shape[-1] - self.kernel_size + left) / self.stride) * self.stride).to(torch.int64) - x.shape[-1] + left
+        return self.conv(nn.functional.pad(x, (int(left), int(extra) if extra > 0 else 0), mode="reflect"))
+
+
+def test_sizes_kept_as_tensors_decide_shapes() -> None:
+    torch.manual_seed(0)
+    model, x = Padded().eval(), torch.randn(2, 2, 15)
+    program = capture(model, (x,))
+    assert relative_error(model(x), run(program, [x])[0]) == 0
+    assert list(model.__dict__["_buffers"]) == ["kernel_size", "stride"] and "stride" not in model.__dict__
+
+
 def test_random_numbers_are_refused() -> None:
     class Noise(nn.Module):
         def forward(self, x):

@@ -2,6 +2,8 @@
 
 Leaves are buffers of one element seen at full size. The program hands itself out when it is asked to decompose: its ops are already those
 torch.onnx translates, and tracing them again is most of an export's time (22 s against 4 s for a 30-layer Llama).
+
+The runtimes have no bfloat16 kernels on CPU. Where a float32 model takes a step in it, the step is float32 rounded to bfloat16, as torch does.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch.export.graph_signature import (
 )
 
 from fxcompress.backends.onnx.outline import SAME_OP, Leaf, Outline
+from fxcompress.dataflow import is_move
 
 FX_INDEX = "fxc.node"  # under which a node's number in the outline travels, in meta["custom"] and in ONNX metadata
 
@@ -59,7 +62,7 @@ def exported_program(outlined: Outline, decomposed: bool = False) -> Exported:
         if _does_nothing(node):
             env[node] = env[node.all_input_nodes[0]]
             continue
-        env[node] = _copied(graph, _respelled(graph, node, env), node)
+        env[node] = _in_bfloat16(graph, node, env) if is_narrow(node) else _copied(graph, _respelled(graph, node, env), node)
         env[node].meta["custom"] = {FX_INDEX: index}
     graph.output(tuple(env[r] for r in outlined.results))
     inputs = [InputSpec(InputKind.BUFFER, TensorArgument(b.name), b.name, persistent=True) for b in buffers]
@@ -74,8 +77,11 @@ def exported_program(outlined: Outline, decomposed: bool = False) -> Exported:
 
 
 def _does_nothing(node: fx.Node) -> bool:
-    """A squeeze of an axis longer than 1, which ONNX refuses."""
-    return node.target is aten.squeeze.dim and node.meta["val"].dim() == node.args[0].meta["val"].dim() > 0  # type: ignore[union-attr]
+    """A squeeze of an axis longer than 1, which ONNX refuses; a cast to the type it has, behind which no kernel sees what was dequantised."""
+    if node.target is not aten.squeeze.dim and node.target not in _COPIES:
+        return False
+    old, new = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    return bool(new.dtype == old.dtype if node.target in _COPIES else new.dim() == old.dim() > 0)
 
 
 def _respelled(graph: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -> fx.Node:
@@ -84,6 +90,51 @@ def _respelled(graph: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -
     new = graph.node_copy(node, env.__getitem__)
     new.target = SAME_OP.get(node.target, node.target)
     return new
+
+
+def is_narrow(node: fx.Node) -> bool:
+    """Whether a value is of bfloat16."""
+    return getattr(node.meta.get("val"), "dtype", None) == torch.bfloat16
+
+
+def can_be_widened(node: fx.Node) -> bool:
+    """Whether a bfloat16 result is that of the same op in float32, rounded: one number from one of each operand, moved or cast numbers."""
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and (torch.Tag.pointwise in tags or node.target in _COPIES or is_move(node))
+
+
+def _in_bfloat16(graph: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The node's bfloat16 numbers as float32. torch casts other operands to the result's type before it computes."""
+    given = {n: _wide(graph, env[n]) for n in node.all_input_nodes}
+    if node.target in _COPIES:
+        return _named(_rounded(graph, given[node.all_input_nodes[0]]), node.name)
+    for n in () if is_move(node) else given:
+        if getattr(n.meta["val"], "dtype", torch.bool) not in (torch.bfloat16, torch.bool):  # sizes are no tensors
+            given[n] = _rounded(graph, given[n])
+    wide = _copied(graph, graph.node_copy(node, given.__getitem__), node)
+    wide.meta["val"] = wide.meta["val"].to(torch.float32)
+    return wide if is_move(node) else _named(_rounded(graph, _named(wide, f"{node.name}_wide")), node.name)
+
+
+def _named(node: fx.Node, name: str) -> fx.Node:
+    node.name = name
+    return node
+
+
+def _wide(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    """A constant as float32 if it is of bfloat16; all else is by now."""
+    return _cast(graph, value, torch.float32) if is_narrow(value) else value
+
+
+def _cast(graph: fx.Graph, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    new = graph.call_function(aten._to_copy.default, (value,), {"dtype": dtype})
+    new.meta = {**value.meta, "val": value.meta["val"].to(dtype)}
+    return new
+
+
+def _rounded(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    """A value through bfloat16, as float32."""
+    return _cast(graph, _cast(graph, value, torch.bfloat16), torch.float32)
 
 
 def _buffer(graph: fx.Graph, index: int, leaf: Leaf, mode: Any) -> fx.Node:

@@ -37,6 +37,13 @@ def unbind(x: Any, dim: int = 0) -> list[Any]:
     return [op.Gather(x, _index(i), axis=dim) for i in range(_length(x, dim))]
 
 
+def rsub(x: Any, other: Any, alpha: float = 1) -> Any:
+    """other - alpha x; integers less than a float are float32, as in torch."""
+    if isinstance(other, float) and not x.dtype.is_floating_point():
+        x = op.Cast(x, to=ir.DataType.FLOAT)
+    return op.Sub(_like(other, x), x if alpha == 1 else op.Mul(x, _like(alpha, x)))
+
+
 def ints(*values: int) -> Any:
     """An int64 vector."""
     return op.Constant(value_ints=list(values))
@@ -50,6 +57,11 @@ def _index(value: int) -> Any:
     return op.Constant(value=ir.tensor(value, dtype=ir.DataType.INT64))
 
 
+def _like(number: Any, x: Any) -> Any:
+    """A number in the type of x."""
+    return op.Constant(value=ir.tensor(number, dtype=x.dtype)) if isinstance(number, int | float) else number
+
+
 def _length(x: Any, dim: int) -> int:
     length = x.shape[dim]
     if not isinstance(length, int):
@@ -59,6 +71,8 @@ def _length(x: Any, dim: int) -> int:
 
 FORMS: Mapping[Any, Any] = {
     aten.scaled_dot_product_attention.default: attention,
+    aten.rsub.Scalar: rsub,
+    aten.rsub.Tensor: rsub,
     aten.split.Tensor: split,
     aten.split_with_sizes.default: split_with_sizes,
     aten.unbind.int: unbind,

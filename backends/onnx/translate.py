@@ -21,7 +21,7 @@ import onnx_ir.passes.common as cleanup
 import torch
 from torch import fx
 
-from fxcompress.backends.onnx.exported import FX_INDEX, Exported, exported_program
+from fxcompress.backends.onnx.exported import FX_INDEX, Exported, can_be_widened, exported_program, is_narrow
 from fxcompress.backends.onnx.forms import FORMS
 from fxcompress.backends.onnx.outline import QUANTIZE, Leaf, Outline, fingerprint, outline
 from fxcompress.errors import BackendRefusal
@@ -90,8 +90,8 @@ def _refuse_types(program: Program, outlined: Outline) -> None:
                 why="its codes would be computed at every call, from the float weight",
                 do="- quant.finalize",
             )
-    for node in (*outlined.inputs, *outlined.nodes):
-        if getattr(node.meta.get("val"), "dtype", None) == torch.bfloat16:
+    for node in (*outlined.inputs, *outlined.nodes, *outlined.results):
+        if is_narrow(node) and (node in outlined.results or not can_be_widened(node)):
             raise BackendRefusal(
                 "ONNX runtimes have no bfloat16 kernels on CPU",
                 where=_place(node),

@@ -75,6 +75,17 @@ class Routed(nn.Module):
         return self.layer(x[order]).index_select(0, torch.argsort(order))
 
 
+class Greatest(nn.Module):
+    """Where the two greatest values are."""
+
+    def __init__(self, is_sorted: bool) -> None:
+        super().__init__()
+        self.is_sorted = is_sorted
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.topk(2, sorted=self.is_sorted)[1]
+
+
 def report(program: Program, folder: Path, lowered: Program | None = None, inputs: list[Tensor] | None = None) -> BackendReport:
     """What the backend says of `lowered` (else the program itself) as the program."""
     BACKEND.write(lowered or program, folder)
@@ -186,6 +197,20 @@ def test_another_order_of_unequal_keys_is_refused():
     _judge_order(item, torch.tensor([1, 3, 0, 2]), torch.tensor([3, 1, 2, 0]), keys)
     with pytest.raises(BackendRefusal, match="another order"):
         _judge_order(item, torch.tensor([1, 3, 0, 2]), torch.tensor([1, 0, 3, 2]), keys)
+
+
+def test_the_greatest_values_may_come_in_any_order_where_none_is_asked_for():
+    x = torch.tensor([0.1, 0.9, 0.4, 0.7])
+    for is_sorted in (True, False):
+        program = program_of(Greatest(is_sorted), x)
+        item = next(n for n in program.graph.nodes if n.name.startswith("getitem") and n.args[1] == 1)
+        wanted, turned, other = (torch.tensor(order) for order in ([1, 3], [3, 1], [3, 2]))
+        _judge_order(item, wanted, wanted, x)
+        for given in [other] if not is_sorted else [other, turned]:
+            with pytest.raises(BackendRefusal, match="another order"):
+                _judge_order(item, wanted, given, x)
+        if not is_sorted:
+            _judge_order(item, wanted, turned, x)
 
 
 def test_kernels_read_unsigned_codes_on_the_left_and_signed_ones_on_the_right(tmp_path):

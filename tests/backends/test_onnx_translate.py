@@ -199,6 +199,41 @@ def test_bfloat16_is_refused_with_the_remedy():
     )
 
 
+class Slopes(nn.Module):
+    """A bias of positions in bfloat16 inside a float32 model, with integers that bfloat16 rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = nn.Parameter(torch.tensor([[0.3], [0.07]]))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x + (self.slopes.bfloat16() * positions[:, None]).reshape(2, 2, -1).float()
+
+
+def test_a_step_in_bfloat16_is_rounded_as_in_torch():
+    x, positions = torch.randn(2, 2, 5), torch.tensor([[0, 1, 300, 777, 1001]] * 2)
+    program = program_of(Slopes(), x, positions)
+    assert any(n.meta["val"].dtype == torch.bfloat16 for n in program.graph.nodes if n.op == "call_function")
+    assert error(program, [x, positions]) < 1e-6
+
+
+class Less(nn.Module):
+    """number - x."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.number - x
+
+
+@pytest.mark.parametrize("number", [1.0, 2])
+def test_a_number_less_integers_has_torchs_type(number):
+    x = torch.tensor([[1, 0, 1], [0, 3, 1]])
+    assert error(program_of(Less(number), x), [x]) == 0
+
+
 def test_a_weight_that_is_not_finalised_is_refused_with_the_remedy():
     x = torch.randn(2, 4)
     program = program_of(nn.Linear(4, 4), x)

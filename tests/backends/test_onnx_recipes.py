@@ -1,0 +1,37 @@
+"""What real architectures do around their products, in small modules that the shipped 8-bit recipes compile for ONNX Runtime."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxcompress as fxc
+
+FLOOR = 20.0  # dB
+
+
+def compiled(model: nn.Module, *shape: int, recipe: str = "int8") -> fxc.CompiledModel:
+    """The model, calibrated on four random items and judged on a fifth."""
+    torch.manual_seed(0)
+    items = [(torch.randn(*shape),) for _ in range(5)]
+    return fxc.compile(model.eval(), recipe, items[0], calibration=items, backend="onnxruntime")
+
+
+class Cast(nn.Module):
+    """A convolution whose input is cast to the type that it has, as in state-space models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(8, 8, 4, groups=8, padding=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(self.convolution(x.to(torch.float32))[..., :-3])
+
+
+@pytest.mark.parametrize("model, shape", [(Cast(), (2, 8, 20))], ids=["cast"])
+def test_every_product_is_in_integers(model, shape):
+    report = compiled(model, *shape).report
+    assert report.backend is not None and report.output_sqnr is not None
+    assert (report.backend.integer_share, report.backend.in_float) == (1, ())
+    assert report.output_sqnr > FLOOR
