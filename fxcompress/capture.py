@@ -229,7 +229,7 @@ def _is_size(buffer: Tensor) -> bool:
 def _known(numbers: Sequence[tuple[nn.Module, str, Any]]) -> Iterator[None]:
     """Buffers of one integer as numbers that the tracer sees: strides and kernel sizes kept as tensors decide shapes, as only numbers may."""
     for module, name, value in numbers:
-        module.__dict__[name] = torch.tensor(value, dtype=module._buffers[name].dtype)
+        module.__dict__[name] = torch.tensor(value, dtype=module.get_buffer(name).dtype)
     try:
         yield
     finally:

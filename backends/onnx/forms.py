@@ -44,6 +44,41 @@ def rsub(x: Any, other: Any, alpha: float = 1) -> Any:
     return op.Sub(_like(other, x), x if alpha == 1 else op.Mul(x, _like(alpha, x)))
 
 
+def adaptive_avg_pool(x: Any, sizes: Sequence[int]) -> Any:
+    """Means over equal windows; of everything where one number is left per channel, which is a kernel of its own."""
+    if all(size == 1 for size in sizes):
+        return op.GlobalAveragePool(x)
+    axes = range(len(x.shape) - len(sizes), len(x.shape))
+    windows = [_length(x, axis) / size for axis, size in zip(axes, sizes, strict=True)]
+    if any(window % 1 for window in windows):
+        raise NotImplementedError("windows of different lengths")
+    window = [int(w) for w in windows]
+    return op.AveragePool(x, kernel_shape=window, strides=window)
+
+
+def batch_norm(x: Any, gain: Any, bias: Any, mean: Any, variance: Any, training: bool, *more: Any) -> Any:
+    """By running statistics."""
+    if training or any(v is None for v in (gain, bias, mean, variance)):
+        raise NotImplementedError("a batch norm that takes the batch's statistics, or has no gain")
+    _, eps, _ = more
+    return op.BatchNormalization(x, gain, bias, mean, variance, epsilon=eps)
+
+
+def diff(x: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
+    """Each position less the one before it."""
+    parts = [part for part in (prepend, x, append) if part is not None]
+    if n != 1 or x.dtype == ir.DataType.BOOL:
+        raise NotImplementedError("differences of a higher order, or of truths")
+    whole = parts[0] if len(parts) == 1 else op.Concat(*parts, axis=dim)
+    later, earlier = op.Slice(whole, ints(1), ints(2**62), ints(dim)), op.Slice(whole, ints(0), ints(-1), ints(dim))
+    return op.Sub(later, earlier)
+
+
+def outer(a: Any, b: Any) -> Any:
+    """a_i b_j."""
+    return op.Mul(op.Unsqueeze(a, ints(1)), b)
+
+
 def ints(*values: int) -> Any:
     """An int64 vector."""
     return op.Constant(value_ints=list(values))
@@ -78,4 +113,13 @@ FORMS: Mapping[Any, Any] = {
     aten.unbind.int: unbind,
     torch.ops.fxc.quantize.default: quantize,
     torch.ops.fxc.dequantize.default: dequantize,
+}
+
+# What torch would decompose, which costs a trace of the whole program: what one of these can't say is left to the decomposition.
+SHORTCUTS: Mapping[Any, Any] = {
+    aten.adaptive_avg_pool1d.default: adaptive_avg_pool,
+    aten.adaptive_avg_pool2d.default: adaptive_avg_pool,
+    aten.batch_norm.default: batch_norm,
+    aten.diff.default: diff,
+    aten.outer.default: outer,
 }

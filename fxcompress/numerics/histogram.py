@@ -89,7 +89,7 @@ def least_error(histogram: Histogram, format: Format, symmetric: bool, p: float 
     The range from min to max is one of the candidates, so its error on the histogram is never exceeded.
     """
     centres, weights = histogram.centres(), histogram.counts.double()
-    return _least(histogram, lambda lo, hi: _error(centres, weights, lo, hi, format, symmetric, p))
+    return _least(histogram, lambda lo, hi: _errors(centres, weights, lo, hi, format, symmetric, p))
 
 
 def least_divergence(histogram: Histogram, format: Format) -> tuple[float, float]:
@@ -97,21 +97,27 @@ def least_divergence(histogram: Histogram, format: Format) -> tuple[float, float
     quantised one. Source: Migacz, 8-bit inference with TensorRT (2017)."""
     levels = format.qmax - format.qmin + 1
     counts, centres = histogram.counts.double(), histogram.centres()
-    return _least(histogram, lambda lo, hi: _divergence(counts, centres, lo, hi, levels))
+
+    def costs(lo: Tensor, hi: Tensor) -> Tensor:
+        ends = zip(lo.tolist(), hi.tolist(), strict=True)
+        return torch.tensor([_divergence(counts, centres, a, b, levels) for a, b in ends], dtype=torch.float64)
+
+    return _least(histogram, costs)
 
 
-def _least(histogram: Histogram, cost: Callable[[float, float], float]) -> tuple[float, float]:
+def _least(histogram: Histogram, costs: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
     """The cheapest of the shrunken ranges, the wider of equals: first both ends alike, then each alone."""
     least, greatest = min(histogram.lo, 0.0), max(histogram.hi, 0.0)
-    factors = (1.0, *SHRINK)
+    factors = torch.tensor((1.0, *SHRINK), dtype=torch.float64)
 
-    def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
-        return min(pairs, key=lambda ends: cost(ends[0] * least, ends[1] * greatest))
+    def best(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        at = costs(low * least, high * greatest).argmin()
+        return low[at], high[at]
 
-    found = best([(a, a) for a in factors])
-    found = best([found, *((a, found[1]) for a in factors)])
-    found = best([found, *((found[0], b) for b in factors)])
-    return found[0] * least, found[1] * greatest
+    low, high = best(factors, factors)
+    low, high = best(torch.cat([low[None], factors]), high.expand(len(factors) + 1))
+    low, high = best(low.expand(len(factors) + 1), torch.cat([high[None], factors]))
+    return float(low) * least, float(high) * greatest
 
 
 def _power_below(value: float) -> float:
@@ -138,9 +144,9 @@ def _divergence(counts: Tensor, centres: Tensor, lo: float, hi: float, levels: i
     return float((p[both] * (p[both] / q[both].clamp(min=1e-12)).log()).sum())
 
 
-def _error(centres: Tensor, weights: Tensor, lo: float, hi: float, format: Format, symmetric: bool, p: float) -> float:
-    least, greatest = torch.tensor([lo, hi], dtype=torch.float64)
-    scale, zero = scale_from_range(least, greatest, format, symmetric)
-    offset = 0.0 if zero is None else zero.double()
-    codes = (centres / scale).round().add(offset).clamp(format.qmin, format.qmax)
-    return float((((codes - offset) * scale - centres).abs().pow(p) * weights).sum())
+def _errors(centres: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, format: Format, symmetric: bool, p: float) -> Tensor:
+    """Per range [lo, hi] the weighted sum of |error|^p over the centres."""
+    scale, zero = scale_from_range(lo, hi, format, symmetric)
+    s, offset = scale[:, None], 0.0 if zero is None else zero.double()[:, None]
+    codes = (centres / s).round_().add_(offset).clamp_(format.qmin, format.qmax)
+    return codes.sub_(offset).mul_(s).sub_(centres).abs_().pow_(p) @ weights

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxcompress.calibrate.observers import Distribution, Extremes, Observer, Range
-from fxcompress.edit import site_name
+from fxcompress.edit import Edit, site_name
 from fxcompress.errors import CalibrationError
 from fxcompress.numerics.formats import Format
 from fxcompress.numerics.histogram import Histogram, least_divergence, least_error, percentile
@@ -24,6 +26,20 @@ class Grid:
     zero_point: Tensor | None
     lo: Tensor
     hi: Tensor
+
+
+QUANTIZE, DEQUANTIZE = torch.ops.fxc.quantize.default, torch.ops.fxc.dequantize.default
+
+
+def insert_pair(
+    edit: Edit, value: fx.Node, scale: fx.Node, zero: fx.Node | None, format: Format, block: Sequence[int], **at: fx.Node
+) -> fx.Node:
+    """value on the grid: quantize and dequantize, the second of which is returned."""
+    of = value.meta["val"]
+    fake = of.new_empty(0).to(format.container) if value.op == "get_attr" else torch.empty_like(of, dtype=format.container)
+    grid: Any = (scale, zero, format.name, list(block))
+    codes = edit.insert(QUANTIZE, value, *grid, val=fake, **at)
+    return edit.insert(DEQUANTIZE, codes, *grid, val=of, **at)
 
 
 def check_method(value: str) -> str:

@@ -26,9 +26,9 @@ from fxcompress.contract import MEASURED, Bounded
 from fxcompress.dataflow import before_moves, weight_uses
 from fxcompress.edit import Edit, site_name
 from fxcompress.errors import CalibrationError, RecipeError
-from fxcompress.numerics.formats import Format
+from fxcompress.numerics.formats import Format, format_of
 from fxcompress.numerics.ranges import least_scale
-from fxcompress.passes.quant.grids import Grid, check_method, grid_of, observer_of
+from fxcompress.passes.quant.grids import DEQUANTIZE, QUANTIZE, Grid, check_method, grid_of, insert_pair, observer_of
 from fxcompress.passes.quant.sites import SUMMED, MatmulSite, matmul_sites, result_of, source_of
 from fxcompress.passes.quant.weight_only import WeightOnly, WeightOnlyOptions, parse
 from fxcompress.passes.tidy.schema import arguments
@@ -37,7 +37,6 @@ from fxcompress.rewrite import Context, Match, Options, Reject, Transform
 from fxcompress.target import ActivationKernel, Target
 
 aten = torch.ops.aten
-QUANTIZE, DEQUANTIZE = torch.ops.fxc.quantize.default, torch.ops.fxc.dequantize.default
 
 
 class InsertOptions(Options):
@@ -215,8 +214,7 @@ class Insert(Transform):
                 block = [-1] * rank
             else:
                 scale, zero, block = _token_scale(value, format, partial(edit.insert, **at)), None, [*[1] * (rank - 1), -1]
-            codes = edit.insert(QUANTIZE, value, scale, zero, format.name, block, **at)
-            pair = edit.insert(DEQUANTIZE, codes, scale, zero, format.name, block, val=value.meta["val"], **at)
+            pair = insert_pair(edit, value, scale, zero, format, block, **at)
             if isinstance(grid, Grid):
                 pair.meta[MEASURED] = grid.lo, grid.hi
             edit.replace(value, pair, readers)
@@ -271,9 +269,10 @@ def _insert_bias(site: MatmulSite, edit: Edit) -> None:
     with edit.site(site.node, "bias on the grid of the products"):
         at: dict[str, Any] = {"like": site.node, "before": site.node}
         one, many = (edit.insert(aten.reshape.default, before_moves(given[k]).args[1], [-1], **at) for k in ("input", "weight"))
-        scale = edit.insert(aten.repeat.default, edit.insert(aten.mul.Tensor, many, one, **at), [repeats], **at)
-        codes = edit.insert(QUANTIZE, bias, scale, None, "int32", [1], **at)
-        pair = edit.insert(DEQUANTIZE, codes, scale, None, "int32", [1], val=bias.meta["val"], **at)
+        scale = edit.insert(aten.mul.Tensor, many, one, **at)
+        if repeats > 1:
+            scale = edit.insert(aten.repeat.default, scale, [repeats], **at)
+        pair = insert_pair(edit, bias, scale, None, format_of("int32"), [1], **at)
         pair.meta[MEASURED] = -limit, limit
         edit.replace(bias, pair, [site.node])
 

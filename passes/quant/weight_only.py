@@ -23,6 +23,7 @@ from fxcompress.errors import RecipeError
 from fxcompress.numerics.blocks import Block, block_of
 from fxcompress.numerics.formats import Format, format_of
 from fxcompress.numerics.ranges import minmax_range, mse_range
+from fxcompress.passes.quant.grids import insert_pair
 from fxcompress.rewrite import Context, Match, Options, Reject, Rewrite
 
 
@@ -118,9 +119,7 @@ class WeightOnly(Rewrite):
             at = {"like": match.node, "before": min(leaf.users)}
             scale_node = edit.constant(f"{name}.scale", scale, **at)
             zero_node = None if zero is None else edit.constant(f"{name}.zero_point", zero, **at)
-            grid = (scale_node, zero_node, match.format.name, list(match.block))
-            codes = edit.insert(torch.ops.fxc.quantize.default, leaf, *grid, **at, val=match.tensor.new_empty(0).to(match.format.container))
-            edit.replace(leaf, edit.insert(torch.ops.fxc.dequantize.default, codes, *grid, **at, val=leaf.meta["val"]))
+            edit.replace(leaf, insert_pair(edit, leaf, scale_node, zero_node, match.format, match.block, **at))
 
 
 def parse(text: str) -> tuple[Format, str]:

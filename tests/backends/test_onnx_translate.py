@@ -272,3 +272,43 @@ def test_constants_are_shared_with_the_model():
     weight = EXACT.lower(program).model.graph.initializers["weight"].const_value
     assert isinstance(weight, ir.tensor_adapters.TorchTensor)
     assert weight.raw.data_ptr() == program.constants["weight"].data_ptr()
+
+
+FORMS = {
+    "mean of all": lambda x: nn.functional.adaptive_avg_pool2d(x, 1),
+    "means of windows": lambda x: nn.functional.adaptive_avg_pool2d(x, (3, 2)),
+    "means along a line": lambda x: nn.functional.adaptive_avg_pool1d(x[0], 2),
+    "windows that overlap": lambda x: nn.functional.adaptive_avg_pool2d(x, (4, 3)),
+    "differences": lambda x: x.diff(dim=2),
+    "differences from the start": lambda x: x.diff(dim=1, prepend=x[:, :1] * 0),
+    "differences twice": lambda x: x.diff(n=2),
+    "outer product": lambda x: torch.outer(x[0, 0, 0], x[0, 1, :, 0]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(form):
+    x = torch.randn(2, 3, 6, 4)
+    assert error(program_of(Calls(FORMS[form]), x), (x,)) < LIMIT
+
+
+class Calls(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norms_by_running_statistics(affine):
+    norm = nn.BatchNorm2d(3, affine=affine, eps=1e-3)
+    for value in norm.state_dict().values():
+        value.copy_(torch.rand(value.shape) + 0.5) if value.is_floating_point() else None
+    x = torch.randn(2, 3, 4, 5)
+    program = program_of(norm.eval(), x)
+    assert error(program, (x,)) < LIMIT
+    assert not affine or ops(program) == ["BatchNormalization"]
