@@ -45,13 +45,15 @@ class ActivationKernel(BaseModel):
 
 
 class Target(BaseModel):
-    """name: the backend's. kernels: weight kernels, activations: kernels with quantised activations; None where everything runs (reference)."""
+    """name: the backend's. kernels: weight kernels, activations: kernels with quantised activations; None where everything runs (reference).
+    sums: quantised activations, as "uint8/tensor", whose additions run on codes."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     kernels: tuple[WeightKernel, ...] | None = None
     activations: tuple[ActivationKernel, ...] | None = None
+    sums: tuple[str, ...] = ()
 
     def activation_kernel(self, family: SiteFamily, activation: str, weight: str) -> ActivationKernel | str:
         """The kernel for such a site (weight: the format of the constant operand), or why there is none."""

@@ -89,7 +89,7 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
     Options = OnnxRuntimeOptions
-    target = Target(name="onnxruntime", kernels=_kernels(), activations=INTEGER_KERNELS)
+    target = Target(name="onnxruntime", kernels=_kernels(), activations=INTEGER_KERNELS, sums=("uint8/tensor", "int8/tensor"))
 
     def lower(self, program: Program) -> Lowered:
         """The program as ONNX. BackendRefusal for what ONNX or ONNX Runtime can't say."""

@@ -169,6 +169,10 @@ class Insert(Transform):
                     found[value] = None
                 elif known is not None:
                     known.extend(own)
+        for total in _sums_of_codes(found) if self.options.activations in on.target.sums else ():
+            for value in total.all_input_nodes:
+                if (known := found[value]) is not None:
+                    known.append(total)
         return found
 
     def _grids(self, sites: Sequence[MatmulSite], on: Context) -> dict[fx.Node, Grid | Reject]:
@@ -234,6 +238,19 @@ def _kept(sites: Iterable[MatmulSite], refusal: Callable[[MatmulSite], Reject | 
 def _uncovered(site: MatmulSite) -> Reject:
     """Why a layer stays in float whose weight does."""
     return Reject("{} multiplies {} by a weight that stays in float", site.node, _last(site))
+
+
+def _sums_of_codes(values: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    """Sums of two quantised values of one shape that are quantised themselves: a runtime adds such codes without leaving the integers."""
+    return [
+        n
+        for n in dict.fromkeys(u for v in values for u in v.users)
+        if n.target is aten.add.Tensor
+        and result_of(n) in values
+        and len(set(n.all_input_nodes)) == 2
+        and all(x in values and x.meta["val"].shape == n.meta["val"].shape for x in n.all_input_nodes)
+        and n.kwargs.get("alpha", 1) == 1
+    ]
 
 
 def _position(site: MatmulSite) -> int:

@@ -170,9 +170,8 @@ def test_a_convolution_has_its_bias_on_the_grid_of_the_products() -> None:
         reshape_default = reshape(%x.scale, [-1])
         reshape_default_1 = reshape(%w.scale, [-1])
         mul_tensor = mul.Tensor(reshape_default_1, reshape_default)
-        repeat_default = repeat(mul_tensor, [1])
-        quantize_default_2 = fxc.quantize(%b, repeat_default, None, int32, [1])
-        dequantize_default_2 = fxc.dequantize(quantize_default_2, repeat_default, None, int32, [1])
+        quantize_default_2 = fxc.quantize(%b, mul_tensor, None, int32, [1])
+        dequantize_default_2 = fxc.dequantize(quantize_default_2, mul_tensor, None, int32, [1])
         conv1d = conv1d(dequantize_default, dequantize_default_1, dequantize_default_2)
         return conv1d""")
     final, _ = run_pass(after, "quant.finalize")
@@ -233,6 +232,27 @@ def test_a_value_read_by_several_sites_and_in_float() -> None:
         add = add.Tensor(tanh, mul)
         return add, tanh""")
     assert report.fired == 3
+
+
+ADDS_CODES = Target(
+    name="test",
+    activations=(ActivationKernel(families=("conv",), activations=("uint8/tensor",), needs_output=True),),
+    sums=("uint8/tensor",),
+)
+
+
+@pytest.mark.parametrize("target", [ADDS_CODES, ADDS_CODES.model_copy(update={"sums": ()})], ids=["sums", "none"])
+def test_a_residual_is_added_in_codes_where_the_target_can(target: Target) -> None:
+    """What is added to a convolution is read as codes by it anyway, and what comes of the sum is quantised for the next one."""
+
+    def body(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        h = x.tanh()
+        return F.conv1d((F.conv1d(h, b) + h).relu(), c) * F.conv1d(h, a)
+
+    program = function(body, seeded(2, 3, 5), **{name: seeded(3, 3, 1, seed=s) for s, name in enumerate("abc")})
+    after, _ = run(program, target=target)
+    kinds = {operand.target is insert.DEQUANTIZE for operand in node(after, "add").all_input_nodes}
+    assert kinds == ({True} if target.sums else {True, False})
 
 
 def test_a_tied_weight_is_one_site() -> None:
