@@ -31,6 +31,7 @@ Verdict = Literal["held", "broken", "unverified"]
 MEASURED = "measured"
 EXACT_LIMIT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+HALF = 0.501  # of a step, with a little for rounding
 CONE = 64  # nodes between operands and an old value that is computed anew
 HIDDEN = 1e-5  # relative: rounding of numbers that no pass has seen, where the limit is 0
 DRAWS, ROUNDINGS = 4, 16  # how often operands are rounded at random, and how many roundings a value may be off by
@@ -109,6 +110,11 @@ class Bounded:
             return noise.static_sqnr(old, format, lo, hi, symmetric) - margin
         return noise.ideal_sqnr(old, format, tuple(block), symmetric) - margin  # type: ignore[arg-type]
 
+    def is_half_step(self, new: fx.Node) -> bool:
+        """Whether the node's grid of integers may move no number of its range by more than half a step; another limit leaves that open."""
+        is_pair = self.limit is None and new.target is torch.ops.fxc.dequantize.default
+        return is_pair and formats.format_of(str(new.args[3])).kind == "int"
+
     def holds(self, figure: float, bound: float) -> bool:
         """Whether the figure reaches the bound; NaN never does."""
         return figure >= bound
@@ -136,6 +142,10 @@ class Lossy(Bounded):
     def bound(self, old: Tensor, new: fx.Node) -> float:
         """No limit."""
         return float("-inf")
+
+    def is_half_step(self, new: fx.Node) -> bool:
+        """No limit."""
+        return False
 
     def worst_block(self, old: Tensor, value: Tensor, new: fx.Node) -> str:
         """No limit either."""
@@ -281,7 +291,9 @@ class _Checker:
             floors = self._floors(pair, env, after, bound)
             figure = self._figure(before, after, floors)
         holds = self.contract.holds(figure, bound)
-        wrong = (self._worst_block(pair, before, after) or self._hidden(pair, bound)) if holds else ""
+        wrong = (
+            (self._worst_block(pair, before, after) or self._off_grid(pair, env, before, after) or self._hidden(pair, bound)) if holds else ""
+        )
         del after  # a decoded weight may be large, and the flipped ones are as large
         if not holds or wrong:
             return Measured(pair.site.name, pair.new.name, figure, bound, "broken", wrong)
@@ -290,6 +302,32 @@ class _Checker:
             spread = self._over_range(pair)
             return Measured(pair.site.name, pair.new.name, figure, bound, spread.verdict, spread.why)
         return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why)
+
+    def _off_grid(self, pair: _Pair, env: Mapping[fx.Node, Any], before: Any, after: Any) -> str:
+        """How a number of the range that a quantiser of integers is for moves by more than half a step, as a sentence; "" if none does. The
+        range is the one measured before; or the value's own where its scale is computed from it."""
+        new = pair.new
+        if not isinstance(self.contract, Bounded) or not self.contract.is_half_step(new) or pair.old.op == "get_attr":
+            return ""
+        scale = env[new.args[1]]  # type: ignore[index]
+        if self._is_on_range(pair):
+            before = _spread(before, *new.meta[MEASURED])
+            after = self._again(pair, before)
+        elif MEASURED in new.meta or new.args[1].op == "get_attr":  # type: ignore[union-attr]
+            return ""
+        if any(n not in (1, size) for n, size in zip(reversed(scale.shape), reversed(before.shape), strict=False)):
+            return ""
+        noise = 8 * torch.finfo(before.dtype).eps * before.abs() / scale
+        steps = float(((after - before).abs() / scale - noise).max())
+        return f"{new.name} moves a number of its range by {steps:.3g} steps" if steps > HALF else ""
+
+    def _again(self, pair: _Pair, value: Tensor) -> Any:
+        """The new node's value from another old one."""
+        kept, self.old = self.old, {**self.old, pair.old: value}
+        try:
+            return evaluate(pair.new, self._operands(pair), self.program.constants)
+        finally:
+            self.old = kept
 
     def _is_on_range(self, pair: _Pair) -> bool:
         """Whether the pair quantises one value on a range measured before, which its other numbers may fill better than the probe's."""

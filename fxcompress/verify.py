@@ -64,6 +64,12 @@ def _positive_scale(program: Program, node: fx.Node) -> bool:
     return not isinstance(scale, fx.Node) or scale.op != "get_attr" or bool((program.constants[str(scale.target)] > 0).all())
 
 
+def _one_grid(program: Program, node: fx.Node) -> bool:
+    """Codes mean something on the grid they were made for."""
+    codes = node.args[0] if node.target is torch.ops.fxc.dequantize.default else None
+    return not isinstance(codes, fx.Node) or codes.target is not torch.ops.fxc.quantize.default or codes.args[1:] == node.args[1:]
+
+
 RULES: tuple[tuple[Callable[[Program, fx.Node], bool], str], ...] = (
     (_known_kind, "nodes are inputs, constants, functions and one output"),
     (_no_mutation, "no op may write its arguments"),
@@ -71,6 +77,7 @@ RULES: tuple[tuple[Callable[[Program, fx.Node], bool], str], ...] = (
     (_constant_exists, "a constant node names an entry of constants"),
     (_flat_output, "the output is the flat tuple of the declared outputs"),
     (_positive_scale, "the scale of a quantiser is positive"),
+    (_one_grid, "what quantises and what dequantises its codes have one grid"),
     (_declared_input, "every placeholder is a declared input"),
 )
 

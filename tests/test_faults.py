@@ -35,6 +35,11 @@ SAMPLES: tuple[tuple[str, str, int], ...] = (  # model, case, faults
     ("llama", "quant.weight_only {'weights': 'int4/group:32'}", 15),
     ("llama", "quant.weight_only {'weights': 'uint4/group:16', 'symmetric': False}", 15),
     ("llama", "quant.finalize", 15),
+    ("vit", "reparam.smooth", 15),
+    ("vit", "quant.insert", 20),
+    ("vit", "quant.insert {'activations': 'int8/token', 'products': False}", 15),
+    ("vit", "quant.ranges {'method': 'percentile:90'}", 20),
+    ("vit", "quant.bias_correction", 15),
 )
 KINDS = (
     "negate",
@@ -137,6 +142,18 @@ def test_one_fault_among_two_hundred_sites_is_named_with_its_node() -> None:
     found = list(outcomes(edit, edit_contract(), random.Random(0).sample(planted, 8)))
     assert len(edit.sites) == 200
     assert [o.named for o in found] == [(value[o.fault.site],) for o in found]
+
+
+ONE_STEP = ("quant.insert", "zero_point", "one more"), (str(CASES[-3]), "div_tensor", "one more in argument 1")
+
+
+@pytest.mark.parametrize(("name", "at", "kind"), ONE_STEP)
+def test_a_grid_that_is_one_step_off_is_caught(name: str, at: str, kind: str) -> None:
+    """Though its SQNR is that of the right one: only what lies at one end of the range is moved by more than half a step."""
+    edit = edit_of("vit", name)
+    planted = [f for f in faults(edit) if f.kind == kind and at in f.at]
+    assert len(planted) > 8
+    assert {o.caught for o in outcomes(edit, case_of(name).item().contract, planted)} == {"contract"}
 
 
 def edit_contract() -> Contract:

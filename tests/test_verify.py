@@ -71,6 +71,13 @@ def turned_over_grid(program: Program) -> None:
     before_output(program, torch.ops.fxc.quantize.default, program.placeholders()[0], node(program, "layer_0_weight"), None, "int8", [2, -1])
 
 
+def two_grids(program: Program) -> None:
+    program.constants.update({"layer.0.weight": torch.tensor([0.1]), "layer.1.weight": torch.tensor([0.2])})
+    x, one, other = program.placeholders()[0], node(program, "layer_0_weight"), node(program, "layer_1_weight")
+    codes = before_output(program, torch.ops.fxc.quantize.default, x, one, None, "int8", [-1, -1])
+    before_output(program, torch.ops.fxc.dequantize.default, codes, other, None, "int8", [-1, -1])
+
+
 BROKEN: dict[str, tuple[Callable[[Program], None], str, str]] = {
     "unknown kind": (unknown_kind, "layer (call_module layer)", "nodes are inputs, constants, functions and one output"),
     "mutation": (mutation, "add__tensor (call_function aten.add_.Tensor)", "no op may write its arguments"),
@@ -81,6 +88,11 @@ BROKEN: dict[str, tuple[Callable[[Program], None], str, str]] = {
     "one output too many": (one_output_too_many, "output (output output)", "the output is the flat tuple of the declared outputs"),
     "literal output": (literal_output, "output (output output)", "the output is the flat tuple of the declared outputs"),
     "turned over grid": (turned_over_grid, "quantize_default (call_function fxc.quantize.default)", "the scale of a quantiser is positive"),
+    "two grids": (
+        two_grids,
+        "dequantize_default (call_function fxc.dequantize.default)",
+        "what quantises and what dequantises its codes have one grid",
+    ),
     "undeclared input": (undeclared_input, "z (placeholder z)", "every placeholder is a declared input"),
     "wrong order": (wrong_order, "linear_default reads neg_default before it is computed", "nodes are in topological order"),
 }

@@ -12,6 +12,7 @@ Run dead-code elimination and constant folding before: dead readers pin, and val
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Literal
 
 from torch import fx
@@ -27,6 +28,7 @@ __all__ = ["Extra", "Kind", "Label", "Plan", "Seed", "Stop", "Transport", "trans
 
 Require = Literal["any", "all"]
 FLIPS = {"a-out": ("b-out", "a-b"), "b-out": ("a-out", "a-b"), "a-b": ("a-out", "b-out"), "b-a": ("a-out", "b-out")}  # per route the others
+OTHERS = {**FLIPS, "entries": ("channels",), "channels": ("entries",)}  # the same for all choices
 
 
 class Transport:
@@ -46,28 +48,33 @@ class Transport:
     ) -> Plan:
         """The plan of a change that starts at the seeds, one vector for all.
 
-        choices: routes to take where there is a choice; what is stopped tries the others of one choice after another, and the first that frees
-        more is taken. shuffle: a seed for the order of work, which the result doesn't depend on. is_open: inputs and outputs may change too;
-        the caller sees to them. require "all": nothing is free if anything is pinned. ValueError for a seed axis of dynamic size.
+        choices: routes to take where there is a choice. What is stopped tries the others of one choice after another, then to give products'
+        changes to factors that tell fewer of them apart; the first that frees more is taken. shuffle: a seed for the order of work, which the
+        result doesn't depend on. is_open: inputs and outputs may change too; the caller sees to them. require "all": nothing is free if
+        anything is pinned. ValueError for a seed axis of dynamic size.
         """
-        given = dict(choices or {})
+        given, passed_over = dict(choices or {}), False
 
-        def attempt(routes: Mapping[fx.Node, str]) -> Plan:
-            solver = Solver(self.facts, Kind(kind), {**given, **routes}, shuffle, is_open)
+        def attempt(routes: Mapping[fx.Node, str], is_frugal: bool = False) -> Plan:
+            nonlocal passed_over
+            solver = Solver(self.facts, Kind(kind), {**given, **routes}, shuffle, is_open, is_frugal)
             for seed in seeds:
                 solver.seed(seed)
-            return solved(solver)
+            plan = solved(solver)
+            passed_over |= solver.passed_over
+            return plan
 
         plan = attempt({})
-        flipped = (attempt({n: other}) for n in _worth_flipping(plan) if n not in given for other in FLIPS[plan.choices[n]])
-        found = next((p for p in flipped if p.count > plan.count), plan)
+        flipped = (attempt({n: other}) for n in _worth_flipping(plan) if n not in given for other in OTHERS[plan.choices[n]])
+        frugal = (attempt({}, is_frugal=True) for _ in range(bool(plan.pinned) and passed_over))
+        found = next((p for p in chain(flipped, frugal) if p.count > plan.count), plan)
         return found.nothing() if require == "all" and found.pinned else found
 
 
 def _worth_flipping(plan: Plan) -> list[fx.Node]:
-    """Choices that may be wrong: of a stopped shift all, of other kinds those that stop themselves."""
+    """Choices that may be wrong: of a stopped shift or removal all, of other kinds those that stop themselves."""
     stops = {stop.node for stop in plan.pinned}
-    return [n for n in plan.choices if n in stops or (stops and plan.kind == Kind.SHIFT)]
+    return [n for n in plan.choices if n in stops or (stops and plan.kind in (Kind.SHIFT, Kind.REMOVE))]
 
 
 def transport(program: Program, kind: Kind, *seeds: Seed) -> Plan:

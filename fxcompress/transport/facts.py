@@ -26,6 +26,7 @@ class Facts:
         self.program = program
         self.results = frozenset(program.results())
         self.ranks: dict[tuple[str, fx.Node], int] = {}  # filled by the policy
+        self.ranges: dict[fx.Node, tuple[float, float]] = {}  # filled by `ranges`
         self._values: dict[fx.Node, Any] = {}
         self._shapes: dict[fx.Node, Shape] = {}
         self._arguments: dict[fx.Node, dict[str, Any]] = {}

@@ -16,7 +16,10 @@ from fxcompress.transport.change import Gathered
 from fxcompress.transport.facts import Facts, outputs
 
 aten = torch.ops.aten
-SIZED = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default, aten.broadcast_to.default)
+SIZED = (
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default, aten.broadcast_to.default),
+    *(aten.zeros.default, aten.ones.default, aten.full.default),
+)
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
 
 
@@ -153,12 +156,15 @@ class Resizer:
         each = shape[channels] // groups  # type: ignore[index]
         if new is None:
             return None
-        return {"groups": new // each} if new % each == 0 and self._whole_groups(given["input"], channels, each) else self._refuse(node)
+        rest = set(self._per_group(given["input"], channels, each))
+        if rest <= {0, each}:
+            return {"groups": new // each}
+        return None if len(rest) == 1 else self._refuse(node)
 
-    def _whole_groups(self, x: Any, axis: int, each: int) -> bool:
+    def _per_group(self, x: Any, axis: int, each: int) -> list[int]:
         kept = self._kept_along(x, axis)
-        counts = kept.reshape(-1, kept.shape[-1] // each, each).sum(-1)
-        return bool(np.isin(counts, (0, each)).all())
+        counts: list[int] = kept.reshape(-1, each).sum(-1).tolist()
+        return counts
 
     def _refused(self, node: fx.Node) -> Any:
         given = self.facts.arguments(node)

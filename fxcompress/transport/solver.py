@@ -43,9 +43,16 @@ class Solver:
     """Labels of all values under one kind of change."""
 
     def __init__(
-        self, facts: Facts, kind: Kind, choices: dict[fx.Node, str] | None = None, shuffle: int | None = None, is_open: bool = False
+        self,
+        facts: Facts,
+        kind: Kind,
+        choices: dict[fx.Node, str] | None = None,
+        shuffle: int | None = None,
+        is_open: bool = False,
+        is_frugal: bool = False,
     ) -> None:
-        self.facts, self.kind, self.is_open = facts, kind, is_open
+        self.facts, self.kind, self.is_open, self.is_frugal = facts, kind, is_open, is_frugal
+        self.passed_over = False  # whether a factor that is narrower than a label could have taken it
         self.classes = Classes()
         self.values: dict[fx.Node, list[Label]] = {}
         self.stops: list[Stop] = []

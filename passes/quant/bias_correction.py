@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,10 +66,15 @@ class BiasCorrection(Transform):
             of_x, of_weight = means[y.before, Moments(y.axes)].mean, _summed(on.program.constants[str(y.weight.target)], y.use)
             quantised = _summed(constant_value(y.quantised, on.program.constants), y.use)
             shift = quantised @ means[y.after, Moments(y.axes)].mean - of_weight @ of_x
-            bias = on.program.constants[str(y.bias.target)]
             with edit.site(y.site.node, f"shift of {float(shift.abs().max()):.2g} at most"):
-                edit.fold(y.bias, (bias.double() - shift.reshape(bias.shape)).to(bias.dtype))
+                corrected = partial(_less, shift)
+                edit.carry(y.bias, corrected)
+                edit.fold(y.bias, corrected(on.program.constants[str(y.bias.target)]))
         return declined
+
+
+def _less(shift: Tensor, bias: Tensor) -> Tensor:
+    return (bias.double() - shift.reshape(bias.shape)).to(bias.dtype)
 
 
 def _layers(on: Context, declined: dict[str, Reject]) -> Iterator[_Layer]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import torch
 from pydantic import field_validator
-from torch import fx
+from torch import Tensor, fx
 
 from fxcompress.calibrate.observers import Distribution
 from fxcompress.contract import Lossy
@@ -56,10 +56,16 @@ class Ranges(Transform):
                 declined[node.name] = grid
                 continue
             with edit.site(node, f"{float(grid.lo):.4g} to {float(grid.hi):.4g}"):
-                edit.fold(scale, grid.scale.reshape(scale.meta["val"].shape))
+                _store(scale, grid.scale, edit)
                 if zero is not None and grid.zero_point is not None:
-                    edit.fold(zero, grid.zero_point.reshape(zero.meta["val"].shape))
+                    _store(zero, grid.zero_point, edit)
         return declined
+
+
+def _store(constant: fx.Node, chosen: Tensor, edit: Edit) -> None:
+    new = chosen.reshape(constant.meta["val"].shape)
+    edit.carry(constant, lambda _: new)  # to be checked against what is stored: the contract puts no limit to what readers make of it
+    edit.fold(constant, new)
 
 
 def _is_static(node: fx.Node, on: Context) -> bool:

@@ -18,6 +18,7 @@ from fxcompress.program import Program
 from fxcompress.transport import Plan
 from fxcompress.transport.facts import is_getitem
 from fxcompress.transport.labels import canon
+from fxcompress.transport.relations.contractions import einsum_product
 
 aten = torch.ops.aten
 CONVS = ("conv1d", "conv2d", "conv3d", "convolution")
@@ -32,7 +33,7 @@ PRODUCTS: Mapping[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "scaled_dot_product_attention": ((0, -1), (1, -1)),
 }
 BIAS: Mapping[str, str] = {"addmm": "self", **dict.fromkeys(("linear", *CONVS, *TRANSPOSED), "bias")}
-UNREADABLE = ("einsum", "mv", "dot", "outer", "baddbmm", "addbmm")  # products that this table doesn't tell
+UNREADABLE = ("einsum", "mv", "dot", "outer", "baddbmm", "addbmm")  # products that this table doesn't tell, but for einsums over one letter
 ZERO_AT_ZERO = (
     *("relu", "leaky_relu", "silu", "gelu", "tanh", "abs", "neg", "sin", "erf", "hardswish", "mish", "square", "sqrt", "relu6"),
     *("to", "_to_copy", "clone", "contiguous", "alias", "dropout", "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze"),
@@ -53,7 +54,7 @@ class Nulls:
         """Per class whether some op reads it."""
         kept = torch.zeros(self.plan.count, dtype=torch.bool)
         for node in self.readers():
-            (left, _), (right, axis) = self._operands(node)
+            (left, _), (right, axis) = self.operands(node)
             kept |= self._carries(right, axis, summed=True) & ~self._is_null(left) & ~self._is_null(right)
         return kept
 
@@ -64,20 +65,24 @@ class Nulls:
     def readers(self) -> Iterator[fx.Node]:
         """Products that sum over the channels."""
         for node in dict.fromkeys(u for n in self.plan.values for u in n.users):
-            if _name(node) in PRODUCTS and self._carries(*self._operands(node)[1], summed=True).any():
+            if (operands := self.operands(node)) and self._carries(*operands[1], summed=True).any():
                 yield node
 
     def unreadable(self) -> fx.Node | None:
         """A product of which nobody knows what it sums over."""
-        return next((u for n in self.plan.values for u in n.users if _name(u) in UNREADABLE), None)
+        return next((u for n in self.plan.values for u in n.users if _name(u) in UNREADABLE and not self.operands(u)), None)
 
     def weightless(self) -> fx.Node | None:
         """A reader that multiplies two computed values."""
         fixed = self.plan.facts.is_constant
-        return next((n for n in self.readers() if not any(fixed(value) for value, _ in self._operands(n))), None)
+        return next((n for n in self.readers() if not any(fixed(value) for value, _ in self.operands(n))), None)
 
-    def _operands(self, node: fx.Node) -> list[tuple[fx.Node, int]]:
-        return [(node.args[place], axis) for place, axis in PRODUCTS[_name(node)]]  # type: ignore[misc]
+    def operands(self, node: fx.Node) -> list[tuple[fx.Node, int]]:
+        """The two factors of a product, each with the axis that is summed over; [] for other ops."""
+        if _name(node) == "einsum" and (product := einsum_product(self.plan.facts, node)) and len(product.roles["summed"]) == 1:
+            (letter,) = product.roles["summed"]
+            return [(port.node, port.letters.index(letter)) for port in (product.a, product.b)]
+        return [(node.args[place], axis) for place, axis in PRODUCTS.get(_name(node), ())]  # type: ignore[misc]
 
     def _carries(self, value: fx.Node, axis: int | None = None, summed: bool = False) -> Tensor:
         """Per class whether a label of the value holds it; of those labels only that vary along the axis, or that don't."""
@@ -101,7 +106,7 @@ class Nulls:
         name = _name(node)
         if self.plan.facts.is_constant(node):
             return self.plan.gather({node: constant_value(node, self.program.constants).abs()}) <= 0
-        if name in PRODUCTS:
+        if self.operands(node):
             return self._product(node, name)
         if name in ("mul", "div"):
             return torch.stack([self._is_null(f) for f in node.args[: 2 if name == "mul" else 1]]).any(0)
@@ -119,7 +124,7 @@ class Nulls:
         if name == "scaled_dot_product_attention":
             return self._is_null(node.args[2])
         null = torch.zeros(self.plan.count, dtype=torch.bool)
-        for value, axis in self._operands(node):
+        for value, axis in self.operands(node):
             null |= self._is_null(value) & ~self._carries(value, axis, summed=True)
         added = self.plan.facts.arguments(node)[BIAS[name]] if name in BIAS else None
         return null & self._is_null(added)

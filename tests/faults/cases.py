@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+from fxcompress.calibrate.statistics import Statistics
 from fxcompress.edit import Edit
-from fxcompress.manager import apply_rewrite
+from fxcompress.manager import Manager, apply_rewrite
 from fxcompress.program import Program
 from fxcompress.recipe import Step
 from fxcompress.rewrite import Context, Pass, Rewrite
 from fxcompress.target import Target
-from tests.passes.helpers import named, run
+from tests.passes.helpers import named
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,16 @@ class Case:
     def opened(self, program: Program) -> Edit:
         """The pass's edit, open, on a copy of the program that the passes before have run over."""
         for name in self.after:
-            program, _ = run(program, name, check="off")
+            manager = Manager(program.copy(), Target(name="test"), program.example, "off", Statistics([program.example]))
+            manager.run([(Step(use=name), named(name))])
+            program = manager.program
         return opened(pruned(program.copy()) if self.use == "sparsity.remove_channels" else program.copy(), self.item())
 
 
 def opened(program: Program, item: Pass) -> Edit:
     """The open edit of one pass on the program itself."""
-    edit, context = Edit(program), Context(program, Target(name="test"), program.example)
+    edit, seen = Edit(program), Statistics([program.example])
+    context = Context(program, Target(name="test"), program.example, observe=partial(seen, program))
     if isinstance(item, Rewrite):
         apply_rewrite(item, context, edit, Step(use=item.name))
     else:
@@ -59,6 +64,7 @@ def pruned(program: Program) -> Program:
 
 
 FOLDED = ("tidy.fold_constants",)
+OPENED = (*FOLDED, "tidy.open_attention")
 CASES = (
     *(Case(n) for n in ("tidy.fold_constants", "tidy.dead_code", "tidy.no_ops", "tidy.fold_batch_norm", "tidy.open_attention")),
     Case("tidy.fold_norm_gain", {}, FOLDED),
@@ -70,4 +76,9 @@ CASES = (
     Case("quant.weight_only", {"weights": "uint4/group:16", "symmetric": False}, FOLDED),
     Case("quant.weight_only", {"weights": "float8_e4m3fn/channel"}, FOLDED),
     Case("quant.finalize", {}, (*FOLDED, "quant.weight_only")),
+    Case("reparam.smooth", {}, FOLDED),
+    Case("quant.insert", {}, OPENED),
+    Case("quant.insert", {"activations": "int8/token", "products": False}, FOLDED),
+    Case("quant.ranges", {"method": "percentile:90"}, (*OPENED, "quant.insert")),
+    Case("quant.bias_correction", {}, (*OPENED, "quant.insert")),
 )

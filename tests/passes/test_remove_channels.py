@@ -146,6 +146,50 @@ def test_a_head_goes_from_all_four(body: Callable[..., Tensor], where: str) -> N
     assert error(before, after, [seeded(2, 5, 6, seed=8)]) < 1e-6
 
 
+def test_a_head_goes_from_a_mask_made_in_the_graph() -> None:
+    """Zeros of a literal number of heads, as tables of positions are made where there are none."""
+
+    def masked(x: Tensor, **weights: Tensor) -> Tensor:
+        q, k, v = (split(nnf.linear(x, weights[n])) for n in ("wq", "wk", "wv"))
+        mask = torch.where(x[:, None, :, :1] > 0, torch.zeros(1, HEADS, x.shape[1], 1), -1e4)
+        return nnf.linear(merged(nnf.scaled_dot_product_attention(q, k, v, mask.expand(-1, -1, -1, x.shape[1]))), weights["wo"])
+
+    before = function(masked, X, **pruned("out"))
+    after, report = run(before, RemoveChannels())
+    assert report.fired == 1
+    assert after.constants["wo"].shape == (6, 4)
+    assert error(before, after, [seeded(2, 5, 6, seed=8)]) < 1e-6
+
+
+def test_the_same_channels_go_from_heads_that_must_all_stay() -> None:
+    """Heads and examples in one axis: the number of heads can't change."""
+
+    def folded(x: Tensor, **weights: Tensor) -> Tensor:
+        q, k, v = (split(nnf.linear(x, weights[n])).flatten(0, 1) for n in ("wq", "wk", "wv"))
+        y = nnf.scaled_dot_product_attention(q, k, v).view(x.shape[0], HEADS, x.shape[1], -1)
+        return nnf.linear(merged(y), weights["wo"])
+
+    before = function(folded, X, **ATTENTION | {"wo": ATTENTION["wo"] * (torch.arange(6) % 2)})
+    after, report = run(before, RemoveChannels())
+    assert report.fired == 1
+    assert {n: tuple(t.shape) for n, t in after.constants.items()} == {"wq": (6, 6), "wk": (6, 6), "wv": (3, 6), "wo": (6, 3)}
+    assert error(before, after) < 1e-6
+
+
+def also_by_einsum(x: Tensor, w: Tensor, v: Tensor, t: Tensor) -> Any:
+    y = nnf.linear(x, w)
+    return nnf.linear(y, v), torch.einsum("bsc,kc->bsk", y, t)
+
+
+@pytest.mark.parametrize(("table", "left"), [(ALIVE, 6), (torch.ones(8), 8)])
+def test_an_einsum_reads_what_it_sums_over(table: Tensor, left: int) -> None:
+    before = function(also_by_einsum, X, w=W, v=V, t=seeded(5, 8) * table, dynamic=False)
+    after, report = run(before, RemoveChannels())
+    assert after.constants["w"].shape[0] == left
+    assert declined(report) == ([] if left < 8 else [("linear_1", "every channel is read by some layer")])
+    assert error(before, after) < 1e-6
+
+
 def test_shared_keys_and_values_go_with_all_that_read_them() -> None:
     """Two key/value heads for four queries each read by two: one of a pair pruned isn't enough, both are."""
 

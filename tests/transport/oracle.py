@@ -7,7 +7,8 @@ M = [M_d, M_u] are gradients at random inputs under random cotangents; their num
 
     scale    constants c exp(d), the value x exp(u); a norm without gain and a number that is added have a vector to change
     shift    constants c + d, the value x + u; a layer or norm without bias has one to change
-    rotate   x + x A with A in planes of neighbouring channels, constants alike; layer norms without their mean, as centred writers leave them
+    rotate   x + x A with A in planes of neighbouring channels, constants alike; layer norms without their mean, as centred writers leave them;
+             functions with a kink bend everywhere
 
 Channels change in a few sets at a time: four of the value's for all but rotations. The other kinds are scales in disguise, of a region whose
 ops are replaced by ops that a scale passes where the change passes the true one:
@@ -24,7 +25,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +42,7 @@ from tests.transport.helpers import doubled
 aten = torch.ops.aten
 LIMIT = 60
 SPARE = 24  # rows beyond the number of unknowns
-INPUTS = 3  # the rows are spread over as many and one more
+INPUTS = 7  # the rows are spread over as many and one more
 ZERO = 1e-9  # a singular value this small, relative to the greatest, is none: an eps in a norm gives 1e-6, rounding 1e-13
 NORMS: dict[Any, tuple[str, int]] = {  # per norm op its input's name and its channel axis
     aten.layer_norm.default: ("input", -1),
@@ -53,20 +54,26 @@ PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
 FIRST = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)  # layers whose weight has its outputs first
 LAST = (aten.mm.default, aten.addmm.default, aten.conv_transpose2d.input)  # or after its inputs
 EXTREMES = (aten.maximum.default, aten.minimum.default, aten.clamp.default)
+KINKED = (aten.relu.default, aten.leaky_relu.default, aten.abs.default)
 Op = Callable[..., Any]
 
 
 class Oracle:
-    """A program in float64 with every value on its example. varying: the nodes that the inputs' numbers decide, not only their sizes."""
+    """A program in float64 with every value on its example, and on one where masks among the inputs hide a whole entry of the batch. varying:
+    the nodes that the inputs' numbers decide, not only their sizes."""
 
     def __init__(self, program: Program, limit: int = LIMIT) -> None:
         self.program, self.limit = doubled(program), limit
         self.nodes = {n.name: n for n in self.program.graph.nodes}
         self.values: dict[fx.Node, Any] = {}
+        self.hidden: dict[fx.Node, Any] = {}
         self.varying: set[fx.Node] = set()
         self.sized: set[fx.Node] = set()  # made from the inputs' sizes, and from constants at most
         self._known: dict[str, int] = {}
         run(self.program, self.program.example, self._note)
+        masked = [_hidden(x) for x in self.program.example]
+        if any(a is not b for a, b in zip(masked, self.program.example, strict=True)):
+            run(self.program, masked, self.hidden.__setitem__)
 
     def _note(self, node: fx.Node, value: Any) -> None:
         self.values[node] = value
@@ -98,6 +105,15 @@ class Oracle:
         return [n for n in self.program.graph.nodes if n in found]
 
 
+def _hidden(x: Tensor) -> Tensor:
+    """A mask of ones and zeros with none but zeros in the last entry of the batch; anything else as it is."""
+    if x.is_floating_point() or not x.numel() or x.dim() < 2 or int(x.min()) < 0 or int(x.max()) != 1:
+        return x
+    masked = x.clone()
+    masked[-1] = 0
+    return masked
+
+
 def _is_numeric(value: Any) -> bool:
     return _is_float(value) or isinstance(value, tuple | list)
 
@@ -114,6 +130,7 @@ class Region:
     outside: list[fx.Node] = field(default_factory=list)
     results: list[fx.Node] = field(default_factory=list)
     virtual: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)  # op: axes along which it has a vector more to change
+    draws: int = 0
 
     def __post_init__(self) -> None:
         self.values, inside = self.known.values, set(self.nodes)
@@ -159,9 +176,18 @@ class Region:
             return torch.zeros(count, 1), torch.zeros(count, 1)
         cotangents = [torch.randn(count, *v.shape, generator=self.generator, dtype=torch.float64) / v.numel() ** 0.5 for v in ends]
         sources = [*leaves.values(), *vectors.values()]
-        found = torch.autograd.grad(ends, sources, cotangents, is_grads_batched=True, allow_unused=True)
+        found = self._gradients(ends, sources, cotangents)
         grads = [torch.zeros(count, *s.shape, dtype=torch.float64) if g is None else g for g, s in zip(found, sources, strict=True)]
         return self._columns(list(leaves.values()), grads), -self._moved(x, cotangents[0])
+
+    def _gradients(self, ends: list[Tensor], sources: list[Tensor], cotangents: list[Tensor]) -> Sequence[Tensor | None]:
+        """Per source [rows, ...], or None if it doesn't matter."""
+        try:
+            return torch.autograd.grad(ends, sources, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # torch 2.13 has no batched gradient of some convolutions
+            rows = list(zip(*cotangents, strict=True))
+        alone = [torch.autograd.grad(ends, sources, row, retain_graph=True, allow_unused=True) for row in rows]
+        return [None if g[0] is None else torch.stack(g) for g in zip(*alone, strict=True)]
 
     def _columns(self, leaves: list[Tensor], grads: list[Tensor]) -> Tensor:
         own, extra = grads[: len(leaves)], grads[len(leaves) :]
@@ -210,7 +236,10 @@ class Region:
         return math.prod(shape[a] for a in self.seed.axes)
 
     def _input(self) -> dict[fx.Node, Any]:
-        return {n: pytree.tree_map(self._redrawn, self.values[n]) for n in self.outside}
+        """Values from outside, drawn anew around those on the example, and around those under masks in turn."""
+        self.draws += 1
+        around = self.known.hidden if self.draws % 2 else {}
+        return {n: pytree.tree_map(self._redrawn, around.get(n, self.values[n])) for n in self.outside}
 
     def _redrawn(self, value: Any) -> Any:
         if not _is_float(value) or not value.isfinite().all():
@@ -247,6 +276,8 @@ def _disguised(region: Region, node: fx.Node) -> Op:
     """The op that stands for a node's under the region's kind of change."""
     if region.kind == Kind.ROTATE and node.target is aten.layer_norm.default:
         return _centred
+    if region.kind == Kind.ROTATE and node.target in KINKED:  # on one side of the kink, where a channel may always be, it is linear
+        return lambda x, *_: x + x.tanh()
     if region.kind == Kind.SIGN:
         return _under_signs(region, node)
     if region.kind in (Kind.PERMUTE, Kind.REMOVE):

@@ -23,6 +23,7 @@ X = rand(2, TOKENS, WIDTH, seed=9)
 WEIGHTS = {n: rand(WIDTH, WIDTH, seed=i) for i, n in enumerate(("wq", "wk", "wv", "wo"))} | {
     "bk": rand(WIDTH, seed=5),
     "g": rand(SIZE, seed=6) + 1,
+    "h": rand(SIZE, seed=16) + 1,
     "t": rand(TOKENS, SIZE, seed=7),
     "e": rand(1, HEADS, 1, SIZE, seed=8),
     "few": rand(2 * SIZE, WIDTH, seed=10),
@@ -288,3 +289,13 @@ CASES = [(name, kind, n) for name, (_, *counts) in SITUATIONS.items() for kind, 
 @pytest.mark.parametrize(("name", "kind", "free"), CASES)
 def test_keys(name: str, kind: Kind, free: int | None) -> None:
     confirm(row_for(SITUATIONS[name][0], kind, REFUSED[name, kind] if free is None else free))
+
+
+def test_a_scale_of_normed_keys_lands_in_the_gain_that_heads_share() -> None:
+    """Their projection can't take it: the norm lies between."""
+
+    def gained(x: Tensor, w: W) -> Tensor:
+        q, k, v = projected(x, w)
+        return out(plainly(scores(rms(q) * w.g, mark(rms(k) * w.h)), v), w)
+
+    confirm(row_for(gained, Kind.SCALE, SIZE))

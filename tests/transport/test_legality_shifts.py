@@ -79,6 +79,7 @@ ROWS: dict[str, tuple[Tensor, tuple[int, ...], Body, int | None]] = {
     "zero padding": (IMAGE, (1,), lambda x, t, w: nnf.conv2d(mark(nnf.conv2d(x, w["k"])), w["j"], padding=1), None),
     "no padding": (IMAGE, (1,), lambda x, t, w: nnf.conv2d(mark(nnf.conv2d(x, w["k"])), w["j"]), C),
     "zeros around": (IMAGE, (1,), lambda x, t, w: nnf.conv2d(nnf.pad(mark(nnf.conv2d(x, w["k"])), (1, 1, 1, 1)), w["j"]), None),
+    "nothing around": (IMAGE, (1,), lambda x, t, w: nnf.conv2d(nnf.pad(mark(nnf.conv2d(x, w["k"])), (0, 0, 0, 0)), w["j"]), C),
     "over time, padded": (VIDEO, (1,), lambda x, t, w: nnf.conv3d(mark(nnf.conv3d(x, w["before"])), w["frames"], padding=(1, 0, 0)), None),
     "over time": (VIDEO, (1,), lambda x, t, w: nnf.conv3d(mark(nnf.conv3d(x, w["before"])), w["frames"]), C),
     "residual, all take it": (
@@ -163,6 +164,39 @@ def test_a_scale_is_legal_there_all_the_same(name: str) -> None:
 def test_a_scale_is_refused_there_too(name: str) -> None:
     place, reason = REFUSED[name]
     confirm(row_for(name, (place, reason.replace("shift", "scale")), Kind.SCALE))
+
+
+LOWEST, ZERO = torch.finfo(torch.float64).min, torch.zeros((), dtype=torch.float64)
+HIDDEN = "scaled_dot_product_attention: the mask {} may hide all keys from a row, which then gives 0"
+MASKS: dict[str, tuple[Callable[..., Tensor], str]] = {  # of seen keys, a float input and queries; "" where it lands, or its name
+    "lowest number": (lambda seen, given, q, w: torch.where(seen, ZERO, LOWEST), ""),
+    "lowest number and a bias": (
+        lambda seen, given, q, w: torch.where(seen, nnf.embedding(STEP % 2, w["table"])[:, None, None, :3], LOWEST),
+        "",
+    ),
+    "filled": (lambda seen, given, q, w: torch.zeros_like(given).masked_fill(~seen, -1e4), ""),
+    "ones and zeros": (lambda seen, given, q, w: (1 - seen.to(torch.float64)) * -10000.0, ""),
+    "positions, computed": (lambda seen, given, q, w: torch.einsum("bhqd,kd->bhqk", q, w["table"][:3, :4]), ""),
+    "boolean": (lambda seen, given, q, w: seen, "expand"),
+    "infinite": (lambda seen, given, q, w: torch.where(seen, ZERO, -torch.inf), "expand"),
+    "two lowest numbers": (lambda seen, given, q, w: (m := torch.where(seen, ZERO, LOWEST)) + m, "expand"),
+    "given": (lambda seen, given, q, w: given, "expand"),
+}
+
+
+@pytest.mark.parametrize("name", list(MASKS))
+def test_values_under_a_mask(name: str) -> None:
+    """Rows of the weights sum to one unless a row sees no key: then all is 0. Numbers that are added don't hide, however low."""
+    mask, shown = MASKS[name]
+
+    def body(x: Tensor, seen: Tensor, given: Tensor, **w: Tensor) -> Tensor:
+        q, k, v = split(nnf.linear(x, w["a"])), split(nnf.linear(x, w["b"])), split(nnf.linear(x, w["c"], w["h"]))
+        y = nnf.scaled_dot_product_attention(q, k, mark(v), mask(seen, given, q, w).expand(2, HEADS, 3, 3))
+        return nnf.linear(y.transpose(1, 2).flatten(-2), w["d"])
+
+    seen = torch.tensor([[True, True, False], [True, False, True]])[:, None, None]
+    wanted = ("scaled_dot_product_attention", HIDDEN.format(shown)) if shown else C
+    confirm(Row(body, Kind.SHIFT, wanted, (1, 3), (X, seen, rand(2, 1, 1, 3, seed=21)), WEIGHTS))
 
 
 def test_a_root_mean_square_norm_needs_an_addition() -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as nnf
-from torch import fx
+from torch import Tensor, fx
 
 from fxcompress.program import Program
 from fxcompress.transport import Kind, Seed
@@ -59,3 +60,21 @@ def test_what_is_found(place: tuple[str, str, int]) -> None:
 def test_a_scale_that_only_an_eps_stops_is_none() -> None:
     program = function(lambda x, w, v: nnf.linear(nnf.layer_norm(nnf.linear(x, w), (D,), eps=1e-12), v), X, w=W, v=V, dynamic=False)
     assert Oracle(program).freedom(Kind.SCALE, Seed(result(program, "linear", 0))) == 0
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_a_mask_may_hide_everything(hides: bool) -> None:
+    """Though it doesn't on the example. Boolean: all weights are 0 then, and a shift of the values is lost; a low number: they stay equal."""
+
+    def attended(x: Tensor, seen: Tensor, w: Tensor, v: Tensor, u: Tensor) -> Tensor:
+        mask = (seen > 0)[:, None] if hides else torch.where((seen > 0)[:, None], seen.new_zeros((), dtype=x.dtype), -1e4)
+        return nnf.linear(nnf.scaled_dot_product_attention(nnf.linear(x, w), nnf.linear(x, v), nnf.linear(x, u), mask), w)
+
+    seen = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    program = function(attended, X, seen, w=W, v=V, u=U, dynamic=False)
+    assert bool(Oracle(program).freedom(Kind.SHIFT, Seed(result(program, "linear", 2)))) != hides
+
+
+def test_a_relu_that_is_never_on_turns_nothing() -> None:
+    program = function(lambda x, w, v, b: nnf.linear(nnf.relu(nnf.linear(x, w, b - 100)), v), X, w=W, v=V, b=B, dynamic=False)
+    assert Oracle(program).freedom(Kind.ROTATE, Seed(result(program, "relu", 0))) == 0

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from fxcompress.transport.facts import KEEPING
+from fxcompress.transport.facts import KEEPING, Facts
 from fxcompress.transport.labels import Index, Kind, Label, canon
+from fxcompress.transport.ranges import COMPUTED, range_of
 from fxcompress.transport.relations.pointwise import is_flat
 from fxcompress.transport.solver import Solver
 
@@ -116,7 +117,9 @@ def _operand(s: Solver, product: Product, port: Port, partner: Port, label: Labe
     letters = _letters(port, label.index)
     summed, free, batch = product.roles["summed"], product.free(port), product.roles["batch"]
     if s.kind == Kind.REMOVE and letters & batch:
-        return _whole_entries(s, product, port, partner, label)
+        if _by_entry(s, product.node, letters - batch):
+            return _whole_entries(s, product, port, partner, label)
+        letters, batch = letters - batch, frozenset()
     if letters & summed:
         index = _only(s, port, label.index, summed | batch)
         port.put(s, index, label.power)
@@ -165,8 +168,10 @@ def _result(s: Solver, product: Product, label: Label) -> None:
     out, batch = product.out, product.roles["batch"]
     letters = _letters(out, label.index)
     if s.kind == Kind.REMOVE and letters & batch:
-        _put_bias(s, product, label)
-        return _whole_entries(s, product, out, out, label)
+        if _by_entry(s, product.node, letters - batch):
+            _put_bias(s, product, label)
+            return _whole_entries(s, product, out, out, label)
+        letters, batch = letters - batch, frozenset()
     side = _side(s, product, letters)
     if side is None and letters & (product.roles["a"] | product.roles["b"]):
         return s.stop(product.node, label.index, f"{product.node.name} can't give a change of rows and columns at once to its operands")
@@ -254,6 +259,11 @@ def _whole_entries(s: Solver, product: Product, port: Port, partner: Port, label
     index = _only(s, port, label.index, product.roles["batch"])
     port.put(s, index, label.power)
     _batched(s, product, port, partner, Label(index, label.power))
+
+
+def _by_entry(s: Solver, node: fx.Node, others: frozenset[str]) -> bool:
+    """Whether batch entries (heads, groups) go as a whole: else the same channels go from each."""
+    return not others or s.choices.setdefault(node, "entries") == "entries"
 
 
 def _batched_shift(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
@@ -374,9 +384,9 @@ def _padding(node: fx.Node, given: Mapping[str, Any], transposed: bool) -> str:
     return f"{node.name} pads with zeros, which a shift would have to change" if zeros else ""
 
 
-def einsum_product(s: Solver, node: fx.Node) -> Product | None:
+def einsum_product(facts: Facts, node: fx.Node) -> Product | None:
     """Two operands by their equation; None for any other number."""
-    equation, operands = _spelled(s, node), node.args[1]
+    equation, operands = _spelled(facts, node), node.args[1]
     assert isinstance(operands, list | tuple)
     terms, _, result = equation.partition("->")
     parts = terms.split(",")
@@ -386,7 +396,7 @@ def einsum_product(s: Solver, node: fx.Node) -> Product | None:
     return Product(node, a, b, Port(node, tuple(result)))
 
 
-def _spelled(s: Solver, node: fx.Node) -> str:
+def _spelled(facts: Facts, node: fx.Node) -> str:
     """The equation with a letter for every axis that `...` stands for."""
     equation = str(node.args[0]).replace(" ", "")
     terms, arrow, result = equation.partition("->")
@@ -394,14 +404,14 @@ def _spelled(s: Solver, node: fx.Node) -> str:
     if "..." not in equation or not arrow:
         return equation
     operands: Any = node.args[1]
-    counts = [len(s.shape(x)) - len(part.replace(".", "")) for x, part in zip(operands, terms.split(","), strict=True)]
+    counts = [len(facts.shape(x) or ()) - len(part.replace(".", "")) for x, part in zip(operands, terms.split(","), strict=True)]
     parts = [part.replace("...", free[:count][::-1]) for part, count in zip(terms.split(","), counts, strict=True)]
     return f"{','.join(parts)}->{result.replace('...', free[: max(counts)][::-1])}"
 
 
 def einsum(s: Solver, node: fx.Node) -> None:
     """Two operands: a product. One: its axes in another order, if none is summed."""
-    equation, operands = _spelled(s, node), node.args[1]
+    equation, operands = _spelled(s.facts, node), node.args[1]
     assert isinstance(operands, list | tuple)
     terms, arrow, result = equation.partition("->")
     if len(operands) == 1 and arrow and sorted(terms) == sorted(result) and len(set(terms)) == len(terms):
@@ -410,7 +420,7 @@ def einsum(s: Solver, node: fx.Node) -> None:
             for label in s.labels(port.node):
                 s.put(other.node, _moved(label.index, port, other), label.power)
         return None
-    product = einsum_product(s, node)
+    product = einsum_product(s.facts, node)
     if product is None:
         return s.stop_all(node, [*operands, node], f"{node.name}: unknown op, an einsum {equation}")
     return contract(s, product)
@@ -468,9 +478,10 @@ def _attended(s: Solver, node: fx.Node, port: Port, partner: Port, own: str, lab
     if not letters:
         return
     if s.kind == Kind.REMOVE and len(letters) > 1:
-        index = _only(s, port, index, lead)
+        index = _only(s, port, index, lead if _by_entry(s, node, letters & {own}) else (own,))
         port.put(s, index, label.power)
-    if own not in letters or (s.kind == Kind.REMOVE and len(letters) > 1):
+        letters = _letters(port, index)
+    if own not in letters:
         return _per_head(s, node, port, partner, Label(index, label.power), ports, mask)
     if s.kind == Kind.SHIFT and own == "in":
         if port.letters[-2] == "row":
@@ -506,7 +517,7 @@ def _per_head(s: Solver, node: fx.Node, port: Port, partner: Port, label: Label,
 
 
 def _may_hide_rows(s: Solver, node: fx.Node, mask: Any) -> str:
-    """A row that sees no key gives 0 and not the shift; only a constant mask is known to have none."""
+    """A row that sees no key gives 0 and not the shift; a constant mask is known to have none, and one that only adds numbers."""
     if mask is None:
         return ""
     source = mask
@@ -514,9 +525,16 @@ def _may_hide_rows(s: Solver, node: fx.Node, mask: Any) -> str:
         source = source.args[0]
     tensor = s.facts.program.constant(source)
     if tensor is None:
-        return f"{node.name}: the mask {mask.name} may hide all keys from a row, which then gives 0"
-    seen = tensor if tensor.dtype == torch.bool else tensor > -torch.inf
-    return "" if bool(seen.any(-1).all()) else f"{node.name}: the mask {mask.name} hides all keys from a row"
+        value, low = s.facts.value(mask), torch.tensor(range_of(s.facts, mask)[0], dtype=torch.float64)
+        is_safe = value.is_floating_point() and bool(_is_seen(low.to(value.dtype)))
+        return "" if is_safe else f"{node.name}: the mask {mask.name} may hide all keys from a row, which then gives 0"
+    return "" if bool(_is_seen(tensor).any(-1).all()) else f"{node.name}: the mask {mask.name} hides all keys from a row"
+
+
+def _is_seen(mask: Tensor) -> Tensor:
+    """Where a mask leaves a key visible. A number that is added does, however small: softmax of a row sees differences only. It must not become
+    -inf, though, where it meets a score of -COMPUTED."""
+    return mask if mask.dtype == torch.bool else (mask.double() - COMPUTED).to(mask.dtype) > -torch.inf
 
 
 def _masked(s: Solver, node: fx.Node, mask: Any, query: Port) -> None:

@@ -311,6 +311,8 @@ def pad(s: Solver, node: fx.Node) -> None:
     """Positions added at the ends of axes. Zeros stay zeros under all but a shift; other fillings only where channels just move."""
     given = s.args(node)
     x, widths, value = given["self"], given["pad"], given.get("value") or 0
+    if all(isinstance(w, int) and w == 0 for w in widths):
+        return mapped(s, node, x, lambda i: i, lambda i: i)
     if (s.kind == Kind.SHIFT or (value and s.kind not in (Kind.PERMUTE, Kind.REMOVE))) or given.get("mode", "constant") != "constant":
         return s.stop_all(node, [x, node], f"{node.name} pads with values that a {s.kind} would have to change")
     rank = len(s.shape(x))

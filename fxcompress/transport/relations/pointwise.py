@@ -281,9 +281,20 @@ def _route(s: Solver, node: fx.Node, a: Any, b: Any) -> str:
         if labels:
             absorbs = s.facts.is_constant(partner) and fits(s, partner, labels[0].index) and not s.labels(node)
             return f"{name}-{other}" if absorbs else f"{name}-out"
-    index = s.labels(node)[0].index
-    ranks = [rank(s, x) if isinstance(x, fx.Node) and fits(s, x, index) else -1 for x in (a, b)]
+    ranks = [_rank(s, x, s.labels(node)[0].index) for x in (a, b)]
     return "b-out" if ranks[1] > ranks[0] else "a-out"
+
+
+def _rank(s: Solver, value: Any, index: Index) -> float:
+    """How well a factor can take a label: the policy's rank. A narrower one has to unite parameters: `is_frugal` says whether it is to be
+    preferred to one that others read too."""
+    if not isinstance(value, fx.Node) or is_flat(s, value, index):
+        return -1
+    found = rank(s, value)
+    if fits(s, value, index):
+        return found
+    s.passed_over |= found > 1
+    return 1.5 if s.is_frugal and found > 1 else -1
 
 
 def fits(s: Solver, value: Any, index: Index) -> bool:
@@ -382,8 +393,10 @@ def blind(s: Solver, node: fx.Node) -> None:
 
 
 def generated(s: Solver, node: fx.Node) -> None:
-    """Values made in the graph: zeros take any scale and rotation, one number any order."""
+    """Values made in the graph: zeros take any scale and rotation, one number any order, and a size that is written down any other."""
     is_filled = node.target in FILLED
+    if s.kind == Kind.REMOVE and is_filled and "self" not in s.args(node):
+        return
     if is_filled and (s.kind == Kind.PERMUTE or (FILLED[node.target] == 0 and s.kind in (Kind.SCALE, Kind.SIGN, Kind.ROTATE))):
         return
     s.stop_all(node, [node], f"{node.name} makes its values in the graph: fold constants first")
