@@ -80,13 +80,14 @@ def rollout(
     *,
     shape: Sequence[int],
     conditions: Mapping[str, Any] | None = None,
-    batch: int = 50,
+    batch: int = 25,
     seed: int = 1,
 ) -> Rollout:
     """Sample n items with each model from the same noise, conditions and seed; compare the two networks on the states of both.
 
-    Arguments as `calibrate.trajectory`; batch: items a run. States are held out where `seed` isn't calibration's. Costs each network twice
-    its sampling. InputError as `step_sqnr`.
+    Arguments as `calibrate.trajectory`; batch: items a run; guided calls
+    have twice as many rows, and diffusers' UNets take fewer than 64. States are held out where `seed` isn't calibration's. Costs each network
+    twice its sampling. InputError as `step_sqnr`.
     """
     noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
     samples, ratios = [], []
