@@ -1,7 +1,8 @@
 """What rounding alone costs every testbed: min-max ranges, no correction, at W8A8, W6A6, W4A8 and W4A4. Every later method has to beat this.
 
-    python -m tools.testbeds.baselines [NAME ...] [--widths W8A8 ...] [--samples 200] [--json FILE]
+    python -m tools.testbeds.baselines [NAME ...] [--widths W8A8 ...] [--samples 200] [--windows 4] [--json FILE]
 
+NAME: all testbeds with weights if left out, and "smollm2", the language model, only if asked for.
 Weights have one scale an output channel, activations one a value, from the range of the calibration feed; products of two activations inside
 attention are rounded too. "fake" runs every code dequantised, in float, on the reference backend; "integer" is the artifact on ONNX Runtime,
 whose share of multiplications in integer kernels is read back. The weights are the committed ones in float32. Beside each figure stands
@@ -14,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 import fxcompress as fxc
 from fxcompress.calibrate import Feed
 from fxcompress.evaluate import Estimate, accuracy, bootstrap, frechet, mask_iou, noise_floor, paired_distance, rollout
-from tools.testbeds import EVALUATION, Loaded, classify, denoise, fashion, load, scenes, segment, weights
+from tools.testbeds import EVALUATION, Loaded, classify, denoise, fashion, language, load, scenes, segment, weights
 from tools.testbeds.widths import macs_by_width
 
 WIDTHS = {"W8A8": ("int8", "uint8"), "W6A6": ("int6", "uint6"), "W4A8": ("int4", "uint8"), "W4A4": ("int4", "uint4")}
@@ -37,10 +39,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for name in options.names or weights.published():
-        loaded = load(name)
-        for row in rows_of(name, loaded, options.widths, options.samples):
-            rows.append(row)
-            print(_line(row), flush=True)
+        for row in rows_of(_subject(name, options), options.widths):
+            rows.append({"model": name, **row})
+            print(_line(rows[-1]), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1))
 
@@ -50,24 +51,35 @@ def _options() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--widths", nargs="+", choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument("--samples", type=int, default=200, help="drawn by each diffusion model")
+    parser.add_argument("--windows", type=int, default=4, help="of 256 tokens of each domain")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
 
 
-def rows_of(name: str, loaded: Loaded, widths: list[str], samples: int) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Subject:
+    """A model, how models of its kind are judged, and a calibration feed for each way in which it is called."""
+
+    model: nn.Module
+    judge: Callable[[dict[str, Callable[..., Any]]], Figures]
+    feeds: dict[str, Feed]
+
+
+def rows_of(subject: Subject, widths: list[str]) -> Iterator[dict[str, Any]]:
     """The float model's row, then one for each width, with a second one for what runs in integers."""
-    judge, feeds = _judge(name, loaded, samples)
-    yield {"model": name, "width": "float", "runs": "float", "figures": judge(dict.fromkeys(feeds, loaded.model))}
+    yield {"width": "float", "runs": "float", "figures": subject.judge(dict.fromkeys(subject.feeds, subject.model))}
     for width in widths:
         for runs, backend in [("fake", "reference"), ("integer", "onnxruntime")][: 1 + (width == INTEGER)]:
             start = time.process_time()
-            made = {kind: _compiled(loaded.model, feed, width, backend) for kind, feed in feeds.items()}
-            first = next(iter(made.values()))
-            assert first.program is not None
-            report = first.report.backend
-            shares = {"integer": report.integer_share if report else 0.0} if runs == "integer" else macs_by_width(first.program)
-            row = {"model": name, "width": width, "runs": runs, "macs": shares, "figures": judge(made)}
+            made = {kind: _compiled(subject.model, feed, width, backend) for kind, feed in subject.feeds.items()}
+            row = {"width": width, "runs": runs, "macs": _shares(next(iter(made.values())), runs), "figures": subject.judge(made)}
             yield row | {"cpu_seconds": round(time.process_time() - start, 1)}
+
+
+def _shares(made: fxc.CompiledModel, runs: str) -> dict[str, float]:
+    assert made.program is not None
+    assert made.report.backend is not None
+    return {"integer": made.report.backend.integer_share or 0.0} if runs == "integer" else macs_by_width(made.program)
 
 
 def _compiled(model: nn.Module, feed: Feed, width: str, backend: str) -> fxc.CompiledModel:
@@ -78,18 +90,26 @@ def _compiled(model: nn.Module, feed: Feed, width: str, backend: str) -> fxc.Com
     return fxc.compile(model, recipe, next(iter(feed)), calibration=feed, backend=backend, check="off", threads=1)
 
 
-Judge = Callable[[dict[str, Callable[..., Any]]], Figures]
-
-
-def _judge(name: str, loaded: Loaded, samples: int) -> tuple[Judge, dict[str, Feed]]:
-    """How models of this kind are judged, by what they are fed, and the calibration feeds: one for each way of being called."""
-    metrics = loaded.card["metrics"]
+def _subject(name: str, options: argparse.Namespace) -> Subject:
+    if name == "smollm2":
+        model, tokenizer = language.load()
+        return Subject(model, lambda models: _read(models[""], tokenizer, options.windows), {"": language.feed(tokenizer)})
+    loaded = load(name)
+    metrics, feeds = loaded.card["metrics"], {"": loaded.calibration}
     if "accuracy" in metrics:
-        return lambda models: _classified(models[""], loaded), {"": loaded.calibration}
+        return Subject(loaded.model, lambda models: _classified(models[""], loaded), feeds)
     if "iou_boxes" in metrics:
         few = fashion.read("train")
-        return lambda models: _segmented(models, loaded), {kind: segment.feed(few, 0, kind=kind) for kind in segment.PROMPTS}
-    return _Denoised(loaded, samples), {"": loaded.calibration}
+        return Subject(
+            loaded.model, lambda models: _segmented(models, loaded), {kind: segment.feed(few, 0, kind=kind) for kind in segment.PROMPTS}
+        )
+    return Subject(loaded.model, _Denoised(loaded, options.samples), feeds)
+
+
+def _read(model: Callable[..., Any], tokenizer: Any, windows: int) -> Figures:
+    with torch.no_grad():
+        found = language.perplexities(lambda ids: model(input_ids=ids).logits, tokenizer, windows)
+    return {f"perplexity, {domain}": f"{p.value:.1f} ± {(p.high - p.low) / 2:.1f}" for domain, p in found.items()}
 
 
 def _classified(model: Callable[..., Any], loaded: Loaded) -> Figures:
