@@ -68,13 +68,17 @@ _denoiser = partial(
 TESTBEDS = {
     "resnet": _classifier(classify.resnet, Plan(steps=3500, batch=128, lr=2e-3)),
     "vit": _classifier(classify.vit, Plan(steps=7000, batch=64, lr=1.5e-3), loss=partial(classify.loss, reach=0)),
-    "mobilenet": _classifier(classify.mobilenet, Plan(steps=2500, batch=128, lr=2e-3, channels_last=True)),
+    "mobilenet": _classifier(
+        classify.mobilenet,
+        Plan(steps=2500, batch=128, lr=2e-3, channels_last=True),
+        note="90 % was asked for: this plan misses it by 0.9 points",
+    ),
     "convnext": _classifier(classify.convnext, Plan(steps=3500, batch=128, lr=2e-3)),
     "unet": _denoiser(denoise.unet, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
     "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
     "sam": Testbed(
         segment.sam,
-        Plan(steps=6000, batch=16, lr=1e-3, weight_decay=0.02, ema=0.998),
+        Plan(steps=5000, batch=16, lr=1e-3, weight_decay=0.02, ema=0.998),
         loss=segment.loss,
         finish=lambda model, data: None,
         metrics=segment.metrics,

@@ -37,25 +37,26 @@ def sam() -> nn.Module:
     return model
 
 
-def prompt(scenes: Scenes, kind: str, rows: slice = slice(None)) -> dict[str, Any]:
+def prompt(scenes: Scenes, kind: str, rows: slice = slice(None), objects: slice = slice(None)) -> dict[str, Any]:
     """The arguments that ask a SamModel for one mask an object, by "boxes" or "points"."""
     if kind == "boxes":
-        asked = {"input_boxes": scenes.boxes[rows]}
+        asked = {"input_boxes": scenes.boxes[rows, objects]}
     else:
-        points = scenes.points[rows]
+        points = scenes.points[rows, objects]
         asked = {"input_points": points[:, :, None], "input_labels": torch.ones(*points.shape[:2], 1, dtype=torch.int64)}
     return {**asked, "multimask_output": False}
 
 
 def loss(model: nn.Module, data: Split, batch: int) -> Tensor:
-    """Cross entropy and Dice of the masks at the decoder's resolution, for points and for boxes, and the error of the predicted IoU."""
+    """Cross entropy and Dice of the masks at the decoder's resolution, and the error of the predicted IoU. One object of each scene is asked
+    for by a box, the other by a point."""
     scenes = compose(data, batch)
     wanted = nn.functional.avg_pool2d(scenes.masks.float(), 2)
     seen = model.vision_encoder(2 * scenes.images).last_hidden_state
     total = torch.zeros(())
-    for kind in PROMPTS:
-        out = model(image_embeddings=seen, **prompt(scenes, kind))
-        total = total + _mask_loss(out.pred_masks[:, :, 0], out.iou_scores[:, :, 0], wanted)
+    for i, kind in enumerate(PROMPTS):
+        out = model(image_embeddings=seen, **prompt(scenes, kind, objects=slice(i, i + 1)))
+        total = total + _mask_loss(out.pred_masks[:, :, 0], out.iou_scores[:, :, 0], wanted[:, i : i + 1])
     return total / len(PROMPTS)
 
 
