@@ -57,6 +57,7 @@ _classifier = partial(
     metrics=classify.metrics,
     feed=lambda model, data, seed: images(fashion.pixels(data.images), batch=32, limit=len(data)),
 )
+SETTLED = "the guidance scale was settled before any figure was taken"
 _denoiser = partial(
     Testbed,
     loss=denoise.loss,
@@ -75,7 +76,7 @@ TESTBEDS = {
     ),
     "convnext": _classifier(classify.convnext, Plan(steps=3500, batch=128, lr=2e-3)),
     "unet": _denoiser(denoise.unet, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
-    "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
+    "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
     "sam": Testbed(
         segment.sam,
         Plan(steps=5000, batch=16, lr=1e-3, weight_decay=0.02, ema=0.998),
@@ -85,7 +86,7 @@ TESTBEDS = {
         feed=lambda model, data, seed: segment.feed(data, seed),
         note="scenes: tools/testbeds/scenes.py; one mask an object (multimask_output=False): the three multimask tokens aren't trained",
     ),
-    "dit": _denoiser(denoise.dit, Plan(steps=6000, batch=32, lr=1e-3, weight_decay=0.01, ema=0.998)),
+    "dit": _denoiser(denoise.dit, Plan(steps=6000, batch=32, lr=1e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
 }
 
 
