@@ -1,7 +1,7 @@
 # make env     .venv with everything that development needs (again only when pyproject.toml or constraints.txt change)
 # make check   lint, format, types, direction of imports
 # make test    all tests, slow ones included
-# make demo    compresses a small real language model, end to end
+# make demo    compresses a small real language model and a diffusion model, end to end
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,6 +35,7 @@ test: env model
 
 demo: env model
 	TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tools/demo.py
+	$(BIN)/python -m tools.demo_diffusion
 
 model: $(SMOLLM2)
 

@@ -3,10 +3,27 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
 
+import fxcompress
+from fxcompress.calibrate import Sampler, trajectory
 from fxcompress.errors import InputError
-from fxcompress.evaluate import accuracy, bootstrap, frechet, image_snr, kid, mean_iou, noise_floor, recall, step_sqnr
+from fxcompress.evaluate import (
+    Running,
+    accuracy,
+    bootstrap,
+    frechet,
+    image_snr,
+    kid,
+    mask_iou,
+    mean_iou,
+    noise_floor,
+    paired_distance,
+    recall,
+    rollout,
+    step_sqnr,
+)
 from fxcompress.signature import Inputs
 
 
@@ -221,3 +238,80 @@ def test_images_are_compared_one_by_one():
     assert found.each == {0.0: pytest.approx(20, abs=1e-3), 1.0: pytest.approx(40, abs=1e-3)}
     with pytest.raises(InputError, match="can't be compared"):
         image_snr(image, image[:1])
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3])
+def test_paired_samples_a_shift_apart(shift):
+    reference = torch.randn(40, 3, 4, generator=rng(8), dtype=torch.float64)
+    apart = (reference - reference.roll(1, 0)).flatten(1).norm(dim=1).mean()
+    assert paired_distance(reference, reference + shift).value == pytest.approx(shift * math.sqrt(12) / float(apart))
+
+
+def test_samples_of_other_noise_are_a_whole_distance_apart():
+    reference = torch.randn(400, 12, generator=rng(9))
+    found = paired_distance(reference, reference.roll(1, 0))
+    assert found.value == pytest.approx(1)
+    assert found.low < paired_distance(reference, torch.randn(400, 12, generator=rng(10))).value < found.high
+
+
+def test_samples_that_cannot_be_paired():
+    with pytest.raises(InputError, match=r"\[2, 3\] and \[3, 3\]"):
+        paired_distance(torch.zeros(2, 3), torch.zeros(3, 3))
+    with pytest.raises(InputError, match="don't differ"):
+        paired_distance(torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_the_iou_of_masks_by_hand():
+    found, wanted = torch.zeros(2, 2, 4, 4, dtype=torch.bool), torch.zeros(2, 2, 4, 4, dtype=torch.bool)
+    found[0, 0, :2], wanted[0, 0, 1:3] = True, True  # 4 of 12
+    found[0, 1, 0], wanted[0, 1, 0] = True, True  # all
+    found[1, 0, 0] = True  # nothing of what isn't there; the last is rightly empty
+    estimate = mask_iou(found, wanted)
+    assert estimate.value == pytest.approx((1 / 3 + 1 + 0 + 1) / 4)
+    assert estimate.low < estimate.value < estimate.high
+    assert mask_iou(found[:1], wanted[:1]).value == pytest.approx(2 / 3)
+
+
+def test_masks_that_cannot_be_compared():
+    with pytest.raises(InputError, match=r"torch\.float32"):
+        mask_iou(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.bool))
+
+
+class Denoiser(nn.Module):
+    """A network whose noise is known: x, a shift by the condition and the time."""
+
+    def __init__(self, off: float = 0.0) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([0.9, 0.8, 0.7]) + off)
+
+    def forward(self, sample: Tensor, timestep: Tensor, shift: Tensor) -> Tensor:
+        """[b, 3]."""
+        return sample * self.gain + shift[:, None] + timestep[:, None] / 1000
+
+
+SAMPLER = Sampler(DDIMScheduler(), 4)
+ROLL = {"shape": (3,), "conditions": {"shift": torch.tensor([0.0, 0.5, 1.0])}, "batch": 2, "seed": 5}
+
+
+def test_both_models_are_compared_on_the_states_of_both():
+    reference, changed = Denoiser().eval(), Denoiser(off=0.05).eval()
+    found = rollout(reference, changed, SAMPLER, 3, **ROLL)
+    given, own = (step_sqnr(reference, changed, trajectory(model, SAMPLER, 3, **ROLL)) for model in (reference, changed))
+    assert found.given == given
+    assert found.own == own
+    assert given != own
+    assert found.reference.shape == (3, 3)
+    assert not torch.allclose(found.reference, found.changed)
+
+
+def test_every_kind_of_model_is_rolled_out_alike():
+    """The gain is off by the same in each, so noise and samples are; a program and an artifact are called as the model is."""
+    reference, changed = Denoiser().eval(), Denoiser(off=0.05).eval()
+    item = next(iter(trajectory(changed, SAMPLER, 3, **ROLL)))
+    program = fxcompress.capture(changed, item)
+    artifact = fxcompress.compile(program, {"name": "none", "passes": ["tidy.fold_constants"]}, backend="onnxruntime")
+    wanted = rollout(reference, changed, SAMPLER, 3, **ROLL)
+    for model in (Running(program), artifact):
+        found = rollout(reference, model, SAMPLER, 3, **ROLL)
+        torch.testing.assert_close(found.changed, wanted.changed)
+        assert found.own.each == pytest.approx(wanted.own.each, rel=1e-4)

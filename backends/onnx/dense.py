@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxcompress.backends.onnx.build import Builder
 from fxcompress.backends.onnx.outline import Leaf, Quantised
+from fxcompress.errors import BackendRefusal
 from fxcompress.numerics.affine import working_dtype
 
 RIGHT = "RIGHT"
@@ -41,6 +42,9 @@ def _stored(build: Builder, leaf: Leaf, quantised: Quantised, constants: Mapping
     value = build.constant(leaf.name, tensor)
     if not quantised.packed or format.bits == 8:
         return value
+    if 8 % format.bits:
+        why = f"{format.bits} bits don't divide a byte, and no kernel reads such codes"
+        raise BackendRefusal(f"{leaf.name} is of {format}", where=leaf.name, why=why, do='backend="reference" runs it; or say int4 or int8')
     parts = [_part(build, value, shift, format.bits) for shift in range(0, 8, format.bits)]
     joined = build.early_node("Concat", *(build.early_node("Unsqueeze", p, build.ints(-1)) for p in parts), axis=-1)
     flat = build.early_node("Reshape", joined, build.ints(*leaf.shape[:-1], tensor.shape[-1] * len(parts)))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxcompress.calibrate.trajectory import first_tensor
+from fxcompress.calibrate.trajectory import Sampler, first_tensor
 from fxcompress.errors import InputError
 from fxcompress.numerics.noise import decibel, sqnr
 from fxcompress.signature import Inputs
@@ -59,6 +59,48 @@ def image_snr(reference: Tensor, changed: Tensor) -> Ratios:
     if reference.shape != changed.shape or not len(reference):
         raise InputError("the images can't be compared", why=f"they are {list(reference.shape)} and {list(changed.shape)}")
     return Ratios({float(i): sqnr(a, b) for i, (a, b) in enumerate(zip(reference, changed, strict=True))})
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Both models' samples from equal noise, [n, ...], and the noise of `changed` by timestep: `given` on states that the reference came
+    through, `own` on those that `changed` came through, where its earlier errors have led it."""
+
+    reference: Tensor
+    changed: Tensor
+    given: Ratios
+    own: Ratios
+
+
+def rollout(
+    reference: Callable[..., Any],
+    changed: Callable[..., Any],
+    sampler: Sampler,
+    n: int,
+    *,
+    shape: Sequence[int],
+    conditions: Mapping[str, Any] | None = None,
+    batch: int = 25,
+    seed: int = 1,
+) -> Rollout:
+    """Sample n items with each model from the same noise, conditions and seed; compare the two networks on the states of both.
+
+    Arguments as `calibrate.trajectory`; batch: items a run; guided calls
+    have twice as many rows, and diffusers' UNets take fewer than 64. States are held out where `seed` isn't calibration's. Costs each network
+    twice its sampling. InputError as `step_sqnr`.
+    """
+    noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
+    samples, ratios = [], []
+    for model in (reference, changed):
+        seen: list[Inputs] = []
+        parts = []
+        for start in range(0, n, batch):
+            rows = slice(start, start + batch)
+            given = {name: value[rows] if isinstance(value, Tensor) else value for name, value in (conditions or {}).items()}
+            parts.append(sampler.run(model, noise[rows], given, seed * 1_000_003 + start, seen.append))
+        samples.append(torch.cat(parts))
+        ratios.append(step_sqnr(reference, changed, seen))
+    return Rollout(samples[0], samples[1], ratios[0], ratios[1])
 
 
 def timestep(item: Inputs) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import InputError
+from fxcompress.evaluate.intervals import Estimate, bootstrap
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
@@ -34,6 +35,24 @@ def kid(a: Tensor, b: Tensor) -> float:
     _require_features(a, b, least=2)
     x, y = a.double(), b.double()
     return _among(x) + _among(y) - 2 * _kernel_sum(x, y) / (len(x) * len(y))
+
+
+def paired_distance(reference: Tensor, changed: Tensor) -> Estimate:
+    """mean_i |r_i - c_i| / mean_i |r_i - r_π(i)|: how far samples of a changed model are from those of its reference, drawn from the same
+    noise, as a share of how far two samples of the reference are from each other; with a bootstrap interval over pairs.
+
+    reference, changed: [N, ...], images, or features of a network of them; π: the next row, so rows of one class mustn't stand together where
+    classes matter. 0: the same samples. 1: the noise no longer decides anything. InputError for other shapes, N < 2 and equal references.
+    """
+    if reference.shape != changed.shape or len(reference) < 2:
+        raise InputError(
+            "the samples can't be paired", why=f"they are {list(reference.shape)} and {list(changed.shape)}, not two [N >= 2, ...]"
+        )
+    a, b = reference.double().flatten(1), changed.double().flatten(1)
+    apart = float((a - a.roll(1, 0)).norm(dim=1).mean())
+    if not apart > 0:
+        raise InputError("the samples of the reference don't differ", why=f"their mean distance is {apart}")
+    return bootstrap(lambda d: float(d.mean()) / apart, (a - b).norm(dim=1))
 
 
 def _among(x: Tensor) -> float:

@@ -41,6 +41,20 @@ def predicted(logits: Logits, x: Tensor, labels: Tensor, batch: int) -> Tensor:
     return scores.argmax(1)
 
 
+def mask_iou(found: Tensor, wanted: Tensor) -> Estimate:
+    """The mean over masks of |found ∩ wanted| / |found ∪ wanted|, with a bootstrap interval over images.
+
+    found, wanted: [N, H, W] or [N, P, H, W], bool, P masks an image. A mask that is empty in both counts as 1. InputError for other shapes or
+    dtypes and for no image.
+    """
+    if found.shape != wanted.shape or found.dtype != torch.bool or wanted.dtype != torch.bool or found.dim() < 3 or not len(found):
+        why = f"they are {list(found.shape)} {found.dtype} and {list(wanted.shape)} {wanted.dtype}, not two [N, ..., H, W] of bool"
+        raise InputError("the masks can't be compared", why=why)
+    both, either = ((f(found, wanted)).sum((-2, -1)).double() for f in (torch.logical_and, torch.logical_or))
+    each = torch.where(either > 0, both / either, 1.0).flatten(1).mean(1)
+    return bootstrap(lambda rows: float(rows.mean()), each)
+
+
 def mean_iou(found: Tensor, wanted: Tensor, classes: int, ignore: int | None = None) -> float:
     """The mean over classes of |found ∩ wanted| / |found ∪ wanted|, counted over all pixels of all images; classes in neither are left out.
 

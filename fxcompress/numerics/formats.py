@@ -14,7 +14,7 @@ from fxcompress.errors import RecipeError, nearest
 class Format:
     """The set of codes of a quantizer: the integers qmin..qmax, or the finite values of a float type, of which qmin and qmax are the ends.
 
-    bits: width of one code once packed. container: dtype of a tensor of unpacked codes, one element a code (int2 and int4 sit in int8).
+    bits: width of one code once packed. container: dtype of a tensor of unpacked codes, one element a code (int2 to int6 sit in int8).
     """
 
     name: str
@@ -44,9 +44,11 @@ FORMATS: dict[str, Format] = {
     for f in (
         _integer("int2", 2, True, torch.int8),
         _integer("int4", 4, True, torch.int8),
+        _integer("int6", 6, True, torch.int8),
         _integer("int8", 8, True, torch.int8),
         _integer("uint2", 2, False, torch.uint8),
         _integer("uint4", 4, False, torch.uint8),
+        _integer("uint6", 6, False, torch.uint8),
         _integer("uint8", 8, False, torch.uint8),
         _integer("int16", 16, True, torch.int16),
         _integer("int32", 32, True, torch.int32),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.calibrate import Feed, images
-from tools.testbeds import classify, denoise, fashion, weights
+from tools.testbeds import classify, denoise, fashion, segment, weights
 from tools.testbeds.fashion import Split
 
 CALIBRATION, EVALUATION = 0, 1  # seeds of the noise that denoisers start from
@@ -37,7 +37,8 @@ class Plan:
 class Testbed:
     """What makes one model. finish: what is settled after training. metrics: of model, training split and test split, for the card.
 
-    feed: inputs for the model from a split and a seed; those for calibration and for evaluation share neither images nor noise.
+    feed: inputs for the model from a split and a seed; those for calibration and for evaluation share neither images nor noise. note: what the
+    card has to say beside.
     """
 
     build: Callable[[], nn.Module]
@@ -46,6 +47,7 @@ class Testbed:
     finish: Callable[[nn.Module, Split], None]
     metrics: Callable[[nn.Module, Split, Split], dict[str, float]]
     feed: Callable[[nn.Module, Split, int], Feed]
+    note: str = ""
 
 
 _classifier = partial(
@@ -55,6 +57,7 @@ _classifier = partial(
     metrics=classify.metrics,
     feed=lambda model, data, seed: images(fashion.pixels(data.images), batch=32, limit=len(data)),
 )
+SETTLED = "the guidance scale was settled before any figure was taken"
 _denoiser = partial(
     Testbed,
     loss=denoise.loss,
@@ -66,11 +69,24 @@ _denoiser = partial(
 TESTBEDS = {
     "resnet": _classifier(classify.resnet, Plan(steps=3500, batch=128, lr=2e-3)),
     "vit": _classifier(classify.vit, Plan(steps=7000, batch=64, lr=1.5e-3), loss=partial(classify.loss, reach=0)),
-    "mobilenet": _classifier(classify.mobilenet, Plan(steps=2500, batch=128, lr=2e-3, channels_last=True)),
-    "convnext": _classifier(classify.convnext, Plan(steps=2500, batch=128, lr=2e-3)),
+    "mobilenet": _classifier(
+        classify.mobilenet,
+        Plan(steps=2500, batch=128, lr=2e-3, channels_last=True),
+        note="90 % was asked for: this plan misses it by 0.9 points",
+    ),
+    "convnext": _classifier(classify.convnext, Plan(steps=3500, batch=128, lr=2e-3)),
     "unet": _denoiser(denoise.unet, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
-    "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
-    "dit": _denoiser(denoise.dit, Plan(steps=4500, batch=32, lr=1e-3, weight_decay=0.01, ema=0.998)),
+    "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
+    "sam": Testbed(
+        segment.sam,
+        Plan(steps=5000, batch=16, lr=1e-3, weight_decay=0.02, ema=0.998),
+        loss=segment.loss,
+        finish=lambda model, data: None,
+        metrics=segment.metrics,
+        feed=lambda model, data, seed: segment.feed(data, seed),
+        note="scenes: tools/testbeds/scenes.py; one mask an object (multimask_output=False): the three multimask tokens aren't trained",
+    ),
+    "dit": _denoiser(denoise.dit, Plan(steps=6000, batch=32, lr=1e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
 }
 
 

@@ -44,12 +44,12 @@ def unet_outliers() -> nn.Module:
 
 
 def dit() -> nn.Module:
-    """Four blocks of width 128 over 64 patches."""
+    """Six blocks of width 128 over 64 patches, 2.2 M parameters."""
     return DiTTransformer2DModel(
         sample_size=16,
         patch_size=2,
         in_channels=1,
-        num_layers=4,
+        num_layers=6,
         num_attention_heads=4,
         attention_head_dim=32,
         num_embeds_ada_norm=len(CLASSES),
@@ -85,9 +85,9 @@ def sampler(steps: int = 20, guidance: float = GUIDANCE) -> Sampler:
 
 
 def sample(model: Callable[..., Any], labels: Tensor, seed: int, how: Sampler | None = None) -> Tensor:
-    """[N, 1, 16, 16], one image a label. The same seed gives the same noise, whatever the model."""
+    """[N, 1, 16, 16], one image a label. The same seed gives the same noise, whatever the model. A captured UNet takes fewer than 64 rows."""
     noise = torch.randn(len(labels), *SHAPE, generator=torch.Generator().manual_seed(seed))
-    rows = zip(noise.split(50), labels.split(50), strict=True)
+    rows = zip(noise.split(25), labels.split(25), strict=True)
     return torch.cat([(how or sampler()).run(model, x, {"class_labels": y}) for x, y in rows])
 
 

@@ -106,6 +106,7 @@ def publish(name: str, run: Run, folder: Path) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": "Fashion-MNIST, its 60 000 training images; the metrics are over its 10 000 test images or as many samples as they say",
         "data_sha256": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.gz"))},
+        **({"note": run.testbed.note} if run.testbed.note else {}),
         "licence": "of the data: MIT, Zalando SE; of the weights: Apache-2.0",
         "command": f"python -m tools.testbeds.train {name}",
         "plan": asdict(run.plan),

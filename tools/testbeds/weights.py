@@ -38,3 +38,8 @@ def card(name: str) -> dict[str, Any]:
     """What the weights are: data, licence, plan, CPU minutes, command, metrics."""
     content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return content
+
+
+def published() -> list[str]:
+    """The names of all testbeds with committed weights."""
+    return sorted(file.stem for file in FOLDER.glob("*.json"))

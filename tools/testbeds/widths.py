@@ -1,0 +1,42 @@
+"""Which share of a program's multiplications runs at which width, read from the graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.backends.onnx.macs import macs
+from fxcompress.dataflow import before_moves, is_constant
+from fxcompress.interpret import run
+from fxcompress.numerics.formats import format_of
+from fxcompress.passes.quant.sites import SUMMED
+from fxcompress.program import Program
+
+
+def macs_by_width(program: Program) -> dict[str, float]:
+    """Shares of all multiply-accumulates on the example inputs: "W4A8" for a weight of 4 by an activation of 8 bits, "A8A8" for a product of
+    two activations, "float" where an operand isn't quantised. The widest first.
+    """
+    shapes: dict[fx.Node, tuple[int, ...]] = {}
+    run(program, program.example, lambda node, value: shapes.update({node: tuple(value.shape)}) if isinstance(value, Tensor) else None)
+    found: dict[str, int] = {}
+    for node in program.graph.nodes:
+        work = macs(node, shapes)
+        if work:
+            width = _width(node)
+            found[width] = found.get(width, 0) + work
+    total = sum(found.values())
+    return {width: found[width] / total for width in sorted(found, key=found.__getitem__, reverse=True)}
+
+
+def _width(node: fx.Node) -> str:
+    first = 1 if node.target in SUMMED else 0
+    pair = sorted((a for a in node.args[first : first + 2] if isinstance(a, fx.Node)), key=is_constant, reverse=True)
+    bits = [_bits(before_moves(operand)) for operand in pair]
+    if None in bits or len(bits) != 2:
+        return "float"
+    return f"{'W' if is_constant(pair[0]) else 'A'}{bits[0]}A{bits[1]}"
+
+
+def _bits(value: fx.Node) -> int | None:
+    return format_of(str(value.args[3])).bits if value.target is torch.ops.fxc.dequantize.default else None
