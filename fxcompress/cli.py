@@ -25,6 +25,7 @@ from fxcompress.sources import call_function
 app = typer.Typer(help="Makes generative and vision models small and fast, and proves every rewrite on your own model.", no_args_is_help=True)
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
+ENDINGS = {"html": "html", "text": "txt", "dot": "dot", "model-explorer": "json"}
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=".pt2, .gguf, diffusers or transformers folder, or package.module:function")]
 Example = Annotated[str | None, typer.Option(help="example inputs: a .safetensors by parameter name, or package.module:function")]
@@ -114,6 +115,31 @@ def list_recipes(name: Annotated[str | None, typer.Argument(help="one recipe or 
     else:
         rows = [{"recipe": n, "what": r.description} for n, r in found.items()]
         show({"recipes": rows}, as_json, lambda: [table("recipe", rows)])
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="an artifact, a checkpoint, or a model as for compile")],
+    second: Annotated[str | None, typer.Argument(metavar="B", help="compared with A; left out: what each pass of A did")] = None,
+    as_text: Annotated[bool, typer.Option("--text", help="print text that is the same for the same runs")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="the file to write")] = None,
+    format: Annotated[str, typer.Option(help="html, text, dot or model-explorer")] = "html",
+    example: Example = None,
+    as_json: Json = False,
+) -> None:
+    """Show what each pass did to the graph, or how two results differ, in one HTML file or as text."""
+    from fxcompress import api
+
+    if format not in ENDINGS:
+        raise typer.BadParameter(f"{format!r} is none of {', '.join(ENDINGS)}", param_hint="--format")
+    with failing(as_json):
+        found = api.diff(first, second, example_inputs(example) if example else None)
+        wanted = None if as_text or (as_json and output is None) else output or Path(f"diff.{ENDINGS[format]}")
+        saved = found.save(wanted, format) if wanted else None  # type: ignore[arg-type]
+    if as_text and not as_json:
+        sys.stdout.write(found.text())
+    else:
+        show({**found.summary(), "file": saved and str(saved)}, as_json, lambda: [f"{saved}: {found.title}"])
 
 
 @app.command()
