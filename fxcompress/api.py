@@ -33,6 +33,7 @@ from fxcompress.diff.read import HISTORY, PAGE, REPORT, is_run, run_at, run_in, 
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
 from fxcompress.generation import generating
 from fxcompress.history import History
+from fxcompress.inspection import Inspection, forecast
 from fxcompress.interpret import run
 from fxcompress.loss import losses
 from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight_bytes
@@ -443,6 +444,17 @@ def diff(first: Any, second: Any = None, example_inputs: Any = None) -> Diff:
     """
     runs = [_run_of(side, example_inputs) for side in (first, second) if side is not None]
     return between(*runs) if len(runs) == 2 else of_run(runs[0])
+
+
+def inspect(
+    model: Any, example_inputs: Any = None, component: str | None = None, recipes: Sequence[str] = (), dynamic: Dynamic = None
+) -> Inspection:
+    """A model's modules with what they cost, and what each of the recipes would do to it: `.facts()`, `.save("inspect.html")`.
+
+    model, example_inputs, component, dynamic: as for `compile`. recipes: names or files. Raises what capture and recipes raise.
+    """
+    program = program_of(model, example_inputs, component, dynamic)
+    return Inspection(program, [forecast(program, name) for name in recipes])
 
 
 def _run_of(side: Any, example_inputs: Any) -> Run:

@@ -140,3 +140,5 @@ _RULES: Mapping[str, Callable[[Sequence[Shape], Shape, Any], Any]] = {
     **dict.fromkeys(("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input"), _recurs),
     "aten.scaled_dot_product_attention.default": _attends,
 }
+
+CONTRACTIONS = frozenset(_RULES)  # names of the ops that multiply and accumulate

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcompress.cost import Costs, symbol_names
+from fxcompress.cost import CONTRACTIONS, Costs, symbol_names
 from fxcompress.program import Program
 from fxcompress.regions import regions
 
 VERSION = 1
 FIXED = 7  # fields of a node that are always written: its texts
 DEFAULTS: tuple[Any, ...] = (0, 0, (), 0)  # of the others
+DEQUANTIZE = "fxc.dequantize.default"
 SOURCE = "source"  # meta of a node that was restored without its stack trace: the line that it came from
 _FRAME = re.compile(r'File "([^"]*)", line (\d+), in \S+\n\s*(.*)')
 
@@ -67,6 +68,20 @@ class Graph:
     def stored(self) -> int:
         """Bytes of all constants."""
         return sum(n.stored for n in self.nodes.values())
+
+
+def quantised_share(graph: Graph) -> float:
+    """Of all multiply-accumulates at the sizes of the example, those of ops that read a dequantised value, through what only moves it."""
+    work = [n for n in graph.nodes.values() if n.op in CONTRACTIONS]
+    quantised = (n for n in work if any(_is_dequantised(i, graph) for i in n.inputs))
+    return sum(n.flops for n in quantised) / (sum(n.flops for n in work) or 1)
+
+
+def _is_dequantised(name: str, graph: Graph) -> bool:
+    node = graph.nodes[name]
+    while node.op != DEQUANTIZE and node.inputs and not node.flops:
+        node = graph.nodes[node.inputs[0]]
+    return node.op == DEQUANTIZE
 
 
 @dataclass

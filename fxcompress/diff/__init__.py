@@ -16,7 +16,7 @@ from fxcompress.history import Graph, History, Node
 from fxcompress.loss import stand_ins
 from fxcompress.report import PassReport, Report
 
-__all__ = ["Diff", "Format", "Run", "Step", "between", "of_run"]
+__all__ = ["Diff", "Format", "Run", "Step", "between", "of_run", "written"]
 
 
 Format = Literal["html", "text", "dot", "model-explorer"]
@@ -101,7 +101,7 @@ class Diff:
             "dot": partial(as_dot, self.whole),
             "model-explorer": partial(as_model_explorer, self),
         }
-        return _written(Path(path), made[format]())
+        return written(Path(path), made[format]())
 
     def graph(self) -> Any:
         """The nodes of before and after as a networkx DiGraph; attributes: op, attributes, region, shape, state, flops, stored."""
@@ -121,8 +121,9 @@ def of_run(run: Run) -> Diff:
 
 def between(first: Run, second: Run) -> Diff:
     """How what the second run made differs from what the first made."""
-    one_run = first.history.graphs[0] == second.history.graphs[0]
-    found: Aligned = aligned(first.history.graphs[-1], second.history.graphs[-1], one_run)
+    captured = first.history.graphs[0]
+    shared = captured.nodes.keys() if captured == second.history.graphs[0] else ()
+    found: Aligned = aligned(first.history.graphs[-1], second.history.graphs[-1], shared)
     old, title = first.history.graphs[-1], f"{first.title} → {second.title}"
     step = Step(title, old, found.graph, states(old, found.graph, {}))
     return Diff(title, [step], step, [first, second], {**found.regions, **found.nodes})
@@ -139,7 +140,8 @@ def _replaced(report: PassReport) -> dict[str, str]:
     return {old: new for change in report.changes for old, new in change.replaced.items()}
 
 
-def _written(path: Path, content: str) -> Path:
+def written(path: Path, content: str) -> Path:
+    """Write a file whole or not at all. ArtifactError if the place can't be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         artifact.write_file(path, content.encode())

@@ -7,7 +7,7 @@ a renamed one is the same place under another name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -26,14 +26,14 @@ class Aligned:
     regions: Mapping[str, str]
 
 
-def aligned(first: Graph, second: Graph, one_run: bool = False) -> Aligned:
+def aligned(first: Graph, second: Graph, captured: Collection[str] = ()) -> Aligned:
     """The second graph with its matched nodes and modules named as in the first; others keep their names, with a prime where taken.
 
-    one_run: both descend from one captured graph, so that a name says which node it is.
+    captured: names of the nodes of the graph that both descend from, which are the same node in both.
     """
     places = _named(match_regions(first, second), second.kinds, first.kinds)
     moved = {n.name: _placed(n, places[n.region]) for n in second.nodes.values()}
-    names = _named(match_nodes(first.nodes, moved, one_run), second.nodes, first.nodes)
+    names = _named(match_nodes(first.nodes, moved, captured), second.nodes, first.nodes)
     nodes = {}
     for node in moved.values():
         nodes[names[node.name]] = replace(node, name=names[node.name], inputs=tuple(names[i] for i in node.inputs))
@@ -63,25 +63,26 @@ def match_regions(first: Graph, second: Graph) -> dict[str, str]:
     return found
 
 
-def match_nodes(first: Mapping[str, Node], second: Mapping[str, Node], one_run: bool = False) -> dict[str, str]:
-    """Name in the second graph -> name in the first."""
+def match_nodes(first: Mapping[str, Node], second: Mapping[str, Node], captured: Collection[str] = ()) -> dict[str, str]:
+    """Name in the second graph -> name in the first. captured: as for `aligned`."""
+    found = {name: name for name in captured if name in first and name in second}
     ups = {**{id(n): h for n, h in _upward(first)}, **{id(n): h for n, h in _upward(second)}}
     downs = {**{id(n): h for n, h in _downward(first)}, **{id(n): h for n, h in _downward(second)}}
     alike: Key = lambda n: (n.op, attributes(n), n.shape)  # noqa: E731
     levels: list[Key] = [
-        lambda n: (n.name, n.op) if one_run or n.op in ("input", "output") else id(n),
+        lambda n: (n.name, n.op) if n.op in ("input", "output") else id(n),
         lambda n: (n.region, alike(n)) if n.op == "constant" else id(n),
         lambda n: (n.region, alike(n), ups[id(n)], downs[id(n)]),
         lambda n: (n.region, alike(n), ups[id(n)]),
         lambda n: (n.region, alike(n), downs[id(n)]),
         lambda n: (n.region, alike(n)),
         lambda n: (n.region, n.op, attributes(n)),
-        lambda n: (n.region, n.op),
+        lambda n: (n.region, n.op) if n.op != "constant" else id(n),
         lambda n: (alike(n), ups[id(n)], downs[id(n)]),
         lambda n: (alike(n), ups[id(n)]),
         lambda n: (alike(n), downs[id(n)]),
     ]
-    olds, news, found = list(first.values()), list(second.values()), dict[str, str]()
+    olds, news = ([n for n in nodes.values() if n.name not in captured] for nodes in (first, second))
     for key in levels:
         pairs = _zipped(olds, news, key, key)
         found.update((b.name, a.name) for a, b in pairs)

@@ -8,8 +8,8 @@ from importlib import resources
 from typing import Any
 
 from fxcompress.diff import Diff, Run, Step
-from fxcompress.diff.text import quantity
-from fxcompress.history import Graph, History
+from fxcompress.diff.text import figure, quantity
+from fxcompress.history import Graph, History, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
 
 SCRIPTS = ("model.js", "layout.js", "draw.js", "cards.js", "app.js")
@@ -165,12 +165,18 @@ def _pair(before: float, after: float, unit: str) -> str:
 
 
 def _tables(run: Run, prefix: str) -> Iterator[dict[str, Any]]:
+    if prefix and run.passes:
+        head = ["pass", "contract", "sites", "declined", "measured"]
+        rows = [[p.name, p.contract, str(p.fired), str(len(p.declined)), figure(p)] for p in run.passes]
+        yield {"title": f"{prefix}passes", "head": head, "rows": rows}
     report = run.report
     if report is None:
         return
     if backend := report.backend:
-        rows = [row for row in _predicted(backend, report.weight_bytes) if row[2]]
+        rows = [row for row in _predicted(backend, report.weight_bytes, run.history.graphs[-1]) if row[2]]
         yield {"title": f"{prefix}Predicted and measured on {backend.name}", "head": ["", "predicted", "measured"], "rows": rows}
+        rows = [row for row in _measured(backend) if row[1]]
+        yield {"title": f"{prefix}Measured on {backend.name}", "head": ["", "figure"], "rows": rows}
         if backend.in_float:
             sites = [[s.module or s.site, f"{quantity(s.macs, '')}", s.reason] for s in backend.in_float]
             yield {"title": f"{prefix}Sites that run in float", "head": ["place", "multiply-accumulates", "reason"], "rows": sites}
@@ -191,15 +197,22 @@ def _tables(run: Run, prefix: str) -> Iterator[dict[str, Any]]:
         yield {"title": f"{prefix}Notes of capture", "head": ["what capture fixed or left out"], "rows": [[n] for n in report.notes]}
 
 
-def _predicted(backend: BackendReport, weight_bytes: int) -> list[list[str]]:
+def _predicted(backend: BackendReport, weight_bytes: int, last: Graph) -> list[list[str]]:
+    """What the cost model says before lowering, beside what the files and the runtime's own graph say after it."""
+    kernels = _shown(backend.integer_share, "{:.1%}".format)
     return [
         ["weights; files", quantity(weight_bytes, "B"), _shown(backend.file_bytes, lambda v: quantity(v, "B"))],
-        ["quantised sites in integer kernels, share of their work", "100%", _shown(backend.quantised_share, "{:.1%}".format)],
-        ["integer kernels, share of all work", "", _shown(backend.integer_share, "{:.1%}".format)],
-        ["greatest relative error against the interpreter", "0", _shown(backend.parity, "{:.2g}".format)],
-        ["the same of one site on its own input", "0", _shown(backend.site_parity, "{:.2g}".format)],
-        ["codes one step off, worst quantiser", "0", _shown(backend.code_flips, "{:.2%}".format)],
-        ["loss from rounding inside the kernels", "", _shown(backend.rounding_sqnr, "{:.1f} dB".format)],
+        ["multiply-accumulates on quantised values; in integer kernels", f"{quantised_share(last):.1%}", kernels],
+    ]
+
+
+def _measured(backend: BackendReport) -> list[list[str]]:
+    return [
+        ["quantised sites in integer kernels, share of their work", _shown(backend.quantised_share, "{:.1%}".format)],
+        ["greatest relative error against the interpreter", _shown(backend.parity, "{:.2g}".format)],
+        ["the same of one site on its own input", _shown(backend.site_parity, "{:.2g}".format)],
+        ["codes one step off, worst quantiser", _shown(backend.code_flips, "{:.2%}".format)],
+        ["SQNR of rounding inside the kernels", _shown(backend.rounding_sqnr, "{:.1f} dB".format)],
     ]
 
 

@@ -49,7 +49,7 @@ def run_of(program: Program) -> Run:
     """A program as a run without passes."""
     history = History()
     history.record(program)
-    return Run(program.origin, history)
+    return Run(program.origin or history.graphs[0].kinds.get("", "") or "model", history)
 
 
 def _history(data: Mapping[str, Any], path: Path) -> History:

@@ -53,23 +53,24 @@ def test_the_first_view_comes_at_once(file: Path, browser: Browser) -> None:
 
 
 def test_a_block_opens_at_once(file: Path, browser: Browser) -> None:
-    """From the click until it is laid out, drawn and painted; the median of the blocks opened one after the other."""
+    """From the click until it is laid out, drawn and painted, for a block and what is inside it: the best of four for each."""
     browser.open(file, "#pass=all")
     opening = """(async () => {
-      const times = [], inner = ['', '.attention', '.attention.query', '.mlp', '.mlp.up'].map((path) => 'r:model.layers.0' + path);
+      const best = {}, inner = ['', '.attention', '.attention.query', '.mlp', '.mlp.up'].map((path) => 'r:model.layers.0' + path);
       const find = (key) => [...document.querySelectorAll('#before [data-key]')].find((e) => e.dataset.key === key);
       const isOpen = (key) => find(key).getAttribute('aria-expanded') === 'true', wait = (ms) => new Promise((done) => setTimeout(done, ms));
       const click = (key) => find(key).dispatchEvent(new MouseEvent('click'));
-      for (const key of inner) {
-        if (isOpen(key)) { click(key); await wait(50); }
+      for (let turn = 0; turn < 4 * inner.length; turn++) {
+        const key = inner[Math.floor(turn / 4)];
+        if (isOpen(key)) { click(key); while (isOpen(key)) await wait(1); }
         const start = performance.now();
         click(key);
         while (!isOpen(key)) await wait(1);
         await new Promise(requestAnimationFrame);
-        times.push(performance.now() - start);
+        best[key] = Math.min(best[key] ?? Infinity, performance.now() - start);
       }
-      return times;
+      return best;
     })()"""
-    times = sorted(browser.run(opening))
-    assert times[len(times) // 2] < OPENING, times
+    times = browser.run(opening)
+    assert len(times) == 5 and max(times.values()) < OPENING, times
     assert browser.errors == []

@@ -54,6 +54,7 @@ def differences(first: Graph, second: Graph) -> dict[str, str]:
     return dict(states(first, found.graph, {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet2d_cond", "llama", "sam"])
 def test_two_captures_of_one_model_match_fully(name: str) -> None:
     from fxcompress.capture import capture

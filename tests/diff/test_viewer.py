@@ -291,6 +291,17 @@ def test_the_keyboard_is_enough(at: Any) -> None:
     assert browser.run("document.getElementById('keys').open")
 
 
+def test_the_way_back_is_the_browser_s(at: Any) -> None:
+    browser = at("#pass=2")
+    browser.key("n")
+    first = browser.run("location.hash")
+    browser.key("n")
+    assert browser.run("location.hash") != first
+    browser.run("history.back()")
+    browser.wait(f"location.hash === {json.dumps(first)}")
+    browser.wait("document.querySelector('#card h2 small').textContent === new URLSearchParams(location.hash.slice(1)).get('node')")
+
+
 def test_both_sides_stand_alike(at: Any) -> None:
     """What both graphs have is at the same place on both sides; what one lacks is left out there."""
     browser = at("#pass=2&node=dequantize_default&split")

@@ -72,7 +72,7 @@ function openFirst(view) {
   let path = "";
   for (let depth = 0; depth < 4; depth++) {
     const inner = view.tree.get(path).entries.filter((e) => e.region !== undefined && !view.folded.has(e.region)).map((e) => e.region);
-    const ways = data.single ? inner : inner.filter((p) => isChanged(view, { region: p }));
+    const ways = inner.filter((p) => isChanged(view, { region: p }));
     const next = inner.length === 1 ? inner[0] : ways[0];
     if (next === undefined || (ways.length > 3 && depth > 1) || shown(view, next, state).length > 60) return;
     state.open.add(next);
@@ -95,7 +95,10 @@ function address({ view = state.view, node = null, region = null, split = state.
 }
 
 function go({ view, node = null, region = null }) {
-  location.hash = address({ view: view === undefined ? state.view : views[view], node, region });
+  const next = address({ view: view === undefined ? state.view : views[view], node, region });
+  if (next === location.hash) return;
+  history.pushState(null, "", next);
+  follow();
 }
 
 function set(changes) {

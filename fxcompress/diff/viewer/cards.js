@@ -53,17 +53,23 @@ function tiles() {
   return el("ul", { class: "tiles" }, data.tiles.map(([name, value, note]) => el("li", {}, el("span", { class: "label" }, name), el("strong", {}, value), el("span", { class: "note" }, note))));
 }
 
+// Columns of figures stand to the right, words to the left.
 function facts() {
-  return data.tables.map(({ title, head, rows }) => el("section", {}, el("h2", {}, title),
-    el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, head.map((h, i) => el("th", { scope: "col", class: i ? "right" : "" }, h)))),
-      el("tbody", {}, rows.map((row) => el("tr", {}, row.map((c, i) => el("td", { class: i ? "right" : "" }, c)))))))));
+  const isFigures = (rows, i) => i > 0 && rows.every((row) => /^([\d<–+-].{0,24})?$/.test(row[i]));
+  return data.tables.map(({ title, head, rows }) => {
+    const kinds = head.map((_, i) => (isFigures(rows, i) ? "right" : rows.every((row) => row[i].length < 28) ? "short" : ""));
+    const line = (cells, tag) => el("tr", {}, cells.map((c, i) => el(tag, { class: kinds[i], scope: tag === "th" ? "col" : null }, c)));
+    return el("section", {}, el("h2", {}, title),
+      el("div", { class: "scroll" }, el("table", {}, el("thead", {}, line(head, "th")), el("tbody", {}, rows.map((row) => line(row, "td"))))));
+  });
 }
 
 // The card of a view: what the pass did, where, and what it left alone.
 function viewCard(view, go) {
+  if (data.single) return moduleCard(view, "", go);
   const pass = view.pass === null ? null : passes[view.pass];
   const counts = view.tree.get("").counts;
-  const parts = [el("h2", {}, view.name), el("p", { class: "chips" }, Object.keys(counts).length ? chips(counts) : data.single ? "" : "nothing changed in the graph")];
+  const parts = [el("h2", {}, view.name), el("p", { class: "chips" }, Object.keys(counts).length ? chips(counts) : "nothing changed in the graph")];
   if (pass) {
     const [verdict, figure] = measured(pass);
     parts.push(rows([

@@ -25,7 +25,7 @@ const SIGN = { added: "+", removed: "−", changed: "~", moved: "→" };
 // A state's mark has a form of its own: circle, square, diamond, arrowhead.
 function mark(state, x, y) {
   const forms = {
-    added: () => svg("circle", { cx: x, cy: y, r: 8 }),
+    added: () => svg("circle", { cx: x, cy: y, r: 7.5 }),
     removed: () => svg("rect", { x: x - 7.5, y: y - 7.5, width: 15, height: 15 }),
     changed: () => svg("path", { d: `M${x} ${y - 9.5}L${x + 9.5} ${y}L${x} ${y + 9.5}L${x - 9.5} ${y}Z` }),
     moved: () => svg("path", { d: `M${x - 8} ${y - 8}H${x + 3}L${x + 10} ${y}L${x + 3} ${y + 8}H${x - 8}Z` }),
@@ -140,9 +140,9 @@ function countMarks(view, item, group) {
 function overlay(view, item, group, state) {
   const [words, share] = state.overlay === "loss" ? lossFigure(view, item) : costFigure(view, item);
   if (words === "") return;
-  const y = item.h - 8;
+  const y = item.kind === "node" ? 31 : 34;
   group.append(svg("rect", { class: `bar ${state.overlay}`, x: 1, y: item.h - 4, width: Math.max(2, (item.w - 2) * share), height: 3 }));
-  group.append(svg("text", { class: "figure", x: item.w - 8, y: y, "text-anchor": "end" }, words));
+  group.append(svg("text", { class: "figure", x: item.w - 8, y, "text-anchor": "end" }, words));
 }
 
 const WORST = 10, BEST = 60;  // dB: where the bar is full, and where it is gone

@@ -1,5 +1,5 @@
 "use strict";
-// Where everything stands. Each open module is laid out by itself (dagre), inner ones first, so that no layout is ever large.
+// Where everything stands. Each open module is laid out by itself (@dagrejs/dagre 3.1.3), inner ones first, so that no layout is ever large.
 
 const SIZE = { node: 38, region: 46, head: 30, pad: 12, char: 7.3, most: 48 };
 
