@@ -12,7 +12,7 @@ SMOLLM2 := .cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 export OMP_NUM_THREADS ?= 1
 PYTEST_WORKERS ?= 2
 
-.PHONY: env check test demo model
+.PHONY: env check test demo model chromium
 .DELETE_ON_ERROR:
 
 env: $(STAMP)
@@ -30,8 +30,15 @@ check: env
 	$(BIN)/lint-imports
 
 # One file stays on one worker, so that what a file prepares once is prepared once.
-test: env model
+test: env model chromium
 	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
+
+# The viewer is tested in a real browser. Installed where that needs no question; a font, so that text has a width.
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
+	|| { echo "The viewer's tests need Chromium: apt-get install --no-install-recommends chromium fonts-dejavu-core" >&2; exit 1; }
 
 demo: env model
 	TQDM_DISABLE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tools/demo.py

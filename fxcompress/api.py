@@ -28,9 +28,14 @@ from fxcompress.calibrate.feed import Feed, FlatItems, as_feed
 from fxcompress.calibrate.statistics import Statistics
 from fxcompress.capture import Dynamic, capture
 from fxcompress.checkpoint import Checkpoint, opened
+from fxcompress.diff import Diff, Run, between, of_run
+from fxcompress.diff.read import HISTORY, PAGE, REPORT, is_run, run_at, run_in, run_of
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
 from fxcompress.generation import generating
+from fxcompress.history import History
+from fxcompress.inspection import Inspection, forecast
 from fxcompress.interpret import run
+from fxcompress.loss import losses
 from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight_bytes
 from fxcompress.program import Program, Value
 from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, load_recipe, options_error
@@ -42,7 +47,7 @@ from fxcompress.sources import Loaded, resolve
 from fxcompress.verify import audit
 
 PACKAGES = ("fxcompress", "torch", "onnx", "onnxruntime")
-REPORT, LOCK = "report.json", "recipe.lock.yaml"
+LOCK = "recipe.lock.yaml"
 
 
 def compile(  # noqa: PLR0913 - the arguments users say
@@ -113,7 +118,7 @@ def _guarded(
     float_metric = float(evaluate(compiled(guard.in_float(recipe))))
     model, report = guard.give_back(recipe, ranked, compiled, evaluate, float_metric, max_drop)
     model.report = model.report.model_copy(update={"guard": report})
-    (model.folder / REPORT).write_text(model.report.model_dump_json(indent=1), encoding="utf-8")
+    _write_report(model.folder, model.report, run_in(model.folder).history)
     return model
 
 
@@ -143,9 +148,10 @@ def _opened(
 def _run(manager: Manager, passes: Sequence[tuple[Step, Pass]], kept: Checkpoint | None, progress: Callable[[str, int], None]) -> None:
     """Run the passes that the checkpoint hasn't finished, and keep the program after each."""
     if kept and kept.program:
-        manager.program, manager.done = kept.program, list(kept.done)
+        manager.program, manager.done, manager.history = kept.program, list(kept.done), History.from_json(kept.history)
+        manager.history.resume(manager.program)
     finished = len(manager.done)
-    keep = (lambda: kept.save(manager.program, manager.done)) if kept else lambda: None
+    keep = (lambda: kept.save(manager.program, manager.done, manager.history.to_json())) if kept else lambda: None
     manager.run(passes[finished:], lambda name, number, _: progress(name, finished + number), keep)
 
 
@@ -178,9 +184,23 @@ def _lowered(recipe: Recipe, runner: Backend, captured: Program, manager: Manage
         shipped = None if session is None else lowest_sqnr(manager.reference, session.run(manager.probe))
         report = _report(recipe, captured, manager, manager.done, lowered, shipped)
         store.save_graph(program, folder)
-        (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
+        _write_report(folder, report, _measured(manager, captured))
         (folder / LOCK).write_text(_lock(recipe, runner), encoding="utf-8")
     return folder, report, session
+
+
+def _measured(manager: Manager, captured: Program) -> History:
+    """The run's history with the loss at every value."""
+    history, replaced = manager.history, [{k: v for c in p.changes for k, v in c.replaced.items()} for p in manager.done]
+    if manager.check != "off":
+        history.sqnr = losses(captured, manager.program, manager.probe, replaced, history.recast)
+    return history
+
+
+def _write_report(folder: Path, report: Report, history: History) -> None:
+    (folder / REPORT).write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    (folder / HISTORY).write_text(json.dumps(history.to_json(), separators=(",", ":")), encoding="utf-8")
+    (folder / PAGE).write_text(of_run(run_in(folder)).html(), encoding="utf-8")
 
 
 def _copied(artifact_folder: Path) -> tuple[Path, Report, None]:
@@ -336,6 +356,10 @@ class CompiledModel:
     def _plain_configs(self) -> dict[str, Any]:
         return {"config": plain_config(self.config), "generation_config": plain_config(self.generation_config)}
 
+    def diff(self, other: Any = None) -> Diff:
+        """What each pass did to the graph: `.save("diff.html")`, `.text()`. other: a compiled model or folder to compare with instead."""
+        return diff(self, other)
+
     def as_module(self) -> CompiledModule:
         """A drop-in nn.Module for diffusers and transformers: config, dtype, device and output classes of the model.
 
@@ -411,6 +435,34 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
         do = "fxcompress inspect MODEL lists the module paths"
         raise InputError(f"the artifact has no {name!r}", where=str(folder), why=nearest(name, known, most=5), do=do)
     return rows
+
+
+def diff(first: Any, second: Any = None, example_inputs: Any = None) -> Diff:
+    """What each pass of a run did; of two, how what the second made differs from what the first made.
+
+    A side is the folder of an artifact or checkpoint, a CompiledModel, or anything `compile` takes as a model. Raises an FxcError.
+    """
+    runs = [_run_of(side, example_inputs) for side in (first, second) if side is not None]
+    return between(*runs) if len(runs) == 2 else of_run(runs[0])
+
+
+def inspect(
+    model: Any, example_inputs: Any = None, component: str | None = None, recipes: Sequence[str] = (), dynamic: Dynamic = None
+) -> Inspection:
+    """A model's modules with what they cost, and what each of the recipes would do to it: `.facts()`, `.save("inspect.html")`.
+
+    model, example_inputs, component, dynamic: as for `compile`. recipes: names or files. Raises what capture and recipes raise.
+    """
+    program = program_of(model, example_inputs, component, dynamic)
+    return Inspection(program, [forecast(program, name) for name in recipes])
+
+
+def _run_of(side: Any, example_inputs: Any) -> Run:
+    if isinstance(side, CompiledModel):
+        return run_in(side.folder)
+    if isinstance(side, str | Path) and is_run(Path(side)):
+        return run_at(Path(side))
+    return run_of(program_of(side, example_inputs))
 
 
 def bench(folder: str | Path, runs: int = 10, threads: int = 1) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from fxcompress.errors import ArtifactError, FxcError, VerifierError
 from fxcompress.program import Program
 from fxcompress.report import PassReport
 
-VERSION = 1
+VERSION = 2
 STATE, OBJECTS, LOCK, ARTIFACT = "checkpoint.json", "objects", "lock", "artifact"
 MOST = 6  # differences that an error lists
 ANEW = "delete the folder to start anew"
@@ -53,23 +53,24 @@ def opened(folder: str | Path, run: Mapping[str, Any], captured: Program) -> Ite
 
 
 class Checkpoint:
-    """done: reports of the finished passes. program: as after the last of them; None before the first."""
+    """done: reports of the finished passes. program: as after the last of them; None before the first. history: its graphs as plain data."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any], captured: Program) -> None:
         self.folder, self.captured, self.objects = folder, captured, Objects(folder / OBJECTS)
         self.done: list[PassReport] = []
         self.program: Program | None = None
+        self.history: dict[str, Any] = {}
         self._run = json.loads(json.dumps(run))
         self._model = json.dumps(_model(captured), sort_keys=True).encode()
         self._contents = _contents(captured)
-        self._kept = self._read()
+        self._kept = _read(folder)
         if self._kept:
             self._load(self._kept)
         with self._writing():
             self._sweep()
 
-    def save(self, program: Program, done: Sequence[PassReport]) -> None:
-        """Keep the program as it is after these passes. ArtifactError if it can't be written; what was kept before still is."""
+    def save(self, program: Program, done: Sequence[PassReport], history: Mapping[str, Any]) -> None:
+        """Keep program and history as after these passes. ArtifactError if they can't be written; what was kept before still is."""
         used: list[str] = []
 
         def put(content: bytes | memoryview) -> str:
@@ -77,7 +78,7 @@ class Checkpoint:
             return used[-1]
 
         with self._writing():
-            state = {**snapshot.take(program, self.captured, put), "reports": [r.model_dump(mode="json") for r in done]}
+            state = {**snapshot.take(program, self.captured, put), "reports": [r.model_dump(mode="json") for r in done], "history": history}
             names = {"model": put(self._model), "state": put(json.dumps(state).encode())}
             run = {**self._run, "passes": self._run["passes"][: len(done)]}
             self._commit({**names, "run": run, "contents": self._contents, "objects": sorted(set(used)), "artifact": None})
@@ -120,28 +121,13 @@ class Checkpoint:
         if kept["artifact"] is None:
             shutil.rmtree(self.folder / ARTIFACT, ignore_errors=True)
 
-    def _read(self) -> dict[str, Any] | None:
-        path = self.folder / STATE
-        try:
-            data = json.loads(path.read_bytes())
-            if data["version"] != VERSION:
-                why = f"version {data['version']}, this one reads {VERSION}"
-                raise ArtifactError("the checkpoint is from another fxcompress", where=str(path), why=why, do=ANEW)
-            kept: dict[str, Any] = data["kept"]
-            if data["sha256"] != _digest_of(kept):
-                raise _altered(path)
-        except FileNotFoundError:
-            return None
-        except (*store.UNREADABLE, RecursionError) as error:
-            raise ArtifactError("the checkpoint is damaged", where=str(path), why=f"{type(error).__name__}: {error}", do=ANEW) from None
-        return kept
-
     def _load(self, kept: Mapping[str, Any]) -> None:
         try:
             self._refuse_another_run(kept)
             state = json.loads(self.objects.get(kept["state"]).numpy().tobytes())
             self.program = snapshot.restore(state, self.captured, self.objects.get)
             self.done = [PassReport.model_validate(r) for r in state["reports"]]
+            self.history = state["history"]
         except (*store.UNREADABLE, VerifierError) as error:
             why = f"{type(error).__name__}: {error}"
             raise ArtifactError("the checkpoint can't be read", where=str(self.folder), why=why, do=ANEW) from error
@@ -207,6 +193,32 @@ class Objects:
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if path.name not in names:
                 path.unlink()
+
+
+def stored_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint keeps, to be looked at: "reports", "history", and the last program. ArtifactError if it is damaged."""
+    kept = _read(folder)
+    if kept is None:
+        raise ArtifactError("no checkpoint there", where=str(folder), why=f"it has no {STATE}", do="check the path")
+    state: dict[str, Any] = json.loads(Objects(folder / OBJECTS).get(kept["state"]).numpy().tobytes())
+    return state
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / STATE
+    try:
+        data = json.loads(path.read_bytes())
+        if data["version"] != VERSION:
+            why = f"version {data['version']}, this one reads {VERSION}"
+            raise ArtifactError("the checkpoint is from another fxcompress", where=str(path), why=why, do=ANEW)
+        kept: dict[str, Any] = data["kept"]
+        if data["sha256"] != _digest_of(kept):
+            raise _altered(path)
+    except FileNotFoundError:
+        return None
+    except (*store.UNREADABLE, RecursionError) as error:
+        raise ArtifactError("the checkpoint is damaged", where=str(path), why=f"{type(error).__name__}: {error}", do=ANEW) from None
+    return kept
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ from fxcompress.sources import call_function
 app = typer.Typer(help="Makes generative and vision models small and fast, and proves every rewrite on your own model.", no_args_is_help=True)
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
+MOST = 20  # declined sites that are printed
+ENDINGS = {"html": "html", "text": "txt", "dot": "dot", "model-explorer": "json"}
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=".pt2, .gguf, diffusers or transformers folder, or package.module:function")]
 Example = Annotated[str | None, typer.Option(help="example inputs: a .safetensors by parameter name, or package.module:function")]
@@ -65,25 +67,25 @@ def compile(
 
 
 @app.command()
-def inspect(model: Model, component: Component = None, example: Example = None, as_json: Json = False) -> None:
-    """Capture a model and list its regions with nodes and parameters."""
+def inspect(
+    model: Model,
+    component: Component = None,
+    example: Example = None,
+    recipes: Annotated[bool, typer.Option("--recipes", help="also try every shipped recipe on a copy: sites, declines, bytes")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="an HTML file with the graph, too")] = None,
+    as_json: Json = False,
+) -> None:
+    """Capture a model and list its modules with nodes, parameters and costs, and what each recipe would do to it."""
     from fxcompress import api
-    from fxcompress.regions import regions
+    from fxcompress.recipe import shipped
 
     with failing(as_json):
-        program = api.program_of(model, example_inputs(example) if example else None, component)
-    rows = [
-        {"path": r.path, "class": r.kind, "nodes": len(r.all_nodes()), "parameters": _parameters(r, program)} for r in regions(program).walk()
-    ]
-    facts = {
-        "origin": program.origin,
-        "inputs": {v.name: list(v.shape) for v in program.inputs},
-        "outputs": {v.name: list(v.shape) for v in program.outputs},
-        "symbols": {k: list(v) for k, v in program.symbols.items()},
-        "notes": list(program.notes),
-        "regions": rows,
-    }
-    show(facts, as_json, lambda: [*_facts(facts), table("region", rows)])
+        found = api.inspect(model, example_inputs(example) if example else None, component, shipped() if recipes else ())
+        facts = found.facts()
+        saved = found.save(output) if output else None
+    parts = [table("region", facts["regions"]), *([table("recipe", facts["recipes"])] if recipes else [])]
+    declined = [f"{f.recipe}: {name} would decline {d.module or d.site}: {d.reason}" for f in found.forecasts for name, d in f.declined[:MOST]]
+    show(facts, as_json, lambda: [*_facts(facts), *parts, *declined, *([f"{saved}"] if saved else [])])
 
 
 @app.command("passes")
@@ -114,6 +116,31 @@ def list_recipes(name: Annotated[str | None, typer.Argument(help="one recipe or 
     else:
         rows = [{"recipe": n, "what": r.description} for n, r in found.items()]
         show({"recipes": rows}, as_json, lambda: [table("recipe", rows)])
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="an artifact, a checkpoint, or a model as for compile")],
+    second: Annotated[str | None, typer.Argument(metavar="B", help="compared with A; left out: what each pass of A did")] = None,
+    as_text: Annotated[bool, typer.Option("--text", help="print text that is the same for the same runs")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="the file to write")] = None,
+    format: Annotated[str, typer.Option(help="html, text, dot or model-explorer")] = "html",
+    example: Example = None,
+    as_json: Json = False,
+) -> None:
+    """Show what each pass did to the graph, or how two results differ, in one HTML file or as text."""
+    from fxcompress import api
+
+    if format not in ENDINGS:
+        raise typer.BadParameter(f"{format!r} is none of {', '.join(ENDINGS)}", param_hint="--format")
+    with failing(as_json):
+        found = api.diff(first, second, example_inputs(example) if example else None)
+        wanted = None if as_text or (as_json and output is None) else output or Path(f"diff.{ENDINGS[format]}")
+        saved = found.save(wanted, format) if wanted else None  # type: ignore[arg-type]
+    if as_text and not as_json:
+        sys.stdout.write(found.text())
+    else:
+        show({**found.summary(), "file": saved and str(saved)}, as_json, lambda: [f"{saved}: {found.title}"])
 
 
 @app.command()
@@ -189,8 +216,8 @@ def declines(report: Any) -> list[str]:
     """One line a declined site, the first twenty of each pass, and the notes of capture."""
     lines = [f"note: {n}" for n in report.notes]
     for p in report.passes:
-        lines += [f"{p.name} declined {d.module or d.site}: {d.reason}" for d in p.declined[:20]]
-        lines += [f"{p.name} declined {len(p.declined) - 20} more; all are in report.json"] if len(p.declined) > 20 else []
+        lines += [f"{p.name} declined {d.module or d.site}: {d.reason}" for d in p.declined[:MOST]]
+        lines += [f"{p.name} declined {len(p.declined) - MOST} more; all are in report.json"] if len(p.declined) > MOST else []
     return lines
 
 
@@ -270,12 +297,8 @@ def _facts(facts: dict[str, Any]) -> list[str]:
     lines = [f"{facts['origin']}"]
     for kind in ("inputs", "outputs"):
         lines += [f"{kind[:-1]} {name} [{', '.join(map(str, shape))}]" for name, shape in facts[kind].items()]
+    lines += [f"{name}: {formula}" for name, formula in facts["cost"].items()]
     return lines + [f"note: {n}" for n in facts["notes"]]
-
-
-def _parameters(region: Any, program: Any) -> int:
-    names = {str(n.target) for n in region.all_nodes() if n.op == "get_attr"}
-    return sum(program.constants[n].numel() for n in names)
 
 
 def _pass_row(name: str, kind: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from fxcompress.edit import Edit, Site, Step
 from fxcompress.interpret import evaluate
-from fxcompress.measure import filled, greatest_distance, has_zeros, relative_error, rounded
+from fxcompress.measure import Histograms, filled, greatest_distance, has_zeros, histograms, relative_error, rounded
 from fxcompress.numerics import formats, noise
 from fxcompress.program import Program
 from fxcompress.wiring import misreads
@@ -39,7 +39,8 @@ DRAWS, ROUNDINGS = 4, 16  # how often operands are rounded at random, and how ma
 
 @dataclass(frozen=True)
 class Measured:
-    """One compared value of one site. figure and limit: relative error (Exact: figure <= limit) or SQNR in dB (Bounded: figure >= limit)."""
+    """One compared value of one site. figure and limit: relative error (Exact: figure <= limit) or SQNR in dB (Bounded: figure >= limit).
+    histogram: of the value before and after, where it may lose something."""
 
     site: str
     value: str
@@ -47,6 +48,7 @@ class Measured:
     limit: float
     verdict: Verdict
     why: str = ""
+    histogram: Histograms | None = None
 
 
 @dataclass(frozen=True)
@@ -294,14 +296,15 @@ class _Checker:
         wrong = (
             (self._worst_block(pair, before, after) or self._off_grid(pair, env, before, after) or self._hidden(pair, bound)) if holds else ""
         )
+        spread = None if isinstance(self.contract, Exact) else histograms(before, after)
         del after  # a decoded weight may be large, and the flipped ones are as large
         if not holds or wrong:
-            return Measured(pair.site.name, pair.new.name, figure, bound, "broken", wrong)
+            return Measured(pair.site.name, pair.new.name, figure, bound, "broken", wrong, spread)
         why = self._unseen(pair, env, before, floors, bound) if not isinstance(self.contract, Lossy) and pair.new not in self.carried else ""
         if why and self._is_on_range(pair):
-            spread = self._over_range(pair)
-            return Measured(pair.site.name, pair.new.name, figure, bound, spread.verdict, spread.why)
-        return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why)
+            filling = self._over_range(pair)
+            return Measured(pair.site.name, pair.new.name, figure, bound, filling.verdict, filling.why, spread)
+        return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why, spread)
 
     def _off_grid(self, pair: _Pair, env: Mapping[fx.Node, Any], before: Any, after: Any) -> str:
         """How a number of the range that a quantiser of integers is for moves by more than half a step, as a sentence; "" if none does. The

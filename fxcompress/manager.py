@@ -16,6 +16,7 @@ from fxcompress.calibrate.statistics import Statistics
 from fxcompress.contract import Exact, Measured
 from fxcompress.edit import Edit, Site
 from fxcompress.errors import ContractViolation, FxcError
+from fxcompress.history import History
 from fxcompress.interpret import run
 from fxcompress.numerics.noise import sqnr
 from fxcompress.program import Program, module_path
@@ -46,15 +47,20 @@ class Manager:
         self.program, self.target, self.probe, self.check, self.statistics = program, target, tuple(probe), check, statistics
         self.reference = run(program, self.probe) if check != "off" else []  # what the end-to-end figures compare with
         self.done: list[PassReport] = []
+        self.history = History()
 
     def run(
         self, passes: Sequence[tuple[Step, Pass]], progress: Progress = lambda *_: None, keep: Callable[[], None] = lambda: None
     ) -> list[PassReport]:
         """Run all passes; keep() is called after each. On an error the program is as after the last finished pass, and the error says how many
         finished."""
+        if not self.history.graphs:
+            self.history.record(self.program)
         for number, (step, item) in enumerate(passes):
             progress(item.name, number, len(passes))
-            self.done.append(self._step(step, item))
+            report, recast = self._step(step, item)
+            self.done.append(report)
+            self.history.record(self.program, {name for change in report.changes for name in change.constants}, recast)
             keep()
         progress("", len(passes), len(passes))
         return self.done
@@ -63,7 +69,8 @@ class Manager:
         """Lowest SQNR over the floating-point outputs against the captured program, in dB, on the probe."""
         return lowest_sqnr(self.reference, run(self.program, self.probe))
 
-    def _step(self, step: Step, item: Pass) -> PassReport:
+    def _step(self, step: Step, item: Pass) -> tuple[PassReport, list[str]]:
+        """The pass's report, and the values that carry a change since."""
         start, bytes_before, nodes_before = time.process_time(), weight_bytes(self.program), len(self.program.graph.nodes)
         edit, notes = Edit(self.program), list[str]()
         try:
@@ -72,6 +79,7 @@ class Manager:
             checks = self._checked(step, item, edit)
             verify(self.program)
             sites = list(edit.sites)
+            recast = [n.name for n in (*edit.changes, *edit.loose)]
             edit.commit()
         except BaseException as error:
             edit.rollback()
@@ -79,7 +87,7 @@ class Manager:
                 raise error.placed(state=f"program as before this pass; {len(self.done)} finished passes are kept") from None
             raise
         exact = isinstance(item.contract, Exact)
-        return PassReport(
+        report = PassReport(
             name=item.name,
             options=item.options.model_dump(mode="json"),
             cpu_seconds=round(time.process_time() - start, 3),
@@ -98,6 +106,7 @@ class Manager:
             changes=tuple(as_change(s) for s in sites),
             notes=tuple(notes),
         )
+        return report, recast
 
     def _apply(self, step: Step, item: Pass, edit: Edit, notes: list[str]) -> Found:
         context = Context(self.program, self.target, self.probe, step.where.admits, note=notes.append)
@@ -168,7 +177,8 @@ def _finite(x: Tensor) -> Tensor:
 
 def as_check(measured: Measured) -> Check:
     """A measurement as it stands in the report."""
-    return Check(**{f: getattr(measured, f) for f in Check.model_fields})
+    spread = measured.histogram and measured.histogram._asdict()
+    return Check(**{**{f: getattr(measured, f) for f in Check.model_fields}, "histogram": spread})
 
 
 def as_change(site: Site) -> Change:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+
+BINS, SAMPLE = 32, 1 << 16
 
 
 def relative_error(old: Tensor, new: Tensor, floor: float = 0.0) -> float:
@@ -64,3 +66,25 @@ def filled(x: Tensor) -> Tensor:
     size = finite.square().mean().sqrt().item() or 1.0
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).abs() * size
     return torch.where(x == 0, noise.to(x.device, x.dtype), x)
+
+
+class Histograms(NamedTuple):
+    """How two values are spread: counts in equal bins from low to high."""
+
+    low: float
+    high: float
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def histograms(old: Any, new: Any) -> Histograms | None:
+    """The histograms of a floating-point value before and after, of at most SAMPLE of its entries; None for anything else, and where one
+    isn't finite."""
+    if not all(isinstance(v, Tensor) and v.is_floating_point() and v.itemsize > 1 and v.numel() for v in (old, new)):
+        return None
+    flat = [v.detach().reshape(-1)[:: max(1, v.numel() // SAMPLE) | 1].float() for v in (old, new)]
+    low, high = min(float(v.min()) for v in flat), max(float(v.max()) for v in flat)
+    if not math.isfinite(high - low):
+        return None
+    counts = [tuple(torch.histc(v, BINS, low, high).int().tolist()) for v in flat]
+    return Histograms(float(f"{low:.4g}"), float(f"{high:.4g}"), *counts)

@@ -60,8 +60,18 @@ class Change(Frozen):
     erased: tuple[str, ...]
 
 
+class Histogram(Frozen):
+    """A value before and after, in equal bins from low to high; counts of a sample of its entries."""
+
+    low: float
+    high: float
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
 class Check(Frozen):
-    """One contract measurement. unit: "relative error" (figure <= limit) or "dB" (figure >= limit)."""
+    """One contract measurement. unit: "relative error" (figure <= limit) or "dB" (figure >= limit).
+    histogram: where the value may lose something."""
 
     site: str
     value: str
@@ -69,6 +79,7 @@ class Check(Frozen):
     limit: Figure
     verdict: Literal["held", "broken", "unverified"]
     why: str
+    histogram: Histogram | None = None
 
 
 class PassReport(Frozen):

@@ -71,7 +71,8 @@ def test_the_manifest_names_every_file(out: Path) -> None:
     for name, entry in data["files"].items():
         assert entry == {"bytes": (out / name).stat().st_size, "sha256": hashlib.sha256((out / name).read_bytes()).hexdigest()}
     assert data["backend"] == {"name": "reference", "options": {}}
-    assert {"recipe.lock.yaml", "report.json", "program.json", "constants.safetensors", "example.safetensors"} == data["files"].keys()
+    page = {"report.html", "history.json"}
+    assert {*page, "recipe.lock.yaml", "report.json", "program.json", "constants.safetensors", "example.safetensors"} == data["files"].keys()
 
 
 def test_others_may_read_it(out: Path) -> None:
@@ -157,7 +158,9 @@ def test_a_truncated_file(out: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["constants.safetensors", "program.json", "report.json", "recipe.lock.yaml", "example.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["constants.safetensors", "program.json", "report.json", "recipe.lock.yaml", "example.safetensors", "history.json", "report.html"]
+)
 @pytest.mark.parametrize("place", [0, -1])
 def test_an_altered_byte(name: str, place: int, out: Path) -> None:
     data = bytearray((out / name).read_bytes())

@@ -210,6 +210,7 @@ WRONG_USAGE = [
     ["bench", "out", "--runs", "0"],
     ["bench", "out", "--runs", "many"],
     ["explain", "out"],
+    ["diff"],
     ["inspect"],
     ["no-such-command"],
     [],
@@ -237,6 +238,15 @@ def test_inspect(place: Path) -> None:
     shown = text("inspect", WITH_EXAMPLE)
     assert "input x [batch, 8]" in shown
     assert "fc1" in shown
+
+
+def test_inspect_with_recipes_and_a_file(place: Path) -> None:
+    facts = as_json("inspect", WITH_EXAMPLE, "--recipes", "-o", "inspect.html")
+    assert [r["recipe"] for r in facts["recipes"]] == shipped()
+    assert (place / "inspect.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    shown = text("inspect", WITH_EXAMPLE, "--recipes")
+    assert "w8a8-llm: reparam.smooth would decline " in shown
+    assert "operations: " in shown
 
 
 def test_inspect_with_an_example(place: Path) -> None:
@@ -274,6 +284,34 @@ def test_one_recipe_of_the_users_own(place: Path) -> None:
     """A path shows that file."""
     assert as_json("recipes", "mine.yaml")["name"] == "mine"
     assert text("recipes", "mine.yaml").rstrip() == RECIPE.rstrip()
+
+
+# diff
+
+
+def test_diff(out: Path) -> None:
+    shown = text("diff", "out", "--text")
+    assert shown.startswith("cli_models:with_example, mine\n")
+    assert "declined fc2: fc2_weight is also read by sum_1" in shown
+    assert not (out.parent / "diff.html").exists()
+    assert text("diff", "out") == "diff.html: cli_models:with_example, mine\n"
+    assert (out.parent / "diff.html").read_text(encoding="utf-8") == (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_diff_of_two(out: Path) -> None:
+    found = as_json("diff", "out", WITH_EXAMPLE, "-o", "two.dot", "--format", "dot")
+    assert found["file"] == "two.dot"
+    assert "unpack_default" in found["steps"][0]["removed"] and "fc1_weight" in found["steps"][0]["added"]
+    assert (out.parent / "two.dot").read_text().startswith("digraph {")
+    assert as_json("diff", WITH_EXAMPLE, WITH_EXAMPLE)["steps"][0] == {
+        "name": "cli_models:with_example → cli_models:with_example",
+        **{s: [] for s in ("added", "removed", "changed", "moved")},
+    }
+
+
+def test_diff_of_nothing(place: Path) -> None:
+    assert call("diff", "out", "--format", "pdf").exit_code == 2
+    assert as_json("diff", "nowhere", code=1)["error"] == "CaptureError"
 
 
 def test_explain(out: Path) -> None:

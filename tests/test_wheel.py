@@ -21,6 +21,7 @@ for name in names:
     file = Path(importlib.import_module(name).__file__)
     assert file.is_relative_to(here), f"{name} comes from {file}"
 assert (resources.files("fxcompress.recipes") / "int4-weight-only.yaml").is_file()
+assert {"app.js", "dagre.min.js", "dagre.LICENSE.txt"} <= {f.name for f in (resources.files("fxcompress.diff") / "viewer").iterdir()}
 """
 
 

@@ -2,9 +2,9 @@
 
     python tools/demo.py [--out out/demo] [--windows 16]
 
-Needs the model (make model). Writes an artifact with its report for each recipe to --out and prints one table: tokens a second of `generate`
-after a prompt, on one thread; bytes on disk, perplexity on Moby-Dick (chapters 41 to 48; the probe of the contracts is another book),
-milliseconds of one forward, lowest output SQNR, a sentence by each.
+Needs the model (make model). Writes an artifact with its report.html for each recipe to --out and prints one table: tokens a second of
+`generate` after a prompt, on one thread; bytes on disk, perplexity on Moby-Dick (chapters 41 to 48; the probe of the contracts is another
+book), milliseconds of one forward, lowest output SQNR, a sentence by each.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
         f"Perplexity: {rows['fp32']['tokens']} tokens of Moby-Dick in windows of {WINDOW}. The weights come from a 4-bit file (Q4_1): fp32 is "
         "what it holds. int4 rounds activations to int8 inside the kernel; int4 exact doesn't."
     )
-    console.print(f"artifacts and reports: {options.out}    CPU time of this program: {time.process_time() / 60:.1f} minutes")
+    console.print(f"artifacts, each with its report.html: {options.out}    CPU time of this program: {time.process_time() / 60:.1f} minutes")
 
 
 def _options() -> argparse.Namespace:

@@ -29,13 +29,13 @@ from fxcompress.backend import Backend, Session
 from fxcompress.backends.onnx.bind import FLOAT_KERNEL, INT8_KERNEL, bind
 from fxcompress.backends.onnx.blocks import GROUPS
 from fxcompress.backends.onnx.files import read_graph, write_model
-from fxcompress.backends.onnx.macs import macs
 from fxcompress.backends.onnx.outline import QUANTIZE, outline
 from fxcompress.backends.onnx.parity import end_to_end, site_by_site
 from fxcompress.backends.onnx.session import OnnxSession
 from fxcompress.backends.onnx.sites import quantised_sites, share
 from fxcompress.backends.onnx.stepwise import Steps, step_by_step
 from fxcompress.backends.onnx.translate import translate
+from fxcompress.cost import macs
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.numerics.noise import sqnr

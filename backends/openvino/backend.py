@@ -20,7 +20,6 @@ from torch import Tensor, fx
 
 from fxcompress.backend import Backend
 from fxcompress.backends.onnx.files import MODEL, WEIGHTS, read_graph, write_model
-from fxcompress.backends.onnx.macs import macs
 from fxcompress.backends.onnx.outline import QUANTIZE, outline
 from fxcompress.backends.onnx.parity import end_to_end
 from fxcompress.backends.onnx.sites import quantised_sites, readers_of_codes, reads_codes, share
@@ -30,6 +29,7 @@ from fxcompress.backends.openvino.bind import bind
 from fxcompress.backends.openvino.drift import check_drift
 from fxcompress.backends.openvino.kernels import Kernel, kernels
 from fxcompress.backends.openvino.session import OpenVinoSession, absent, runtime
+from fxcompress.cost import macs
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.numerics.noise import sqnr

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.backends.onnx.macs import macs
 from fxcompress.backends.onnx.onnxruntime import OnnxRuntimeBackend
 from fxcompress.backends.onnx.translate import _SKELETONS
 from fxcompress.capture import capture
+from fxcompress.cost import macs
 from fxcompress.dataflow import weight_uses
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError
 from fxcompress.interpret import run

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from fxcompress.backends.onnx.macs import macs
 from torch import Tensor, fx
 
-from fxcompress.backends.onnx.macs import macs
 from fxcompress.dataflow import before_moves, is_constant
 from fxcompress.interpret import run
 from fxcompress.numerics.formats import format_of

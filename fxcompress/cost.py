@@ -1,0 +1,144 @@
+"""Cost of a program before anything runs: arithmetic and bytes of every node, as numbers or as formulas in the dynamic sizes.
+
+Multiply-accumulates are one line an op. Sizes may be integers or sympy expressions in the names the program gives its dynamic axes; a formula
+is bound to numbers with `subs`. Whatever contracts nothing costs one operation for each element of its largest operand or result, and what only
+moves, gathers or fills costs none: roofline figures, not a clock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from fxcompress.dataflow import is_move
+from fxcompress.program import Program
+
+Shape = Sequence[Any]
+_ATEN = torch.ops.aten
+_MOVES = "cat stack split chunk split_with_sizes slice select index index_select gather embedding arange full zeros ones pad"
+_FREE = frozenset([*_MOVES.split(), "quantize", "dequantize", "unpack"])  # a kernel that computes in codes has these inside
+
+
+class Cost(NamedTuple):
+    """flops: two for each multiply-accumulate. weights: bytes stored in constants. traffic: bytes read and written, results and constants."""
+
+    flops: Any
+    weights: Any
+    traffic: Any
+
+
+class Costs:
+    """The costs of one program's nodes, as formulas or at the sizes of the example inputs. A node without a fake value (of a stored program)
+    costs 0."""
+
+    def __init__(self, program: Program, formulas: bool = True) -> None:
+        self.program = program
+        self.example = example_sizes(program)
+        self._names, self._formulas = symbol_names(program), formulas
+        self._sizes: dict[Any, Any] = {}
+        self.shapes = {n: self.shape(n) for n in program.graph.nodes}
+
+    def shape(self, node: fx.Node) -> tuple[Any, ...]:
+        """Sizes of the node's value; () for a number or nothing."""
+        return tuple(self._size(s) for s in getattr(node.meta.get("val"), "shape", ()))
+
+    def of(self, node: fx.Node) -> Cost:
+        """The cost of one node."""
+        if node.op == "get_attr":
+            tensor = self.program.constants[str(node.target)]
+            return Cost(0, tensor.numel() * tensor.element_size(), 0)
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor) or is_move(node):
+            return Cost(0, 0, 0)
+        contracted = macs(node, self.shapes)
+        packet = str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
+        tensors = [n for n in (node, *node.all_input_nodes) if isinstance(n.meta.get("val"), Tensor)]
+        elementwise = 0 if packet in _FREE else max((prod(self.shapes[n]) for n in tensors), key=self.bound)
+        traffic = sum(prod(self.shapes[n]) * n.meta["val"].element_size() for n in tensors)
+        return Cost(2 * contracted if contracted != 0 else elementwise, 0, traffic)
+
+    def total(self, nodes: Iterable[fx.Node]) -> Cost:
+        """The sum over nodes, each formula once with its count."""
+        counted = [Counter(column) for column in zip(*(self.of(n) for n in nodes), strict=True)] or [Counter[Any]()] * 3
+        return Cost(*(sympy.expand(sympy.Add(*(v * k for v, k in c.items()))) for c in counted))
+
+    def bound(self, value: Any) -> int:
+        """A formula at the sizes of the example inputs."""
+        return int(value.subs(self.example)) if isinstance(value, sympy.Expr) else int(value)
+
+    def _size(self, size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        expression = size.node.expr
+        if expression not in self._sizes:
+            named = expression.xreplace(self._names)
+            self._sizes[expression] = named if self._formulas and not named.is_number else self.bound(named)
+        return self._sizes[expression]
+
+
+def symbol_names(program: Program) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Torch's symbol of a dynamic size -> the program's own name for it."""
+    found = {}
+    for node, value in zip(program.placeholders(), program.inputs, strict=True):
+        for size, name in zip(getattr(node.meta.get("val"), "shape", ()), value.shape, strict=False):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                found[size.node.expr] = sympy.Symbol(str(name))
+    return found
+
+
+def example_sizes(program: Program) -> dict[sympy.Symbol, int]:
+    """What each dynamic size is in the example inputs."""
+    pairs = [
+        (str(name), int(size))
+        for value, tensor in zip(program.inputs, program.example, strict=False)
+        for name, size in zip(value.shape, tensor.shape, strict=False)
+    ]
+    return {sympy.Symbol(name): size for name, size in pairs if name in program.symbols}
+
+
+def macs(node: fx.Node, shapes: Mapping[fx.Node, Shape]) -> Any:
+    """Multiply-accumulates of the node; 0 for ops that don't contract."""
+    rule = _RULES.get(str(node.target))
+    if rule is None:
+        return 0
+    given = [shapes.get(a, ()) if isinstance(a, fx.Node) else () for a in node.args]
+    return rule(given, shapes.get(node, ()), node)
+
+
+def _contracts(operand: int) -> Callable[[Sequence[Shape], Shape, Any], Any]:
+    """Every output element sums over the last axis of that operand."""
+    return lambda given, out, node: prod(out) * given[operand][-1]
+
+
+def _convolves(given: Sequence[Shape], out: Shape, node: fx.Node) -> Any:
+    turned = "transpose" in str(node.target) or (node.target is _ATEN.convolution.default and bool(node.args[6]))
+    return prod(given[0] if turned else out) * prod(given[1][1:])
+
+
+def _attends(given: Sequence[Shape], out: Shape, node: fx.Node) -> Any:
+    query, key, value = given[:3]
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _recurs(given: Sequence[Shape], out: Shape, node: fx.Node) -> Any:
+    """Every weight matrix multiplies every step of every sequence. given[0]: the sequence [.., .., features]."""
+    weights: Any = next(a for a in node.args if isinstance(a, list | tuple) and len(a) > 2)
+    return prod(given[0][:-1]) * sum(int(w.meta["val"].numel()) for w in weights if w.meta["val"].dim() == 2)
+
+
+_RULES: Mapping[str, Callable[[Sequence[Shape], Shape, Any], Any]] = {
+    **{f"aten.{op}.default": _contracts(0) for op in ("linear", "mm", "bmm", "matmul")},
+    **{f"aten.{op}.default": _contracts(1) for op in ("addmm", "baddbmm")},
+    **{f"aten.conv{n}d.{overload}": _convolves for n in (1, 2, 3) for overload in ("default", "padding")},
+    **dict.fromkeys(("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input"), _convolves),
+    "aten.convolution.default": _convolves,
+    **dict.fromkeys(("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input"), _recurs),
+    "aten.scaled_dot_product_attention.default": _attends,
+}
+
+CONTRACTIONS = frozenset(_RULES)  # names of the ops that multiply and accumulate

@@ -1,0 +1,151 @@
+"""Diff: what every pass of a run did to the graph, or how two programs differ, as text, as one HTML file and for other viewers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fxcompress import artifact
+from fxcompress.diff.matching import Aligned, aligned
+from fxcompress.diff.states import State, alike, merged, states
+from fxcompress.errors import ArtifactError
+from fxcompress.history import Graph, History, Node
+from fxcompress.loss import stand_ins
+from fxcompress.report import PassReport, Report
+
+__all__ = ["Diff", "Format", "Run", "Step", "between", "of_run", "written"]
+
+
+Format = Literal["html", "text", "dot", "model-explorer"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One side of a diff: a title, the graphs of its run, the reports of its passes, and the whole report where it is finished."""
+
+    title: str
+    history: History
+    passes: Sequence[PassReport] = ()
+    report: Report | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Two graphs and what is between them. states: of every node that isn't as it was. folded, changed_alike: numbered modules that are the
+    same as the first of their siblings, in whole and in what changed. report: the pass's own, if one pass made the step."""
+
+    name: str
+    before: Graph
+    after: Graph
+    states: Mapping[str, State]
+    report: PassReport | None = None
+
+    @property
+    def nodes(self) -> dict[str, Node]:
+        """The nodes of both graphs."""
+        return merged(self.before, self.after)
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """Module path -> the one it is in, of both graphs."""
+        return {**self.before.parents, **self.after.parents}
+
+    @property
+    def folded(self) -> dict[str, str]:
+        """Numbered module -> the first of its siblings that is the same in whole."""
+        return alike(self.nodes, self.parents, self.states, changes_only=False)
+
+    @property
+    def changed_alike(self) -> dict[str, str]:
+        """Numbered module -> the first of its siblings in which the same changed."""
+        return alike(self.nodes, self.parents, self.states, changes_only=True)
+
+
+@dataclass(frozen=True)
+class Diff:
+    """The steps of a run in order, and all of them as one. runs: the run, or the two that are compared. was: names that are other ones in the
+    second, of nodes and modules."""
+
+    title: str
+    steps: Sequence[Step]
+    whole: Step
+    runs: Sequence[Run]
+    was: Mapping[str, str] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """For a terminal and for git: stable, without times."""
+        from fxcompress.diff.text import text
+
+        return text(self)
+
+    def summary(self) -> dict[str, Any]:
+        """Per step the names of the nodes in each state, as plain data."""
+        return {"title": self.title, "steps": [{"name": s.name, **_by_state(s)} for s in self.steps], "renamed": dict(self.was)}
+
+    def html(self) -> str:
+        """One self-contained file."""
+        from fxcompress.diff.page import page
+
+        return page(self)
+
+    def save(self, path: str | Path, format: Format = "html") -> Path:
+        """Write the file, whole or not at all. ArtifactError if the place can't be written."""
+        from fxcompress.diff.exports import as_dot, as_model_explorer
+
+        made: dict[Format, Callable[[], str]] = {
+            "html": self.html,
+            "text": self.text,
+            "dot": partial(as_dot, self.whole),
+            "model-explorer": partial(as_model_explorer, self),
+        }
+        return written(Path(path), made[format]())
+
+    def graph(self) -> Any:
+        """The nodes of before and after as a networkx DiGraph; attributes: op, attributes, region, shape, state, flops, stored."""
+        from fxcompress.diff.exports import as_networkx
+
+        return as_networkx(self.whole)
+
+
+def of_run(run: Run) -> Diff:
+    """What each pass of a run did."""
+    graphs, replaced = run.history.graphs, [_replaced(p) for p in run.passes]
+    triples = zip(run.passes, graphs[:-1], graphs[1:], replaced, strict=True)
+    steps = [Step(p.name, a, b, states(a, b, r), p) for p, a, b, r in triples]
+    whole = Step("all passes", graphs[0], graphs[-1], states(graphs[0], graphs[-1], stand_ins(graphs[0].nodes, replaced)))
+    return Diff(run.title, steps, whole, [run])
+
+
+def between(first: Run, second: Run) -> Diff:
+    """How what the second run made differs from what the first made."""
+    captured = first.history.graphs[0]
+    shared = captured.nodes.keys() if captured == second.history.graphs[0] else ()
+    found: Aligned = aligned(first.history.graphs[-1], second.history.graphs[-1], shared)
+    old, title = first.history.graphs[-1], f"{first.title} → {second.title}"
+    step = Step(title, old, found.graph, states(old, found.graph, {}))
+    return Diff(title, [step], step, [first, second], {**found.regions, **found.nodes})
+
+
+def _by_state(step: Step) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {state: [] for state in get_args(State)}
+    for name, state in step.states.items():
+        found[state].append(name)
+    return found
+
+
+def _replaced(report: PassReport) -> dict[str, str]:
+    return {old: new for change in report.changes for old, new in change.replaced.items()}
+
+
+def written(path: Path, content: str) -> Path:
+    """Write a file whole or not at all. ArtifactError if the place can't be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        artifact.write_file(path, content.encode())
+    except OSError as error:
+        do = "choose another place"
+        raise ArtifactError("the file can't be written", where=str(path), why=str(error.strerror), do=do) from None
+    return path

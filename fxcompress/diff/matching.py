@@ -1,0 +1,170 @@
+"""Which node of one graph is which of another: by the names of a common run, else by module path and op, else by structure.
+
+A level of the comparison pairs nodes that share a key, in order; what it leaves goes to the next, weaker one. Modules are paired first, so that
+a renamed one is the same place under another name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from fxcompress.history import Graph, Node
+
+Key = Callable[[Node], Hashable]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """The second graph under the names of the first. nodes, regions: where a name of it is another than it had, what it was."""
+
+    graph: Graph
+    nodes: Mapping[str, str]
+    regions: Mapping[str, str]
+
+
+def aligned(first: Graph, second: Graph, captured: Collection[str] = ()) -> Aligned:
+    """The second graph with its matched nodes and modules named as in the first; others keep their names, with a prime where taken.
+
+    captured: names of the nodes of the graph that both descend from, which are the same node in both.
+    """
+    places = _named(match_regions(first, second), second.kinds, first.kinds)
+    moved = {n.name: _placed(n, places[n.region]) for n in second.nodes.values()}
+    names = _named(match_nodes(first.nodes, moved, captured), second.nodes, first.nodes)
+    nodes = {}
+    for node in moved.values():
+        nodes[names[node.name]] = replace(node, name=names[node.name], inputs=tuple(names[i] for i in node.inputs))
+    kinds = {places[path]: kind for path, kind in second.kinds.items()}
+    parents = {places[path]: places[parent] for path, parent in second.parents.items()}
+    return Aligned(Graph(nodes, kinds, parents), _renamed(names), _renamed(places))
+
+
+def match_regions(first: Graph, second: Graph) -> dict[str, str]:
+    """Module path of the second graph -> that of the first: by its own name within its parent's counterpart, else by class and content."""
+    contents = [_contents(first), _contents(second)]
+    children = [_children(first), _children(second)]
+    found, queue = {"": ""}, [("", "")]
+    while queue:
+        old, new = queue.pop(0)
+        olds, news = list(children[0].get(old, ())), list(children[1].get(new, ()))
+        ranks: tuple[tuple[Callable[[str], Hashable], Callable[[str], Hashable]], ...] = (
+            (lambda path, at=old: _local(path, at), lambda path, at=new: _local(path, at)),  # type: ignore[misc]
+            (lambda path: (first.kinds[path], contents[0][path]), lambda path: (second.kinds[path], contents[1][path])),
+            (lambda path: first.kinds[path], lambda path: second.kinds[path]),
+        )
+        for of_old, of_new in ranks:
+            pairs = _zipped(olds, news, of_old, of_new)
+            found.update((b, a) for a, b in pairs)
+            queue.extend(pairs)
+            olds, news = [a for a in olds if a not in found.values()], [b for b in news if b not in found]
+    return found
+
+
+def match_nodes(first: Mapping[str, Node], second: Mapping[str, Node], captured: Collection[str] = ()) -> dict[str, str]:
+    """Name in the second graph -> name in the first. captured: as for `aligned`."""
+    found = {name: name for name in captured if name in first and name in second}
+    ups = {**{id(n): h for n, h in _upward(first)}, **{id(n): h for n, h in _upward(second)}}
+    downs = {**{id(n): h for n, h in _downward(first)}, **{id(n): h for n, h in _downward(second)}}
+    alike: Key = lambda n: (n.op, attributes(n), n.shape)  # noqa: E731
+    levels: list[Key] = [
+        lambda n: (n.name, n.op) if n.op in ("input", "output") else id(n),
+        lambda n: (n.region, alike(n)) if n.op == "constant" else id(n),
+        lambda n: (n.region, alike(n), ups[id(n)], downs[id(n)]),
+        lambda n: (n.region, alike(n), ups[id(n)]),
+        lambda n: (n.region, alike(n), downs[id(n)]),
+        lambda n: (n.region, alike(n)),
+        lambda n: (n.region, n.op, attributes(n)),
+        lambda n: (n.region, n.op) if n.op != "constant" else id(n),
+        lambda n: (alike(n), ups[id(n)], downs[id(n)]),
+        lambda n: (alike(n), ups[id(n)]),
+        lambda n: (alike(n), downs[id(n)]),
+    ]
+    olds, news = ([n for n in nodes.values() if n.name not in captured] for nodes in (first, second))
+    for key in levels:
+        pairs = _zipped(olds, news, key, key)
+        found.update((b.name, a.name) for a, b in pairs)
+        taken = {a.name for a, _ in pairs}
+        olds, news = [n for n in olds if n.name not in taken], [n for n in news if n.name not in found]
+    return found
+
+
+def _placed(node: Node, region: str) -> Node:
+    own = attributes(node)
+    is_inside = node.op == "constant" and own != node.attributes
+    return replace(node, region=region, attributes=f"{region}.{own}" if is_inside else node.attributes)
+
+
+def attributes(node: Node) -> str:
+    """What the node is told, a constant's name relative to its module."""
+    return node.attributes.removeprefix(f"{node.region}.") if node.op == "constant" else node.attributes
+
+
+def _zipped(olds: Iterable[T], news: Iterable[T], of_old: Callable[[T], Hashable], of_new: Callable[[T], Hashable]) -> list[tuple[T, T]]:
+    """Pairs of equal keys, those of one key in order."""
+    waiting: dict[Hashable, list[T]] = {}
+    for old in olds:
+        waiting.setdefault(of_old(old), []).append(old)
+    queues = {key: iter(items) for key, items in waiting.items()}
+    pairs = ((next(queues.get(of_new(new), iter(())), None), new) for new in news)
+    return [(old, new) for old, new in pairs if old is not None]
+
+
+def _upward(nodes: Mapping[str, Node]) -> Iterable[tuple[Node, int]]:
+    """Per node a number for everything it is computed from."""
+    seen: dict[str, int] = {}
+    for node in nodes.values():
+        own = attributes(node) if node.op != "constant" else ""
+        seen[node.name] = hash((node.op, own, node.shape, *(seen[i] for i in node.inputs)))
+        yield node, seen[node.name]
+
+
+def _downward(nodes: Mapping[str, Node]) -> Iterable[tuple[Node, int]]:
+    """Per node a number for everything that is computed from it."""
+    read: dict[str, list[int]] = {}
+    for node in reversed(list(nodes.values())):
+        own = hash((node.op, "" if node.op == "constant" else attributes(node), node.shape, *read.get(node.name, ())))
+        for place, name in enumerate(node.inputs):
+            read.setdefault(name, []).append(hash((own, place)))
+        yield node, own
+
+
+def _contents(graph: Graph) -> dict[str, Hashable]:
+    """Per module path the ops in it and in all inside it, with how often."""
+    found: dict[str, Counter[str]] = {path: Counter() for path in graph.kinds}
+    for node in graph.nodes.values():
+        path: str | None = node.region
+        while path is not None:
+            found[path][node.op] += 1
+            path = graph.parents.get(path)
+    return {path: frozenset(ops.items()) for path, ops in found.items()}
+
+
+def _children(graph: Graph) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for path, parent in graph.parents.items():
+        found.setdefault(parent, []).append(path)
+    return found
+
+
+def _local(path: str, parent: str) -> str:
+    return path.removeprefix(f"{parent}.") if parent else path
+
+
+def _named(matched: Mapping[str, str], names: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
+    """A name of the first graph for what is matched; its own for the rest, with primes until it is free."""
+    used, found = {*taken}, dict(matched)
+    for name in names:
+        if name not in found:
+            own = name
+            while own in used:
+                own += "′"
+            used.add(own)
+            found[name] = own
+    return found
+
+
+def _renamed(names: Mapping[str, str]) -> dict[str, str]:
+    return {now: was for was, now in names.items() if now != was}

@@ -1,0 +1,220 @@
+"""The HTML file: the data of a diff as JSON, with the viewer around it. One file, no network; the same diff gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import resources
+from typing import Any
+
+from fxcompress.diff import Diff, Run, Step
+from fxcompress.diff.text import figure, quantity
+from fxcompress.history import Graph, History, quantised_share
+from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
+
+SCRIPTS = ("model.js", "layout.js", "draw.js", "cards.js", "app.js")
+VERDICTS = ("held", "broken", "unverified")
+DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+
+def page(diff: Diff, formulas: Mapping[str, str] | None = None, tables: Iterable[Mapping[str, Any]] = ()) -> str:
+    """The whole file. formulas: per module path its operations in the dynamic sizes. tables: more for the first page, {title, head, rows}."""
+    content = {**_data(diff), "formulas": dict(formulas or {})}
+    content["tables"] = [*content["tables"], *tables]
+    parts = {
+        "style": _file("style.css").strip(),
+        "data": embedded(content),
+        "dagre": f"{_file('dagre.LICENSE.txt').strip()}\n{_file('dagre.min.js').replace('//# sourceMappingURL=dagre.min.js.map', '').strip()}",
+        "script": "\n".join(_file(name).strip().removeprefix('"use strict";\n') for name in SCRIPTS),
+    }
+    before, made = _file("page.html"), []
+    for name, part in parts.items():
+        head, before = before.split("{{" + name + "}}")
+        made += [head, part]
+    return "".join([*made, before])
+
+
+def embedded(content: Any) -> str:
+    """JSON that no text in it can close the script element of."""
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return (
+        text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    )
+
+
+def _file(name: str) -> str:
+    return (resources.files("fxcompress.diff") / "viewer" / name).read_text(encoding="utf-8")
+
+
+class _Texts:
+    """Every text once, by number."""
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self.numbers = {text: number for number, text in enumerate(known)}
+
+    def __call__(self, text: str) -> int:
+        return self.numbers.setdefault(text, len(self.numbers))
+
+
+def _data(diff: Diff) -> dict[str, Any]:
+    run = diff.runs[-1]
+    is_run = len(diff.runs) == 1
+    history = run.history if is_run else History([diff.whole.before, diff.whole.after])
+    written = history.to_json()
+    texts = _Texts(written["texts"])
+    graphs = history.graphs
+    whole = _view(diff.whole, "all", 0, len(graphs) - 1, None, texts)
+    views = [_view(s, str(i + 1), i, i + 1, i, texts) for i, s in enumerate(diff.steps)] if is_run else []
+    passes = [_pass(p, a, b, texts) for p, a, b in zip(run.passes, graphs[:-1], graphs[1:], strict=True)] if is_run else []
+    sqnr = [[texts(name), figure] for name, figure in run.history.sqnr.items() if name in graphs[-1].nodes] if is_run else []
+    was = [[texts(name), texts(other)] for name, other in diff.was.items()]
+    return {
+        "title": diff.title,
+        "root": graphs[-1].kinds.get("") or "model",
+        "single": len(graphs) == 1,
+        "nodes": written["nodes"],
+        "steps": written["steps"],
+        "regions": written["regions"],
+        "views": [*views, {**whole, "name": "the graph" if len(graphs) == 1 else whole["name"]}],
+        "passes": passes,
+        "sqnr": sqnr,
+        "was": was,
+        "tiles": _tiles(diff),
+        "tables": [t for r in diff.runs for t in _tables(r, f"{r.title}: " if not is_run else "")],
+        "texts": list(texts.numbers),
+    }
+
+
+def _view(step: Step, hash: str, before: int, after: int, number: int | None, texts: _Texts) -> dict[str, Any]:
+    by_state = {s: [texts(name) for name, state in step.states.items() if state == s] for s in ("changed", "moved")}
+    folded = [[texts(path), texts(first)] for path, first in step.folded.items()]
+    return {"name": step.name, "hash": hash, "before": before, "after": after, "pass": number, **by_state, "alike": folded}
+
+
+def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dict[str, Any]:
+    sites = {change.site: number for number, change in enumerate(report.changes)}
+    return {
+        "name": report.name,
+        "options": report.options,
+        "contract": report.contract,
+        "unit": report.unit,
+        "cpu": report.cpu_seconds,
+        "fired": report.fired,
+        "legal": report.legal,
+        "worst": report.worst and {"figure": report.worst.figure, "limit": report.worst.limit, "verdict": report.worst.verdict},
+        "output_sqnr": report.output_sqnr,
+        "stored": [before.stored, after.stored],
+        "flops": [before.flops, after.flops],
+        "nodes": [len(before.nodes), len(after.nodes)],
+        "notes": list(report.notes),
+        "declined": [[texts(d.site), texts(d.module), texts(d.reason)] for d in report.declined],
+        "sites": [_site(c, texts) for c in report.changes],
+        "checks": [_check(c, sites.get(c.site, -1), texts) for c in report.checks],
+    }
+
+
+def _site(change: Change, texts: _Texts) -> list[int]:
+    """Node, module, reason, and the names of all nodes that it concerns."""
+    constants = (c.replace(".", "_") for c in change.constants)  # a constant's node is named after it
+    node = change.site.rpartition("(")[2].rstrip(")")
+    names = {*change.replaced, *change.replaced.values(), *change.inserted, *change.touched, *change.erased, *constants} - {node}
+    return [texts(node), texts(change.module), texts(change.reason), *sorted(map(texts, names))]
+
+
+def _check(check: Check, site: int, texts: _Texts) -> list[Any]:
+    """Number of the site, value, figure, limit, number of the verdict, why, and the histogram if there is one."""
+    figures = [_rounded(check.figure), _rounded(check.limit), VERDICTS.index(check.verdict)]
+    spread = [] if check.histogram is None else _histogram(check.histogram)
+    return [site, texts(check.value), *figures, texts(check.why), *spread]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _histogram(given: Histogram) -> list[Any]:
+    """[low, high, before, after], one of 64 digits a bin."""
+    most = max((*given.before, *given.after, 1))
+    return [given.low, given.high, *("".join(DIGITS[63 * c // most] for c in counts) for counts in (given.before, given.after))]
+
+
+def _tiles(diff: Diff) -> list[list[str]]:
+    """The headline: [name, figure, note] each."""
+    before, after, report = diff.whole.before, diff.whole.after, diff.runs[-1].report
+    same = before is after
+    found = [
+        [
+            "Weights",
+            _pair(before.stored, after.stored, "B"),
+            "" if same or not before.stored else f"{after.stored / before.stored:.3f} of before",
+        ],
+        ["Operations a call", _pair(before.flops, after.flops, ""), "at the example's sizes"],
+        ["Nodes", _pair(len(before.nodes), len(after.nodes), ""), f"{sum(1 for _ in diff.whole.states)} differ" if not same else ""],
+    ]
+    if report is not None and len(diff.runs) == 1:
+        sqnr = "–" if report.output_sqnr is None else f"{report.output_sqnr:.1f} dB"
+        found.append(["Output SQNR", sqnr, "lowest output, on the backend"])
+        if report.backend is not None and report.backend.integer_share is not None:
+            found.append(["In integer kernels", f"{report.backend.integer_share:.1%}", "of all multiply-accumulates"])
+    return found
+
+
+def _pair(before: float, after: float, unit: str) -> str:
+    a, b = (quantity(v, unit).strip() if v >= 10_000 or unit else str(v) for v in (before, after))
+    return a if a == b else f"{a} → {b}"
+
+
+def _tables(run: Run, prefix: str) -> Iterator[dict[str, Any]]:
+    if prefix and run.passes:
+        head = ["pass", "contract", "sites", "declined", "measured"]
+        rows = [[p.name, p.contract, str(p.fired), str(len(p.declined)), figure(p)] for p in run.passes]
+        yield {"title": f"{prefix}passes", "head": head, "rows": rows}
+    report = run.report
+    if report is None:
+        return
+    if backend := report.backend:
+        rows = [row for row in _predicted(backend, report.weight_bytes, run.history.graphs[-1]) if row[2]]
+        yield {"title": f"{prefix}Predicted and measured on {backend.name}", "head": ["", "predicted", "measured"], "rows": rows}
+        rows = [row for row in _measured(backend) if row[1]]
+        yield {"title": f"{prefix}Measured on {backend.name}", "head": ["", "figure"], "rows": rows}
+        if backend.in_float:
+            sites = [[s.module or s.site, f"{quantity(s.macs, '')}", s.reason] for s in backend.in_float]
+            yield {"title": f"{prefix}Sites that run in float", "head": ["place", "multiply-accumulates", "reason"], "rows": sites}
+    if guard := report.guard:
+        metrics = [
+            ["float", f"{guard.float_metric:.6g}"],
+            ["all sites quantised", f"{guard.quantised_metric:.6g}"],
+            ["as shipped", f"{guard.metric:.6g}"],
+        ]
+        yield {
+            "title": f"{prefix}The metric, and what went back to float for it",
+            "head": ["", "metric"],
+            "rows": [*metrics, *([n, "float"] for n in guard.given_back)],
+        }
+    widths = [[k, quantity(v, "B")] for k, v in report.bytes_by_width.items()]
+    yield {"title": f"{prefix}Weights by width", "head": ["stored as", "bytes"], "rows": widths}
+    if report.notes:
+        yield {"title": f"{prefix}Notes of capture", "head": ["what capture fixed or left out"], "rows": [[n] for n in report.notes]}
+
+
+def _predicted(backend: BackendReport, weight_bytes: int, last: Graph) -> list[list[str]]:
+    """What the cost model says before lowering, beside what the files and the runtime's own graph say after it."""
+    kernels = _shown(backend.integer_share, "{:.1%}".format)
+    return [
+        ["weights; files", quantity(weight_bytes, "B"), _shown(backend.file_bytes, lambda v: quantity(v, "B"))],
+        ["multiply-accumulates on quantised values; in integer kernels", f"{quantised_share(last):.1%}", kernels],
+    ]
+
+
+def _measured(backend: BackendReport) -> list[list[str]]:
+    return [
+        ["quantised sites in integer kernels, share of their work", _shown(backend.quantised_share, "{:.1%}".format)],
+        ["greatest relative error against the interpreter", _shown(backend.parity, "{:.2g}".format)],
+        ["the same of one site on its own input", _shown(backend.site_parity, "{:.2g}".format)],
+        ["codes one step off, worst quantiser", _shown(backend.code_flips, "{:.2%}".format)],
+        ["SQNR of rounding inside the kernels", _shown(backend.rounding_sqnr, "{:.1f} dB".format)],
+    ]
+
+
+def _shown(value: float | None, form: Callable[[float], str]) -> str:
+    return "" if value is None else form(value)

@@ -1,0 +1,96 @@
+"""What a step did to each node: added, removed, changed or moved; and which numbered blocks it did the same to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from fxcompress.diff.matching import attributes
+from fxcompress.history import Graph, Node
+
+State = Literal["added", "removed", "changed", "moved"]
+_NUMBERED = re.compile(r"(.*?)(\d+)$", re.DOTALL)
+
+
+def states(before: Graph, after: Graph, replaced: Mapping[str, str]) -> dict[str, State]:
+    """The state of every node that isn't as it was; nodes in the order of the graph after, the removed ones where they stood.
+
+    replaced: per value the one its readers read instead, so that a reader of the new one has not changed.
+    """
+    found = {name: state for name, node in merged(before, after).items() if (state := _state(node, before, after, replaced))}
+    return found
+
+
+def merged(before: Graph, after: Graph) -> dict[str, Node]:
+    """The nodes of both graphs, those of the second where both have one; a removed node stands before what it stood before."""
+    waiting: list[Node] = []
+    gone: dict[str, list[Node]] = {}
+    for node in before.nodes.values():
+        if node.name in after.nodes:
+            gone[node.name], waiting = waiting, []
+        else:
+            waiting.append(node)
+    ordered = [n for node in after.nodes.values() for n in (*gone.get(node.name, ()), node)]
+    return {n.name: n for n in (*ordered, *waiting)}
+
+
+def _state(node: Node, before: Graph, after: Graph, replaced: Mapping[str, str]) -> State | None:
+    old, new = before.nodes.get(node.name), after.nodes.get(node.name)
+    if old is None or new is None:
+        return "added" if old is None else "removed"
+    if old is new:
+        return None
+    told_same = old.attributes == new.attributes or attributes(old) == attributes(new)
+    if not told_same or (old.op, old.shape, old.revision, old.statistics) != (new.op, new.shape, new.revision, new.statistics):
+        return "changed"
+    if old.region != new.region and old.op != "constant":  # a constant stands where its readers are
+        return "moved"
+    reads_same = len(old.inputs) == len(new.inputs) and all(_stands(a, b, replaced) for a, b in zip(old.inputs, new.inputs, strict=True))
+    return None if reads_same else "changed"
+
+
+def _stands(old: str, new: str, replaced: Mapping[str, str]) -> bool:
+    seen: set[str] = set()
+    while old != new and old in replaced and old not in seen:
+        seen.add(old)
+        old = replaced[old]
+    return old == new
+
+
+def alike(nodes: Mapping[str, Node], parents: Mapping[str, str], found: Mapping[str, State], changes_only: bool) -> dict[str, str]:
+    """Numbered module -> the first of its siblings that is the same, states included: "layers.3" -> "layers.0".
+
+    changes_only: the same in what changed. Modules inside a folded one aren't listed.
+    """
+    signatures: dict[str, list[object]] = {}
+    for node in nodes.values():
+        if changes_only and node.name not in found:
+            continue
+        path: str | None = node.region
+        while path:
+            own = node.attributes.removeprefix(f"{path}.") if node.op == "constant" else node.attributes
+            line = (found.get(node.name), node.op, own, node.shape, node.region.removeprefix(path))
+            signatures.setdefault(path, []).append(line)
+            path = parents.get(path)
+    first: dict[object, str] = {}
+    folded: dict[str, str] = {}
+    for path in sorted(signatures, key=_order):
+        if (numbered := _NUMBERED.fullmatch(path)) is not None:
+            key = (parents.get(path, ""), numbered[1], tuple(signatures[path]))
+            if first.setdefault(key, path) != path:
+                folded[path] = first[key]
+    return {path: to for path, to in folded.items() if not _inside(path, folded, parents)}
+
+
+def _inside(path: str, folded: Mapping[str, str], parents: Mapping[str, str]) -> bool:
+    above = parents.get(path)
+    while above:
+        if above in folded:
+            return True
+        above = parents.get(above)
+    return False
+
+
+def _order(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

@@ -1,0 +1,154 @@
+"""A diff as text: passes in order, what they declined, then what changed, by module. No times, so that two runs compare cleanly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from fxcompress.diff import Diff, Step
+from fxcompress.diff.matching import attributes
+from fxcompress.diff.states import State
+from fxcompress.history import Graph, Node
+from fxcompress.report import PassReport
+
+SIGNS: Mapping[State, str] = {"added": "+", "removed": "-", "changed": "~", "moved": ">"}
+
+
+def text(diff: Diff) -> str:
+    """The whole diff."""
+    lines = [diff.title]
+    for run in diff.runs:
+        lines += _passes(run.passes, run.history.graphs, f"{run.title}: " if len(diff.runs) > 1 else "")
+    lines += ["", f"in all  {_sizes(diff.whole.before, diff.whole.after)}"]
+    for number, step in enumerate(diff.steps, 1):
+        if step.states:
+            lines += ["", f"{number}  {step.name}: {counted(step.states)}", *_changes(step, diff.was)]
+    return "\n".join(lines) + "\n"
+
+
+def counted(states: Mapping[str, State]) -> str:
+    """ "3 added, 1 removed"."""
+    counts = {s: list(states.values()).count(s) for s in SIGNS}
+    return ", ".join(f"{n} {s}" for s, n in counts.items() if n) or "nothing changed"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A figure in three digits with a prefix: 1.23 MB."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000 or prefix == "T":
+            return f"{value:.3g} {prefix}{unit}"
+        value /= 1000
+    raise AssertionError(value)
+
+
+def figure(report: PassReport) -> str:
+    """The measured figure nearest its limit, or that there is none."""
+    worst = report.worst
+    if worst is None:
+        return "nothing to measure" if not report.fired else "not measured"
+    sign = "<=" if report.unit != "dB" else ">="
+    limit = "" if worst.limit is None else f" {sign} {worst.limit:.3g}"
+    value = "equal" if worst.figure is None or worst.figure == 0 else f"{worst.figure:.3g}{limit}"
+    return value if value == "equal" else f"{value} {report.unit}"
+
+
+def written(node: Node) -> str:
+    """One node as a line of code."""
+    if node.op in ("constant", "input"):
+        return f"{node.name} = {node.op} {attributes(node)}  {node.shape}"
+    inputs = iter(node.inputs)
+    given = re.sub("%", lambda _: next(inputs, "%"), node.attributes)
+    return f"{node.name} = {node.op.removeprefix('aten.').removesuffix('.default')}({given})  {node.shape}".rstrip()
+
+
+def _passes(passes: Sequence[PassReport], graphs: Sequence[Graph], prefix: str) -> Iterator[str]:
+    for number, (report, before, after) in enumerate(zip(passes, graphs[:-1], graphs[1:], strict=True), 1):
+        of = f" of {report.legal}" if report.legal != report.fired else ""
+        sites = f"{report.fired}{of} site{'s' * (report.legal != 1)}"
+        sqnr = "" if report.output_sqnr is None else f"  output {report.output_sqnr:.1f} dB"
+        yield ""
+        yield f"{prefix}{number}  {report.name}  {sites}, {len(report.declined)} declined"
+        yield f"   {report.contract}: {figure(report)}{sqnr}"
+        yield f"   {_sizes(before, after)}"
+        yield from (f"   note: {n}" for n in report.notes)
+        yield from (f"   declined {line}" for line in _declined(report))
+
+
+def _sizes(before: Graph, after: Graph) -> str:
+    pairs = ((before.stored, after.stored, "B"), (before.flops, after.flops, "FLOP"))
+    sizes = [quantity(a, unit) if a == b else f"{quantity(a, unit)} -> {quantity(b, unit)}" for a, b, unit in pairs]
+    return f"{', '.join(sizes)}, {len(before.nodes)} -> {len(after.nodes)} nodes"
+
+
+def _declined(report: PassReport) -> Iterator[str]:
+    """One line for each reason; sites whose names and reasons differ in numbers alone are counted."""
+    groups: dict[str, list[str]] = {}
+    for declined in report.declined:
+        line = f"{declined.module or declined.site}: {declined.reason}"
+        groups.setdefault(re.sub(r"\d+", "#", line), []).append(line)
+    for lines in groups.values():
+        yield lines[0] + (f"  (and {len(lines) - 1} alike)" if len(lines) > 1 else "")
+
+
+def _changes(step: Step, was: Mapping[str, str]) -> Iterator[str]:
+    """Changed nodes by module; modules in which the same changed stand under the first of them."""
+    folded, parents, nodes = step.changed_alike, step.parents, step.nodes
+    regions: dict[str, list[Node]] = {}
+    for name in step.states:
+        regions.setdefault(nodes[name].region, []).append(nodes[name])
+    for path, members in regions.items():
+        if _is_folded(path, folded, parents):
+            continue
+        others = [p for p, first in folded.items() if first == path or path.startswith(f"{first}.")]
+        yield f"  {path or '<root>'}{_named_in(path, was)}{_as_well(others)}"
+        yield from (f"    {line}" for node in members for line in _node(node, step, was))
+
+
+def _is_folded(path: str | None, folded: Mapping[str, str], parents: Mapping[str, str]) -> bool:
+    while path:
+        if path in folded:
+            return True
+        path = parents.get(path)
+    return False
+
+
+def _as_well(others: Iterable[str]) -> str:
+    """The numbers of the modules in which the same changed: "(the same in layers.1–29)"."""
+    groups: dict[str, list[int]] = {}
+    for path in others:
+        stem = path.rstrip("0123456789")
+        groups.setdefault(stem, []).append(int(path[len(stem) :]))
+    parts = [f"{stem}{_ranges(sorted(numbers))}" for stem, numbers in groups.items()]
+    return f"  (the same in {', '.join(parts)})" if parts else ""
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 5 -> "1–3,5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
+
+
+def _node(node: Node, step: Step, was: Mapping[str, str]) -> Iterator[str]:
+    state = step.states[node.name]
+    yield f"{SIGNS[state]} {written(node)}{_named_in(node.name, was)}"
+    old = step.before.nodes.get(node.name)
+    if state == "moved" and old is not None:
+        yield f"    from {old.region or '<root>'}"
+    if state == "changed" and old is not None:
+        yield f"    was {written(old)}" if written(old) != written(node) else f"    content: {_content(old)} -> {_content(node)}"
+
+
+def _content(node: Node) -> str:
+    if not node.statistics:
+        return f"version {node.revision}"
+    low, high, mean, std = ("-" if v is None else f"{v:.4g}" for v in node.statistics)
+    return f"[{low}, {high}], mean {mean}, deviation {std}"
+
+
+def _named_in(name: str, was: Mapping[str, str]) -> str:
+    return f"  (there {was[name]})" if name in was else ""

@@ -1,0 +1,240 @@
+"use strict";
+// What stands beside the graph: the pass, or the node or module that is chosen; and the first page, the table of passes.
+
+function passTable(go) {
+  const head = ["", "pass", "contract", "sites", "declined", "measured", "output", "weights", "operations", "nodes", "CPU"];
+  const rows = passes.map((pass, index) => passRow(pass, index, go));
+  const whole = views.find((v) => v.pass === null);
+  const table = el("table", { class: "passes" },
+    el("thead", {}, el("tr", {}, head.map((h, i) => el("th", { scope: "col", class: i > 2 ? "right" : "" }, h)))),
+    el("tbody", {}, rows));
+  return el("div", { class: "scroll" }, table, el("p", {}, el("button", { class: "primary", onclick: () => go({ view: whole.index }) }, data.single ? "Show the graph" : passes.length ? "Show all passes as one diff" : "Show the diff")));
+}
+
+function passRow(pass, index, go) {
+  const view = views.find((v) => v.pass === index);
+  const [verdict, figure] = measured(pass);
+  const cells = [
+    index + 1,
+    view ? el("a", { href: `#pass=${index + 1}` }, pass.name) : pass.name,
+    pass.contract,
+    pass.fired === pass.legal ? pass.fired : `${pass.fired} of ${pass.legal}`,
+    pass.declined.length,
+    el("span", { class: `verdict ${verdict}` }, figure),
+    pass.output_sqnr === null ? "" : `${pass.output_sqnr.toFixed(1)} dB`,
+    change(pass.stored, "B"),
+    change(pass.flops, ""),
+    pass.nodes[0] === pass.nodes[1] ? String(pass.nodes[0]) : `${pass.nodes[0]} → ${pass.nodes[1]}`,
+    `${pass.cpu.toFixed(pass.cpu < 10 ? 2 : 1)} s`,
+  ];
+  const row = el("tr", { class: view ? "link" : "" }, cells.map((c, i) => el("td", { class: i > 2 ? "right" : "" }, String(c) === "0" && i === 4 ? "–" : c)));
+  if (view) row.addEventListener("click", () => go({ view: view.index }));
+  return row;
+}
+
+function change([before, after], unit) {
+  const [a, b] = [quantity(before, unit), quantity(after, unit)];
+  return a === b ? el("span", { class: "quiet" }, a) : `${a} → ${b}`;
+}
+
+// [verdict, "2.6e-6 ≤ 1e-4"]: the measured figure nearest its limit.
+function measured(pass) {
+  if (pass.worst === null) return ["none", pass.fired ? "not measured" : "–"];
+  return [pass.worst.verdict, figureOf(pass.worst, pass.unit)];
+}
+
+function figureOf(check, unit) {
+  if (check.figure === null || check.figure === 0) return "equal";
+  const sign = unit === "dB" ? "≥" : "≤", ends = unit === "dB" ? " dB" : "";
+  return `${number(check.figure)}${ends}` + (check.limit === null ? "" : ` ${sign} ${number(check.limit)}${ends}`);
+}
+
+function tiles() {
+  return el("ul", { class: "tiles" }, data.tiles.map(([name, value, note]) => el("li", {}, el("span", { class: "label" }, name), el("strong", {}, value), el("span", { class: "note" }, note))));
+}
+
+// Columns of figures stand to the right, words to the left.
+function facts() {
+  const isFigures = (rows, i) => i > 0 && rows.every((row) => /^([\d<–+-].{0,24})?$/.test(row[i]));
+  return data.tables.map(({ title, head, rows }) => {
+    const kinds = head.map((_, i) => (isFigures(rows, i) ? "right" : rows.every((row) => row[i].length < 28) ? "short" : ""));
+    const line = (cells, tag) => el("tr", {}, cells.map((c, i) => el(tag, { class: kinds[i], scope: tag === "th" ? "col" : null }, c)));
+    return el("section", {}, el("h2", {}, title),
+      el("div", { class: "scroll" }, el("table", {}, el("thead", {}, line(head, "th")), el("tbody", {}, rows.map((row) => line(row, "td"))))));
+  });
+}
+
+// The card of a view: what the pass did, where, and what it left alone.
+function viewCard(view, go) {
+  if (data.single) return moduleCard(view, "", go);
+  const pass = view.pass === null ? null : passes[view.pass];
+  const counts = view.tree.get("").counts;
+  const parts = [el("h2", {}, view.name), el("p", { class: "chips" }, Object.keys(counts).length ? chips(counts) : "nothing changed in the graph")];
+  if (pass) {
+    const [verdict, figure] = measured(pass);
+    parts.push(rows([
+      ["contract", pass.contract], ["measured", el("span", { class: `verdict ${verdict}` }, figure + (pass.unit === "dB" || figure === "equal" || pass.worst === null ? "" : " relative error"))],
+      pass.output_sqnr !== null && ["output SQNR", `${pass.output_sqnr.toFixed(1)} dB`],
+      ["sites", `${pass.fired} of ${pass.legal}`], ["weights", change(pass.stored, "B")], ["operations", change(pass.flops, "")], ["CPU time", `${pass.cpu} s`]]));
+    parts.push(...pass.notes.map((n) => el("p", { class: "noted" }, n)));
+  }
+  parts.push(...changedList(view, go));
+  if (pass && pass.declined.length) parts.push(declinedList(view, pass, go));
+  if (pass && Object.keys(pass.options).length) parts.push(el("h3", {}, "options"), rows(Object.entries(pass.options).map(([k, v]) => [k, el("code", {}, JSON.stringify(v))])));
+  return parts;
+}
+
+function changedList(view, go) {
+  const names = [...view.nodes.values()].filter((n) => n.state).map((n) => n.name);
+  if (!names.length) return [];
+  return [more(`${names.length} changed nodes`, names, (name) => nodeLink(view, name, go))];
+}
+
+function declinedList(view, pass, go) {
+  const item = (d) => el("li", {}, view.nodes.has(text(d.site)) ? nodeLink(view, text(d.site), go) : el("b", {}, text(d.site)), el("p", {}, text(d.reason)));
+  return el("details", { open: pass.declined.length < 20 }, el("summary", {}, `${pass.declined.length} declined`), el("ul", { class: "declined" }, pass.declined.slice(0, 300).map(item)));
+}
+
+// A list that grows when asked, so that thousands cost nothing.
+function more(title, items, one) {
+  const list = el("ul", { class: "names" });
+  let count = 0;
+  const button = el("button", { onclick: () => grow(100) });
+  const grow = (by) => {
+    list.append(...items.slice(count, count + by).map((i) => el("li", {}, one(i))));
+    count = Math.min(items.length, count + by);
+    button.textContent = `${items.length - count} more`;
+    button.hidden = count === items.length;
+  };
+  grow(40);
+  return el("details", {}, el("summary", {}, title), list, button);
+}
+
+function nodeLink(view, name, go) {
+  const node = view.nodes.get(name);
+  const state = node ? node.state : "";
+  const link = el("a", { href: `#pass=${view.hash}&node=${encodeURIComponent(name)}` }, name);
+  link.addEventListener("click", (event) => { event.preventDefault(); go({ node: name }); });
+  return state ? [el("span", { class: `chip ${state}`, title: state }, SIGN[state]), " ", link] : link;
+}
+
+function rows(pairs) {
+  return el("dl", {}, pairs.filter(Boolean).filter(([, v]) => v !== "" && v !== null).map(([k, v]) => [el("dt", {}, k), el("dd", {}, v)]));
+}
+
+function nodeCard(view, name, go) {
+  const node = view.nodes.get(name), now = node.now;
+  const parts = [
+    el("h2", {}, shortOp(now.op) + " ", el("small", {}, name)),
+    node.state ? el("p", { class: "chips" }, el("span", { class: `chip ${node.state}` }, `${SIGN[node.state]} ${node.state}`)) : "",
+    rows([
+      was.has(name) && ["named there", was.get(name)],
+      ["op", el("code", {}, now.op)],
+      ["module", now.region ? moduleLink(view, now.region, go) : "root"],
+      was.has(now.region) && ["module there", was.get(now.region)],
+      ["value", valueOf(node)],
+      ["arguments", el("code", {}, argumentsOf(now))],
+      node.state === "changed" && node.old && argumentsOf(node.old) !== argumentsOf(now) && ["were", el("code", {}, argumentsOf(node.old))],
+      node.state === "moved" && ["was in", node.old.region || "root"],
+      now.source && ["source", el("code", {}, now.source)],
+      ["operations", now.flops ? quantity(now.flops, "") : ""], ["stored", now.stored ? quantity(now.stored, "B") : ""],
+      sqnr.has(name) && ["loss so far", sqnr.get(name) === null ? "none" : `${sqnr.get(name).toFixed(1)} dB`],
+    ]),
+    statistics(node),
+    links("reads", now.inputs, view, go), links("read by", [...new Set(view.readers.get(name) || [])], view, go),
+    ...journal(view, node, go),
+  ];
+  return parts;
+}
+
+const argumentsOf = (node) => {
+  let next = 0;
+  return node.attributes.replace(/%/g, () => node.inputs[next++] ?? "%");
+};
+const valueOf = (node) => (node.old && node.new && node.old.shape !== node.new.shape ? `${node.old.shape} → ${node.new.shape}` : node.now.shape);
+
+function statistics(node) {
+  const columns = [["before", node.old], ["after", node.new]].filter(([, n]) => n && n.statistics.length);
+  if (!columns.length) return "";
+  const names = ["least", "greatest", "mean", "deviation"];
+  return el("table", { class: "statistics" }, el("thead", {}, el("tr", {}, el("th", {}, ""), columns.map(([k]) => el("th", { class: "right", scope: "col" }, k)))),
+    el("tbody", {}, names.map((n, i) => el("tr", {}, el("td", {}, n), columns.map(([, c]) => el("td", { class: "right" }, number(c.statistics[i], 4)))))));
+}
+
+function links(title, names, view, go) {
+  const known = names.filter((n) => view.nodes.has(n));
+  if (!known.length) return "";
+  return el("div", { class: "links" }, el("h3", {}, title), el("ul", { class: "names" }, known.slice(0, 30).map((n) => el("li", {}, nodeLink(view, n, go))), known.length > 30 ? el("li", {}, `and ${known.length - 30} more`) : ""));
+}
+
+// What passes did here and why, what was measured, what they declined; each with the line that leaves the place out of the recipe.
+function journal(view, node, go) {
+  const parts = [];
+  for (const [index, site] of sitesOf.get(node.name) || []) {
+    parts.push(el("li", {}, passLink(index), " ", text(site.reason) || "touched it", checksFor(index, node, site), exclusion(passes[index].name, text(site.module) || text(site.node))));
+  }
+  for (const [index, declined] of declinedAt(node))
+    parts.push(el("li", { class: "declined" }, passLink(index), " declined: ", text(declined.reason)));
+  return parts.length ? [el("h3", {}, "what passes did here"), el("ul", { class: "history" }, parts)] : [];
+}
+
+function passLink(index) {
+  return el("a", { href: `#pass=${index + 1}` }, passes[index].name);
+}
+
+function checksFor(index, node, site) {
+  const own = [...new Set([node.name, ...site.names.map(text)])].flatMap((n) => checksOf.get(n) || []).filter(([p, c]) => p === index && c.site === site.index).map(([, c]) => c);
+  return own.slice(0, 6).map((check) => el("div", { class: "check" },
+    el("span", { class: `verdict ${check.verdict}` }, `${figureOf(check, passes[index].unit)} ${check.verdict}`), ` at ${text(check.value)}`, check.why ? el("p", {}, check.why) : "",
+    check.histogram ? histogram(check) : ""));
+}
+
+function exclusion(pass, place) {
+  const line = `- ${pass}: {where: {exclude: [${JSON.stringify(place)}]}}`;
+  const button = el("button", { class: "copy", title: line }, "copy as recipe exclusion");
+  button.addEventListener("click", async () => {
+    await copy(line);
+    button.textContent = "copied";
+    setTimeout(() => { button.textContent = "copy as recipe exclusion"; }, 1500);
+  });
+  return el("div", { class: "exclusion" }, el("code", {}, line), button);
+}
+
+// The clipboard interface is refused in some file:// settings; a selected text field isn't.
+async function copy(words) {
+  try {
+    await navigator.clipboard.writeText(words);
+  } catch {
+    const field = el("textarea", {});
+    field.value = words;
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+  }
+}
+
+function moduleLink(view, path, go) {
+  const link = el("a", { href: "#" }, path);
+  link.addEventListener("click", (event) => { event.preventDefault(); go({ region: path, node: null }); });
+  return link;
+}
+
+function moduleCard(view, path, go) {
+  const region = view.tree.get(path), loss = lossIn(view, path), all = view.tree.get("").flops;
+  const place = rows([
+    was.has(path) && ["named there", was.get(path)],
+    ["class", region.kind], ["nodes", String(region.size)],
+    ["operations", region.flops ? `${quantity(region.flops, "")} (${(100 * region.flops / all).toFixed(1)} %)` : ""],
+    ["weights", region.stored ? quantity(region.stored, "B") : ""],
+    data.formulas[path] && ["formula", el("code", {}, data.formulas[path])],
+    Number.isFinite(loss) && ["worst loss", `${loss.toFixed(1)} dB`]]);
+  const same = [...view.folded].filter(([, first]) => first === path).map(([other]) => other);
+  const touched = passes.map((pass, index) => [index, pass.sites.filter((s) => text(s.module) === path || text(s.module).startsWith(path + "."))]).filter(([, s]) => s.length);
+  return [
+    el("h2", {}, path || data.root), el("p", { class: "chips" }, chips(region.counts)), place,
+    same.length ? el("p", {}, `The same in ${same.length} other ${same.length > 1 ? "blocks" : "block"}: ${same.join(", ")}`) : "",
+    touched.length ? el("h3", {}, "what passes did here") : "",
+    el("ul", { class: "history" }, touched.map(([index, sites]) => el("li", {}, passLink(index), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`, exclusion(passes[index].name, `${path}*`)))),
+  ];
+}

@@ -1,0 +1,300 @@
+"""History: the graphs of a run, as captured and after every pass, as plain data. Diffs and viewers are built on it.
+
+Weights are not in it, only statistics of each. In the file every text stands once and every version of a node stands once; a graph is what it
+drops and adds to the one before. A node keeps its name through all passes, so two graphs of a run are compared by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.cost import CONTRACTIONS, Costs, symbol_names
+from fxcompress.program import Program
+from fxcompress.regions import regions
+
+VERSION = 1
+FIXED = 7  # fields of a node that are always written: its texts
+DEFAULTS: tuple[Any, ...] = (0, 0, (), 0)  # of the others
+DEQUANTIZE = "fxc.dequantize.default"
+SOURCE = "source"  # meta of a node that was restored without its stack trace: the line that it came from
+_FRAME = re.compile(r'File "([^"]*)", line (\d+), in \S+\n\s*(.*)')
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node as text and numbers.
+
+    op: "input", "constant", "output", or the op's name. inputs: the nodes it reads, in the order of its arguments. attributes: its arguments
+    with % where those stand; of a constant its name in the model. region: the module path it belongs to. shape: dtype and sizes. source:
+    file, line and code of the model that it came from. flops, stored: operations at the sizes of the example, bytes of a constant. statistics:
+    least, greatest, mean and standard deviation of a constant. revision: how often a constant's content was changed.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    attributes: str
+    region: str
+    shape: str
+    source: str = ""
+    flops: int = 0
+    stored: int = 0
+    statistics: tuple[float | None, ...] = ()
+    revision: int = 0
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes by name, in order, and the class of every region (module path)."""
+
+    nodes: Mapping[str, Node]
+    kinds: Mapping[str, str]
+    parents: Mapping[str, str]
+
+    @property
+    def flops(self) -> int:
+        """Operations of one call at the sizes of the example."""
+        return sum(n.flops for n in self.nodes.values())
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all constants."""
+        return sum(n.stored for n in self.nodes.values())
+
+
+def quantised_share(graph: Graph) -> float:
+    """Of all multiply-accumulates at the sizes of the example, those of ops that read a dequantised value, through what only moves it."""
+    work = [n for n in graph.nodes.values() if n.op in CONTRACTIONS]
+    quantised = (n for n in work if any(_is_dequantised(i, graph) for i in n.inputs))
+    return sum(n.flops for n in quantised) / (sum(n.flops for n in work) or 1)
+
+
+def _is_dequantised(name: str, graph: Graph) -> bool:
+    node = graph.nodes[name]
+    while node.op != DEQUANTIZE and node.inputs and not node.flops:
+        node = graph.nodes[node.inputs[0]]
+    return node.op == DEQUANTIZE
+
+
+@dataclass
+class History:
+    """graphs[0] is the captured one, graphs[i] the one after the i-th pass.
+
+    recast: values that carry a change since a pass, such as a scale that a weight makes good. sqnr: how far the values of the last graph are
+    from those of the captured one on the probe, in dB; None: equal.
+    """
+
+    graphs: list[Graph] = field(default_factory=list)
+    recast: set[str] = field(default_factory=set)
+    sqnr: dict[str, float | None] = field(default_factory=dict)
+
+    def record(self, program: Program, changed: Collection[str] = (), recast: Collection[str] = ()) -> None:
+        """Append the program as it is. changed: names of the constants whose content was changed since the last record."""
+        self.graphs.append(graph_of(program, self.graphs[-1] if self.graphs else None, changed))
+        self.recast.update(recast)
+
+    def resume(self, program: Program) -> None:
+        """Tell the nodes of a restored program where they came from, so that what is made of them says so too."""
+        for node in program.graph.nodes:
+            node.meta[SOURCE] = self.graphs[-1].nodes[node.name].source
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**_written(self.graphs), "recast": sorted(self.recast), "sqnr": self.sqnr}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> History:
+        """The inverse. ValueError, LookupError or TypeError for what isn't of that form."""
+        return cls(list(_read(data)), set(data["recast"]), dict(data["sqnr"]))
+
+
+def graph_of(program: Program, last: Graph | None = None, changed: Collection[str] = ()) -> Graph:
+    """The program's graph as plain data; what is as in the last one is taken from there."""
+    costs, places, kinds, parents = Costs(program, formulas=False), dict[fx.Node, str](), dict[str, str](), dict[str, str]()
+    for region in regions(program).walk():
+        kinds[region.path] = region.kind
+        for child in region.children:
+            parents.setdefault(child.path, region.path)
+        places.update((node, region.path) for node in region.nodes)
+    sizes: dict[Any, str] = {symbol: str(name) for symbol, name in symbol_names(program).items()}
+    nodes = {}
+    for node in program.graph.nodes:
+        made = _node(node, places.get(node, ""), sizes)
+        old = last.nodes.get(node.name) if last else None
+        fresh = node.op == "get_attr" and str(node.target) in changed
+        same = old is not None and not fresh and _definition(old) == _definition(made)
+        revision = 0 if old is None else old.revision + fresh
+        nodes[node.name] = old if old is not None and same else _measured(made, node, program, costs, revision)
+    return Graph(nodes, kinds, parents)
+
+
+def _definition(node: Node) -> tuple[Any, ...]:
+    return node.op, node.inputs, node.attributes, node.region, node.shape
+
+
+def _node(node: fx.Node, region: str, sizes: dict[Any, str]) -> Node:
+    inputs: list[str] = []
+    op = {"placeholder": "input", "get_attr": "constant", "output": "output"}.get(node.op) or _op_name(node.target)
+    given = [*(_text(a, inputs) for a in node.args), *(f"{k}={_text(v, inputs)}" for k, v in node.kwargs.items())]
+    attributes = ", ".join(given) if node.op in ("call_function", "output") else str(node.target)
+    return Node(node.name, op, tuple(inputs), attributes, region, _shape(node.meta.get("val"), sizes), _source(node))
+
+
+def _measured(made: Node, node: fx.Node, program: Program, costs: Costs, revision: int) -> Node:
+    cost = costs.of(node)
+    statistics = _statistics(program.constants[str(node.target)]) if node.op == "get_attr" else ()
+    return replace(made, flops=int(cost.flops), stored=int(cost.weights), statistics=statistics, revision=revision)
+
+
+def _op_name(target: Any) -> str:
+    return str(target) if isinstance(target, torch._ops.OpOverload) else str(getattr(target, "__name__", target))
+
+
+def _text(value: Any, inputs: list[str]) -> str:
+    if isinstance(value, fx.Node):
+        inputs.append(value.name)
+        return "%"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_text(v, inputs) for v in value)}]"
+    return str(value).removeprefix("torch.") if not isinstance(value, str) else repr(value)
+
+
+def _shape(value: Any, sizes: dict[Any, str]) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(_size(s, sizes) for s in value.shape)}]"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(_shape(v, sizes) for v in value)})"
+    return "" if value is None else type(value).__name__.removeprefix("Sym").lower()
+
+
+def _size(size: Any, sizes: dict[Any, str]) -> str:
+    if not isinstance(size, torch.SymInt):
+        return str(size)
+    expression = size.node.expr
+    if expression not in sizes:
+        sizes[expression] = str(expression.subs({s: sizes.get(s, s) for s in expression.free_symbols}))
+    return sizes[expression]
+
+
+def _source(node: fx.Node) -> str:
+    """The innermost frame that isn't torch's own, without the folders above the last one."""
+    if SOURCE in node.meta:
+        return str(node.meta[SOURCE])
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if "/torch/" not in f[0].replace("\\", "/")] or frames
+    if not own:
+        return ""
+    path, line, code = own[-1]
+    place = "/".join(path.replace("\\", "/").split("/")[-2:])
+    return f"{place}:{line}  {code.strip()}"
+
+
+@torch.no_grad()
+def _statistics(tensor: Tensor) -> tuple[float | None, ...]:
+    if not tensor.numel() or tensor.is_complex():
+        return ()
+    wide = tensor if tensor.is_floating_point() and tensor.itemsize > 2 else tensor.float()
+    low, high = (float(v) for v in torch.aminmax(wide))
+    std, mean = (float(v) for v in torch.std_mean(wide, correction=0))
+    return tuple(float(f"{v:.5g}") if math.isfinite(v) else None for v in (low, high, mean, std))
+
+
+def _written(graphs: Sequence[Graph]) -> dict[str, Any]:
+    texts: dict[str, int] = {}
+    versions: dict[Node, int] = {}
+    steps, last = [], list[int]()
+    for graph in graphs:
+        order = [versions.setdefault(n, len(versions)) for n in graph.nodes.values()]
+        steps.append(_step(last, order))
+        last = order
+    kinds = [[[_interned(texts, v) for v in (path, kind, g.parents.get(path, ""))] for path, kind in g.kinds.items()] for g in graphs]
+    shared = [k if i == 0 or k != kinds[i - 1] else None for i, k in enumerate(kinds)]
+    return {"version": VERSION, "nodes": _rows(versions, texts), "steps": steps, "regions": shared, "texts": list(texts)}
+
+
+def _rows(versions: Iterable[Node], texts: dict[str, int]) -> list[Any]:
+    """A node's fields without the last ones that are as by default; of a later version only what differs, by place, and "of" which."""
+    rows: list[Any] = []
+    known: dict[str, tuple[int, list[Any]]] = {}
+    for number, node in enumerate(versions):
+        row = [_interned(texts, v) for v in astuple(node)]
+        if node.name in known:
+            of, old = known[node.name]
+            rows.append({"of": of, **{str(i): v for i, (v, w) in enumerate(zip(row, old, strict=True)) if v != w}})
+        else:
+            rows.append(row[: max(i for i, v in enumerate(row) if i < FIXED or v) + 1])
+        known[node.name] = number, row
+    return rows
+
+
+def _interned(texts: dict[str, int], value: Any) -> Any:
+    if isinstance(value, str):
+        return texts.setdefault(value, len(texts))
+    if isinstance(value, tuple):
+        return [_interned(texts, v) if isinstance(v, str) else v for v in value]
+    return value
+
+
+def _step(old: Sequence[int], new: Sequence[int]) -> dict[str, list[Any]]:
+    """drop: positions in the old order, each less the one before it. put: positions in the new order and versions, in turn, the same way."""
+    gone, kept = set(old) - set(new), set(old)
+    drop, put, position = [], [], 0
+    for place, version in enumerate(new):
+        while position < len(old) and old[position] in gone:
+            drop.append(position)
+            position += 1
+        if position < len(old) and old[position] == version:
+            position += 1
+        else:
+            put.append([place, version])
+            if version in kept:
+                gone.add(version)
+    drop.extend(range(position, len(old)))
+    gaps = [[a - b for a, b in zip(column, [0, *column], strict=False)] for column in (drop, *map(list, zip(*put, strict=True)))]
+    return {"drop": gaps[0], "put": [gap for pair in zip(*gaps[1:], strict=True) for gap in pair]}
+
+
+def applied(old: Sequence[int], step: Mapping[str, Any]) -> list[int]:
+    """The order of versions after a step."""
+    dropped = set(accumulate(step["drop"]))
+    kept = iter([v for i, v in enumerate(old) if i not in dropped])
+    put = dict(zip(accumulate(step["put"][::2]), accumulate(step["put"][1::2]), strict=True))
+    return [put[place] if place in put else next(kept) for place in range(len(old) - len(dropped) + len(put))]
+
+
+def _read(data: Mapping[str, Any]) -> Iterator[Graph]:
+    if data["version"] != VERSION:
+        raise ValueError(f"version {data['version']}, this one reads {VERSION}")
+    texts: list[str] = data["texts"]
+    nodes = _nodes_from(data["nodes"], texts)
+    order: list[int] = []
+    kinds: Iterable[Any] = ()
+    for step, rows in zip(data["steps"], data["regions"], strict=True):
+        order = applied(order, step)
+        kinds = kinds if rows is None else [[texts[i] for i in row] for row in rows]
+        parents = {path: parent for path, _, parent in kinds if path}
+        yield Graph({nodes[i].name: nodes[i] for i in order}, {path: kind for path, kind, _ in kinds}, parents)
+
+
+def _nodes_from(rows: Iterable[Any], texts: Sequence[str]) -> list[Node]:
+    full: list[list[Any]] = []
+    for row in rows:
+        if isinstance(row, dict):
+            full.append([row.get(str(i), v) for i, v in enumerate(full[row["of"]])])
+        else:
+            full.append([*row, *DEFAULTS[len(row) - FIXED :]])
+    return [_node_from(row, texts) for row in full]
+
+
+def _node_from(row: Sequence[Any], texts: Sequence[str]) -> Node:
+    name, op, inputs, attributes, region, shape, source, flops, stored, statistics, revision = row
+    told = (texts[i] for i in inputs), texts[attributes], texts[region], texts[shape], texts[source]
+    return Node(texts[name], texts[op], tuple(told[0]), *told[1:], flops, stored, tuple(statistics), revision)

@@ -1,0 +1,168 @@
+"""Matching and states: two captures of one model match fully, whatever they are called; what differs is named, and only that."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fxcompress.diff import Run, Step, between, of_run
+from fxcompress.diff.matching import aligned, match_regions
+from fxcompress.diff.read import run_of
+from fxcompress.diff.states import alike, states
+from fxcompress.history import Graph, History, graph_of
+from tests.passes.helpers import captured, run, seeded, zoo
+from tests.zoo import ZOO
+
+
+class Block(nn.Module):
+    def __init__(self, name: str = "fc2") -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(4, 8)
+        self.add_module(name, nn.Linear(8, 4))
+        self.name = name
+
+    def forward(self, x):
+        return x + getattr(self, self.name)(self.fc1(x).relu())
+
+
+class Net(nn.Module):
+    """Three blocks; `blocks` and `inner`: what the modules are called."""
+
+    def __init__(self, blocks: str = "blocks", inner: str = "fc2", extra: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.add_module(blocks, nn.ModuleList([Block(inner) for _ in range(3)]))
+        self.blocks_name, self.extra = blocks, extra
+
+    def forward(self, x):
+        for i, block in enumerate(getattr(self, self.blocks_name)):
+            x = block(x)
+            if self.extra and i == 1:
+                x = x.tanh()
+        return x
+
+
+def graph(**names: object) -> Graph:
+    return graph_of(captured(Net(**names), seeded(2, 4)))  # type: ignore[arg-type]
+
+
+def differences(first: Graph, second: Graph) -> dict[str, str]:
+    found = aligned(first, second)
+    return dict(states(first, found.graph, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unet2d_cond", "llama", "sam"])
+def test_two_captures_of_one_model_match_fully(name: str) -> None:
+    from fxcompress.capture import capture
+
+    model, inputs = ZOO[name]()
+    first, second = graph_of(zoo(name)), graph_of(capture(model, inputs))
+    assert first is not second
+    assert len(first.nodes) > 100
+    assert differences(first, second) == {}
+
+
+@pytest.mark.parametrize("names", [{"blocks": "layers"}, {"inner": "out"}, {"blocks": "stages", "inner": "project"}], ids=str)
+def test_a_renamed_module_is_the_same_place(names: dict[str, str]) -> None:
+    first, second = graph(), graph(**names)
+    assert differences(first, second) == {}
+    regions = match_regions(first, second)
+    blocks, inner = names.get("blocks", "blocks"), names.get("inner", "fc2")
+    assert regions[f"{blocks}.2.{inner}"] == "blocks.2.fc2"
+    assert set(aligned(first, second).regions.values()) <= set(second.kinds)
+
+
+def test_one_more_op_leaves_the_rest_matched() -> None:
+    """What reads the new value says so: the third block's first linear, and its addition."""
+    found = differences(graph(), graph(extra=True))
+    assert found == {"tanh": "added", "linear_4": "changed", "add_2": "changed"}
+    assert differences(graph(extra=True), graph()) == {"tanh": "removed", "linear_4": "changed", "add_2": "changed"}
+
+
+def test_other_weights_are_a_change_of_those_alone() -> None:
+    model = Net()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.blocks[1].fc1.weight.mul_(2)  # type: ignore[index, union-attr]
+    found = differences(graph_of(captured(model, seeded(2, 4))), graph_of(captured(other, seeded(2, 4))))
+    assert found == {"blocks_1_fc1_weight": "changed"}
+
+
+def test_an_op_in_another_module_has_moved() -> None:
+    class Outside(nn.Module):
+        def __init__(self, inside: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.act = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()) if inside else nn.Sequential(nn.Linear(4, 4))
+            self.inside = inside
+
+        def forward(self, x):
+            x = self.act(x)
+            return x * 2 if self.inside else x.sigmoid() * 2
+
+    first, second = (graph_of(captured(Outside(inside), seeded(2, 4))) for inside in (True, False))
+    assert differences(first, second) == {"sigmoid": "moved"}
+
+
+def test_unrelated_programs_share_nothing_but_their_ends() -> None:
+    first = graph_of(captured(nn.Conv2d(1, 2, 3), seeded(1, 1, 8, 8), dynamic=False))
+    second = graph_of(captured(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), seeded(2, 4), dynamic=False))
+    found = differences(first, second)
+    assert {"conv2d", "weight"} <= {n for n, s in found.items() if s == "removed"}
+    assert {n for n, s in found.items() if s == "added"} >= {"linear", "tanh"}
+
+
+def test_a_pass_is_followed_by_names_and_its_journal() -> None:
+    """A reader of a replaced value reads what stands for it: it hasn't changed."""
+    program = captured(Net(), seeded(2, 4))
+    after, report = run(program, "quant.weight_only", weights="int8/channel", symmetric=True)
+    history = History()
+    history.record(program)
+    history.record(after, {c for change in report.changes for c in change.constants})
+    step = of_run(Run("net", history, [report])).steps[0]
+    assert set(step.states.values()) == {"added"}
+    assert sorted({n.partition("_default")[0] for n in step.states if "weight" not in n}) == ["dequantize", "quantize"]
+    found = states(history.graphs[0], history.graphs[1], {})
+    assert found["linear"] == "changed", "without the journal it reads another value"
+
+
+def test_blocks_in_which_the_same_changed_are_folded() -> None:
+    program = captured(Net(), seeded(2, 4))
+    after, _ = run(program, "quant.weight_only", weights="int8/channel", symmetric=True)
+    step = Step("", graph_of(program), graph_of(after), {})
+    step = Step("", step.before, step.after, states(step.before, step.after, {}))
+    assert step.changed_alike == {"blocks.1": "blocks.0", "blocks.2": "blocks.0"}
+    assert step.folded == {"blocks.1": "blocks.0", "blocks.2": "blocks.0"}
+
+
+def test_a_block_with_one_more_change_isn_t_folded() -> None:
+    first = graph()
+    found = {"blocks_1_fc1_weight": "changed"}
+    assert alike(first.nodes, first.parents, found, changes_only=False) == {"blocks.2": "blocks.0"}  # type: ignore[arg-type]
+
+
+def test_two_results_of_one_run_are_matched_by_name() -> None:
+    program = captured(Net(), seeded(2, 4))
+    sides = []
+    for bits in ("int8/channel", "int4/channel"):
+        after, report = run(program, "quant.weight_only", weights=bits, symmetric=True)
+        history = History()
+        history.record(program)
+        history.record(after)
+        sides.append(Run(bits, history, [report]))
+    found = between(*sides)
+    assert found.was == {}
+    changed = {found.whole.nodes[n].op for n in found.whole.states}
+    assert changed == {"fxc.quantize.default", "fxc.dequantize.default", "constant"}, "formats and scales"
+    assert set(found.whole.states.values()) == {"changed"}
+    assert between(sides[0], sides[0]).whole.states == {}
+
+
+def test_programs_are_runs_without_passes() -> None:
+    found = between(run_of(captured(Net(), seeded(2, 4))), run_of(captured(Net(blocks="layers"), seeded(2, 4))))
+    assert found.whole.states == {}
+    assert found.was["blocks.0"] == "layers.0"

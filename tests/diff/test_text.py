@@ -1,0 +1,217 @@
+"""Text, other formats, and where the sides of a diff come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import networkx
+import pytest
+import torch
+from torch import nn
+
+import fxcompress as fxc
+from fxcompress import api
+from fxcompress.diff.exports import as_dot, as_model_explorer
+from fxcompress.diff.read import run_at
+from fxcompress.diff.text import quantity
+from tests.passes.helpers import lines, seeded
+
+PASSES: list[Any] = ["tidy.fold_constants", {"quant.weight_only": {"weights": "int8/channel"}}, "quant.finalize"]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        return x + self.fc(x)
+
+
+class Net(nn.Module):
+    """Three blocks, then a weight that is added to as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.head = nn.ModuleList([Block() for _ in range(3)]), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x) + (self.head.weight + x.mean()).sum()
+
+
+def compiled(passes: list[Any] = PASSES, **options: Any) -> fxc.CompiledModel:
+    return fxc.compile(Net().eval(), {"name": "mine", "passes": passes}, (seeded(2, 4),), backend="reference", **options)
+
+
+@pytest.fixture(scope="module")
+def model() -> fxc.CompiledModel:
+    return compiled()
+
+
+def test_the_whole_text(model: fxc.CompiledModel) -> None:
+    """Operations: four linears of 2·2·4·4, four additions of 8, 8 + 16 + 16 for weight + x.mean() and its sum. Bytes: four weights of 64; then
+    three of 16 with 16 of scales, one of 64. The figures are the report's own."""
+    report = model.report
+    worst, sqnr = report.passes[1].worst, report.passes[1].output_sqnr
+    assert worst is not None and worst.figure is not None and worst.limit is not None
+    flops = 4 * 64 + 4 * 8 + 8 + 16 + 16
+    assert lines(model.diff().text()) == lines(
+        f"""
+        Net, mine
+
+        1  tidy.fold_constants  0 sites, 0 declined
+        exact: nothing to measure
+        256 B, {flops} FLOP, 17 -> 17 nodes
+
+        2  quant.weight_only  3 sites, 1 declined
+        bounded: {worst.figure:.3g} >= {worst.limit:.3g} dB  output {sqnr:.1f} dB
+        256 B -> 304 B, {flops} FLOP, 17 -> 26 nodes
+        declined head: head_weight is also read by add_3, not as a weight
+
+        3  quant.finalize  3 sites, 0 declined
+        exact: equal
+        304 B -> 160 B, {flops} FLOP, 26 -> 26 nodes
+
+        in all  256 B -> 160 B, {flops} FLOP, 17 -> 26 nodes
+
+        2  quant.weight_only: 9 added
+        blocks.0.fc  (the same in blocks.1–2)
+        + blocks_0_fc_weight_scale = constant weight.scale  float32[4, 1]
+        + quantize_default = fxc.quantize(blocks_0_fc_weight, blocks_0_fc_weight_scale, None, 'int8', [1, -1])  int8[0]
+        + dequantize_default = fxc.dequantize(quantize_default, blocks_0_fc_weight_scale, None, 'int8', [1, -1])  float32[4, 4]
+
+        3  quant.finalize: 6 added, 6 removed
+        blocks.0.fc  (the same in blocks.1–2)
+        - blocks_0_fc_weight = constant weight  float32[4, 4]
+        + blocks_0_fc_weight_packed = constant weight.packed  uint8[4, 4]
+        + unpack_default = fxc.unpack(blocks_0_fc_weight_packed, 'int8', 4)  int8[0]
+        - quantize_default = fxc.quantize(blocks_0_fc_weight, blocks_0_fc_weight_scale, None, 'int8', [1, -1])  int8[0]
+        """
+    )
+
+
+def test_two_runs_give_the_same_text(model: fxc.CompiledModel) -> None:
+    assert model.diff().text() == compiled().diff().text()
+
+
+def test_changed_content_is_told_by_its_statistics() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.head.weight.copy_(torch.tensor([0.5, -1.5, 2.0, 3.0]).repeat(4, 1))
+    found = api.diff(Net().eval(), model.eval(), (seeded(2, 4),))
+    assert found.whole.states == {"head_weight": "changed"}
+    low, high, mean, std = found.whole.before.nodes["head_weight"].statistics
+    was = f"[{low:.4g}, {high:.4g}], mean {mean:.4g}, deviation {std:.4g}"
+    assert f"        content: {was} -> [-1.5, 3], mean 1, deviation {11.5**0.5 / 2:.4g}" in found.text(), "√((0.25 + 6.25 + 1 + 4) / 4)"
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (538_060_000, "538 MB"), (1.5e15, "1.5e+03 TB")])
+def test_quantities(value: float, text: str) -> None:
+    assert quantity(value, "B") == text
+
+
+# where the sides come from
+
+
+def test_an_artifact(model: fxc.CompiledModel, tmp_path: Path) -> None:
+    folder = model.save(tmp_path / "out")
+    assert api.diff(folder).text() == model.diff().text() == fxc.load(folder).diff().text()
+
+
+def test_an_artifact_without_its_history(model: fxc.CompiledModel, tmp_path: Path) -> None:
+    folder = model.save(tmp_path / "out")
+    (folder / "history.json").unlink()
+    with pytest.raises(fxc.ArtifactError, match="the artifact is incomplete"):
+        api.diff(folder)
+
+
+def test_checkpoints_of_a_run(tmp_path: Path, model: fxc.CompiledModel) -> None:
+    """After one pass and after three; what lies between is what the other two did."""
+    program = fxc.capture(Net().eval(), (seeded(2, 4),))
+    options: dict[str, Any] = {"backend": "reference"}
+    fxc.compile(program, {"passes": PASSES}, checkpoint=tmp_path / "late", **options)
+    fxc.compile(program, {"passes": PASSES[:1]}, checkpoint=tmp_path / "early", **options)
+    assert [p.name for p in run_at(tmp_path / "early").passes] == ["tidy.fold_constants"]
+    found = api.diff(tmp_path / "early", tmp_path / "late")
+    assert found.was == {}
+    assert {found.whole.nodes[n].op for n in found.whole.states} == {
+        "constant",
+        "fxc.unpack.default",
+        "fxc.dequantize.default",
+        "aten.linear.default",
+    }
+    assert found.whole.before == run_at(tmp_path / "early").history.graphs[-1]
+
+
+def test_two_programs() -> None:
+    found = api.diff(fxc.capture(Net().eval(), (seeded(2, 4),)), Net().eval(), (seeded(2, 4),))
+    assert found.whole.states == {}
+    assert found.text() == "Net → Net\n\nin all  256 B, 328 FLOP, 17 -> 17 nodes\n"
+
+
+def test_a_compiled_model_and_another(model: fxc.CompiledModel) -> None:
+    other = compiled([PASSES[0], {"quant.weight_only": {"weights": "int4/channel"}}, PASSES[2]])
+    found = model.diff(other)
+    assert set(found.whole.states.values()) == {"changed"}
+    assert any("'int4'" in line and line.startswith("    ~") for line in found.text().splitlines())
+
+
+def test_a_place_that_cannot_be_written(model: fxc.CompiledModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(fxc.ArtifactError, match="the file can't be written"):
+        model.diff().save(tmp_path / "file/diff.html")
+
+
+# other formats
+
+
+def test_networkx(model: fxc.CompiledModel) -> None:
+    graph = model.diff().graph()
+    step = model.diff().whole
+    assert set(graph.nodes) == set(step.nodes)
+    assert networkx.is_directed_acyclic_graph(graph)
+    assert graph.nodes["unpack_default"]["state"] == "added" and graph.nodes["linear"]["state"] == "same"
+    assert graph.edges["blocks_0_fc_weight", "linear"]["graph"] == "before"
+    assert graph.edges["dequantize_default", "linear"]["graph"] == "after"
+    assert graph.edges["linear", "add"]["graph"] == "both"
+
+
+def test_dot(model: fxc.CompiledModel) -> None:
+    made = as_dot(model.diff().whole)
+    assert made.count("{") == made.count("}")
+    assert '"unpack_default" [label="+ fxc.unpack.default\\nunpack_default", color="#136c31", penwidth=2];' in made
+    assert 'subgraph "cluster blocks.0.fc" { label="blocks.0.fc";' in made
+    assert '"blocks_0_fc_weight" -> "linear" [style=dashed];' in made
+
+
+def test_dot_quotes_names() -> None:
+    from fxcompress.diff import Step
+    from fxcompress.history import Graph, Node
+
+    graph = Graph({'a"b\\': Node('a"b\\', "op", (), "", "", "")}, {"": ""}, {})
+    assert '"a\\"b\\\\" [label="op\\na\\"b\\\\"];' in as_dot(Step("", graph, graph, {}))
+
+
+def test_model_explorer(model: fxc.CompiledModel) -> None:
+    """Every edge starts at a node of its own graph; a module is a path of namespaces."""
+    made = json.loads(as_model_explorer(model.diff()))
+    assert [g["id"] for g in made["graphs"]] == ["before", "after"]
+    for graph in made["graphs"]:
+        names = {n["id"] for n in graph["nodes"]}
+        assert all(e["sourceNodeId"] in names for n in graph["nodes"] for e in n["incomingEdges"])
+    linear = next(n for n in made["graphs"][1]["nodes"] if n["id"] == "linear")
+    assert linear["namespace"] == "blocks.0/fc"
+    assert [e["sourceNodeId"] for e in linear["incomingEdges"]] == ["x", "dequantize_default"]
+    assert len(json.loads(as_model_explorer(fxc.inspect(Net().eval(), (seeded(2, 4),)).diff))["graphs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("format", "start"), [("html", "<!doctype html>"), ("text", "Net, mine"), ("dot", "digraph {"), ("model-explorer", "{")]
+)
+def test_formats_are_saved(format: Any, start: str, model: fxc.CompiledModel, tmp_path: Path) -> None:
+    assert model.diff().save(tmp_path / "deep/file", format).read_text(encoding="utf-8").startswith(start)

@@ -1,0 +1,466 @@
+"""The HTML file in a real headless Chromium, opened as from a mail: file://, no network, no error on the console."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxcompress as fxc
+from fxcompress.diff import Diff, Run, Step, between, of_run
+from fxcompress.diff.page import embedded, page
+from fxcompress.diff.read import run_in, run_of
+from fxcompress.diff.states import states
+from fxcompress.history import Graph, History, Node
+from tests.diff.browser import ABSENT, PROGRAM, Browser
+from tests.passes.helpers import captured, seeded
+
+DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+ITEM = "document.querySelector('#before [data-key=\"{}\"]')"
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+class Net(nn.Module):
+    """Four equal blocks and a head whose weight is added to as well, so that it is declined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([Block() for _ in range(4)]), nn.Linear(16, 8)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x) + (self.head.weight + x.mean()).sum()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if PROGRAM is None:
+        pytest.fail(ABSENT)
+    made = Browser(tmp_path_factory.mktemp("browser") / "profile")
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def model() -> fxc.CompiledModel:
+    torch.manual_seed(0)
+    passes: list[Any] = ["tidy.fold_constants", {"quant.weight_only": {"weights": "int4/channel", "range": "mse"}}, "quant.finalize"]
+    return fxc.compile(Net().eval(), {"name": "mine", "passes": passes}, (seeded(4, 16),), backend="reference")
+
+
+@pytest.fixture(scope="module")
+def file(model: fxc.CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model.diff().save(tmp_path_factory.mktemp("page") / "diff.html")
+
+
+@pytest.fixture
+def at(browser: Browser, file: Path) -> Iterator[Any]:
+    """Opens the page at a fragment; afterwards nothing may have gone wrong."""
+    browser.scheme("light")
+    yield lambda fragment="": (browser.open(file, fragment), browser)[1]
+    assert browser.errors == []
+
+
+def shown(browser: Browser, element: str) -> bool:
+    return bool(
+        browser.run(f"!!document.querySelector({json.dumps(element)}) && document.querySelector({json.dumps(element)}).checkVisibility()")
+    )
+
+
+def text(browser: Browser, element: str) -> str:
+    return str(browser.run(f"document.querySelector({json.dumps(element)}).innerText"))
+
+
+def items(browser: Browser) -> list[str]:
+    found: list[str] = browser.run("[...document.querySelectorAll('#before [data-key]')].map((e) => e.dataset.key)")
+    return found
+
+
+# the file
+
+
+def test_the_same_report_gives_the_same_bytes(model: fxc.CompiledModel, tmp_path: Path) -> None:
+    first = model.diff().html()
+    assert first == model.diff().html()
+    saved = model.save(tmp_path / "out")
+    assert (saved / "report.html").read_text(encoding="utf-8") == first, "report.html is this file"
+
+
+def test_weights_are_not_in_it(model: fxc.CompiledModel) -> None:
+    """Numbers of the data: statistics of a weight, never the weight. A weight of 512 entries is nowhere as a list of that length."""
+    data = json.loads(DATA.search(model.diff().html())[1])  # type: ignore[index]
+
+    def longest_list_of_floats(value: Any) -> int:
+        if isinstance(value, dict):
+            return max(map(longest_list_of_floats, value.values()), default=0)
+        if isinstance(value, list):
+            own = len(value) if value and all(isinstance(v, float) for v in value) else 0
+            return max(own, *map(longest_list_of_floats, value)) if value else 0
+        return 0
+
+    assert longest_list_of_floats(data) == 4
+
+
+def test_it_names_nothing_outside(model: fxc.CompiledModel) -> None:
+    html = model.diff().html()
+    assert set(re.findall(r"https?://[^\s\"'`)]+", html)) == {"http://www.w3.org/2000/svg"}
+    assert "Permission is hereby granted" in html, "dagre's licence asks for its notice"
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)="(?!data:)', html)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["</script><script>alert(1)</script>", "a\"b'c", "<!--", "]]>", "\u2028\u2029", "𝛼 → ü", "__proto__", "constructor", "a&amp;b", "\\"],
+)
+def test_no_name_is_harmful(name: str, browser: Browser, tmp_path: Path) -> None:
+    """A node, a module, an op and a reason of that name: the page opens, shows it as text, and nothing of it runs."""
+    shape, module = "float32[2]", f"m{name}"
+    old = {"x": Node("x", "input", (), "x", "", shape), name: Node(name, name, ("x",), "%", module, shape, source=name)}
+    new = {"x": old["x"], name: Node(name, name, ("x",), f"%, {name!r}", module, shape, source=name)}
+    before, after = (Graph(nodes, {"": "M", module: name}, {module: ""}) for nodes in (old, new))
+    found = between(Run("a", History([before])), Run(name, History([after])))
+    assert embedded({name: name}).count("<") == 0
+    assert json.loads(embedded({name: name})) == {name: name}
+    browser.open(found.save(tmp_path / "page.html"))
+    browser.run(f"location.hash = '#pass=all&node=' + encodeURIComponent({json.dumps(name)})")
+    browser.wait("document.querySelector('#card h2 small')")
+    assert browser.run("document.querySelector('#card h2 small').textContent") == name
+    assert browser.run("document.scripts.length") == 3
+    assert browser.errors == []
+
+
+# the page
+
+
+def test_it_opens_on_the_table_of_passes(at: Any) -> None:
+    browser = at()
+    rows = browser.run("[...document.querySelectorAll('.passes tbody tr')].map((r) => [...r.cells].map((c) => c.innerText))")
+    assert [r[1] for r in rows] == ["tidy.fold_constants", "quant.weight_only", "quant.finalize"]
+    assert [r[2] for r in rows] == ["exact", "bounded", "exact"]
+    assert rows[1][3:5] == ["8", "1"], "eight weights, the head declined"
+    assert re.fullmatch(r"[\d.]+ dB ≥ [\d.]+ dB", rows[1][5])
+    assert shown(browser, "#overview") and not shown(browser, "#graph")
+
+
+def test_choosing_a_pass_shows_its_diff(at: Any) -> None:
+    browser = at()
+    browser.click(".passes tbody tr:nth-child(2) a")
+    browser.wait("document.body.classList.contains('at-graph')")
+    assert browser.run("location.hash") == "#pass=2"
+    assert text(browser, "#card h2") == "quant.weight_only"
+    assert "head_weight is also read by add_4, not as a weight" in text(browser, "#card")
+    browser.key("]")
+    browser.wait("location.hash === '#pass=3'")
+    assert text(browser, "#card h2") == "quant.finalize"
+
+
+def test_equal_blocks_are_folded_with_their_number(at: Any) -> None:
+    browser = at("#pass=2")
+    assert "same blocks.0" in items(browser)
+    assert "3 blocks as blocks.0" in browser.run(ITEM.format("same blocks.0") + ".textContent")
+    browser.click('#before [data-key="same blocks.0"]')
+    browser.wait(ITEM.format("r:blocks.3"))
+    assert "same blocks.0" not in items(browser)
+
+
+def test_modules_open_and_close(at: Any) -> None:
+    browser = at("#pass=2")
+    browser.wait(ITEM.format("r:blocks.0"))
+    was_open = browser.run(ITEM.format("r:blocks.0") + ".getAttribute('aria-expanded')") == "true"
+    for expected in (not was_open, was_open):
+        browser.click('#before [data-key="r:blocks.0"]')
+        browser.wait(f"{ITEM.format('r:blocks.0')}.getAttribute('aria-expanded') === '{str(expected).lower()}'")
+        assert ("r:blocks.0.up" in items(browser)) == expected
+
+
+def test_states_are_told_by_form_and_words_too(at: Any) -> None:
+    browser = at("#pass=2&node=dequantize_default")
+    added = ITEM.format("n:dequantize_default")
+    browser.wait(added)
+    assert browser.run(added + ".getAttribute('aria-label')") == "fxc.dequantize dequantize_default added"
+    assert browser.run(added + ".querySelector('.mark text').textContent") == "+"
+    assert browser.run(added + ".querySelector('.mark').firstChild.tagName") == "circle"
+    browser.open(Path(browser.run("decodeURIComponent(location.pathname)")), "#pass=3&node=quantize_default")
+    removed = ITEM.format("n:quantize_default")
+    browser.wait(removed)
+    assert browser.run(removed + ".querySelector('.mark').firstChild.tagName") == "rect"
+    assert browser.run(f"getComputedStyle({removed}.querySelector('.box')).strokeDasharray") != "none"
+
+
+def test_a_node_s_card(at: Any) -> None:
+    browser = at("#pass=2&node=dequantize_default")
+    card = text(browser, "#card")
+    for line in (
+        "fxc.dequantize.default",
+        "blocks.0.up",
+        "float32[32, 16]",
+        "quantize_default",
+        "int4",
+        "held at dequantize_default",
+        "loss so far",
+    ):
+        assert line in card or line == "loss so far", line
+    assert browser.run("document.querySelectorAll('#card .histogram .after').length") == 32
+    assert "copy as recipe exclusion" in card
+
+
+def test_the_exclusion_is_copied_and_is_a_recipe_line(at: Any, model: fxc.CompiledModel) -> None:
+    browser = at("#pass=2&node=dequantize_default")
+    browser.run("window.copied = []; navigator.clipboard.writeText = (t) => { window.copied.push(t); return Promise.resolve(); }")
+    browser.click("#card .exclusion button")
+    browser.wait("window.copied.length")
+    line = browser.run("window.copied[0]")
+    assert line == '- quant.weight_only: {where: {exclude: ["blocks.0.up"]}}'
+    import yaml
+
+    again = fxc.compile(Net().eval(), {"passes": [*yaml.safe_load(line), "quant.finalize"]}, (seeded(4, 16),), backend="reference")
+    assert "blocks.0.up" not in {c.module for c in again.report.passes[0].changes}
+
+
+def test_copying_works_without_the_clipboard_s_interface(at: Any) -> None:
+    browser = at("#pass=2&node=dequantize_default")
+    browser.run("navigator.clipboard.writeText = () => Promise.reject(new Error('refused'))")
+    browser.run("document.addEventListener('copy', () => { window.copied = document.activeElement.value; })")
+    browser.click("#card .exclusion button")
+    browser.wait("window.copied")
+    assert browser.run("window.copied").startswith("- quant.weight_only:")
+
+
+def test_deep_links_open_the_way_to_the_node(at: Any) -> None:
+    browser = at("#pass=2&node=dequantize_default_5")
+    browser.wait(ITEM.format("n:dequantize_default_5"))
+    assert "r:blocks.2" in items(browser)
+    box = browser.run(
+        f"(() => {{ const b = {ITEM.format('n:dequantize_default_5')}.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; }})()"
+    )
+    assert box[0] >= 0 and box[1] >= 80 and box[2] <= 1280 - 372 and box[3] <= 800, "and it is in sight"
+    assert browser.run("document.querySelector('#before .selected').dataset.key") == "n:dequantize_default_5"
+
+
+@pytest.mark.parametrize("fragment", ["#pass=99", "#node=nothing", "#pass=2&node=nothing", "#pass=2&module=nothing", "#%E0%A4%A"])
+def test_wrong_links_do_no_harm(fragment: str, at: Any) -> None:
+    browser = at(fragment)
+    assert shown(browser, "#graph" if "pass=2" in fragment else "#overview")
+
+
+def test_search_by_name_op_and_module(at: Any) -> None:
+    browser = at("#pass=2")
+    for words, first in (("dequantize_default_3", "dequantize_default_3"), ("relu blocks.2", "relu_2"), ("head", "head")):
+        browser.key("/")
+        browser.run("document.activeElement.value = ''")
+        browser.write(words)
+        browser.wait("document.querySelector('#found button')")
+        assert text(browser, "#found button b") == first
+    browser.key("Enter")
+    browser.wait("location.hash === '#pass=2&module=head'")
+    assert text(browser, "#card h2") == "head"
+
+
+def test_the_keyboard_is_enough(at: Any) -> None:
+    browser = at("#pass=2")
+    browser.key("n")
+    browser.wait("location.hash.includes('node=')")
+    first = browser.run("location.hash")
+    browser.key("n")
+    browser.wait(f"location.hash !== {json.dumps(first)}")
+    browser.key("p")
+    browser.wait(f"location.hash === {json.dumps(first)}")
+    browser.key("ArrowDown")
+    browser.key("ArrowDown")
+    assert browser.run("document.activeElement.dataset.key")
+    browser.key("Escape")
+    browser.wait("location.hash === '#pass=2'")
+    browser.key("s")
+    browser.wait("document.body.classList.contains('split')")
+    browser.key("?")
+    assert browser.run("document.getElementById('keys').open")
+
+
+def test_the_way_back_is_the_browser_s(at: Any) -> None:
+    browser = at("#pass=2")
+    browser.key("n")
+    first = browser.run("location.hash")
+    browser.key("n")
+    assert browser.run("location.hash") != first
+    browser.run("history.back()")
+    browser.wait(f"location.hash === {json.dumps(first)}")
+    browser.wait("document.querySelector('#card h2 small').textContent === new URLSearchParams(location.hash.slice(1)).get('node')")
+
+
+def test_both_sides_stand_alike(at: Any) -> None:
+    """What both graphs have is at the same place on both sides; what one lacks is left out there."""
+    browser = at("#pass=2&node=dequantize_default&split")
+    places = [
+        browser.run(
+            f"Object.fromEntries([...document.querySelectorAll('#{side} [data-key]')].map((e) => [e.dataset.key, e.getAttribute('transform')]))"
+        )
+        for side in ("before", "after")
+    ]
+    assert places[0] == places[1]
+    absent = [browser.run(f"[...document.querySelectorAll('#{side} .absent')].map((e) => e.dataset.key)") for side in ("before", "after")]
+    assert "n:dequantize_default" in absent[0]
+    assert absent[1] == []
+
+
+@pytest.mark.parametrize(("overlay", "unit"), [("loss", "dB"), ("cost", "%")])
+def test_overlays_are_figures(overlay: str, unit: str, at: Any) -> None:
+    browser = at("#pass=all")
+    assert browser.run("document.querySelectorAll('#before .figure').length") == 0
+    browser.run(f"const o = document.getElementById('overlay'); o.value = '{overlay}'; o.dispatchEvent(new Event('change'))")
+    figures = browser.run("[...document.querySelectorAll('#before .figure')].map((e) => e.textContent)")
+    assert figures and all(f.endswith(unit) for f in figures)
+    browser.run("o.value = 'none'; o.dispatchEvent(new Event('change'))")
+
+
+OVERLAPS = """(() => {
+  const found = [], rect = (e) => e.getBoundingClientRect();
+  const cross = (p, q, down) => p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - down && q.top < p.bottom - down;
+  const pairs = (list, one) => list.forEach((p, i) => list.slice(i + 1).forEach((q) => one(p, q)));
+  for (const group of document.querySelectorAll('#before g')) {
+    const items = [...group.children].filter((e) => e.dataset.key);
+    pairs(items.map((e) => [e.dataset.key, rect(e.querySelector('.box'))]), ([a, p], [b, q]) => { if (cross(p, q, 1)) found.push([a, b]); });
+  }
+  for (const item of document.querySelectorAll('#before .item')) {
+    const key = item.dataset.key, box = rect(item.querySelector('.box'));
+    const texts = [...item.children].filter((e) => e.tagName === 'text').map(rect);
+    for (const t of texts) if (t.left < box.left || t.right > box.right + 1 || t.bottom > box.bottom + 1) found.push([key, 'text outside']);
+    pairs(texts, (p, q) => { if (cross(p, q, 3)) found.push([key, 'texts overlap']); });
+  }
+  return found;
+})()"""
+
+
+@pytest.mark.parametrize("fragment", ["#pass=2", "#pass=3&node=unpack_default", "#pass=all&node=dequantize_default_5"])
+@pytest.mark.parametrize("overlay", ["none", "loss"])
+def test_nothing_overlaps(fragment: str, overlay: str, at: Any) -> None:
+    browser = at(fragment)
+    browser.run(
+        f"document.getElementById('overlay').value = '{overlay}'; document.getElementById('overlay').dispatchEvent(new Event('change'))"
+    )
+    assert browser.run(OVERLAPS) == []
+
+
+CONTRAST = """((faults) => {
+  const rgb = (c) => c.match(/[\\d.]+/g).map(Number);
+  const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+  const behind = (e) => {
+    for (let at = e; at; at = at.parentElement) {
+      const c = rgb(getComputedStyle(at).backgroundColor);
+      if (c.length < 4 || c[3] > 0.99) return c;
+    }
+  };
+  const isText = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+  for (const e of document.querySelectorAll('body *')) {
+    if (!e.checkVisibility() || !isText(e) || e.disabled || e.closest('script, style, option')) continue;
+    const isSvg = e.namespaceURI.endsWith('svg'), style = getComputedStyle(e), fill = (at) => rgb(getComputedStyle(at).fill);
+    const mark = isSvg && e.closest('.mark'), item = isSvg && e.closest('.item');
+    const ground = mark ? fill(mark.firstChild) : item ? fill(item.querySelector('.box')) : behind(e);
+    const found = ratio(rgb(isSvg ? style.fill : style.color), ground);
+    if (found < 4.5) faults.push([e.className.baseVal ?? e.className, e.textContent.slice(0, 30), found.toFixed(2)]);
+  }
+  return faults;
+})([])"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("fragment", ["", "#pass=2", "#pass=3&node=quantize_default", "#pass=all&module=blocks.0"])
+def test_contrast_is_that_of_wcag_aa(scheme: str, fragment: str, at: Any) -> None:
+    browser = at(fragment)
+    browser.scheme(scheme)
+    assert browser.run(CONTRAST) == []
+
+
+def test_the_check_of_contrast_bites(at: Any) -> None:
+    browser = at()
+    browser.run("document.querySelector('.tiles .label').style.color = '#999'")
+    assert len(browser.run(CONTRAST)) == 1
+
+
+def test_dark_is_dark(at: Any) -> None:
+    browser = at()
+    grounds = []
+    for scheme in ("light", "dark"):
+        browser.scheme(scheme)
+        grounds.append(browser.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"))
+    assert min(grounds[0]) > 200 and max(grounds[1]) < 60
+
+
+def test_it_prints(at: Any) -> None:
+    assert at("#pass=2").pdf().startswith(b"%PDF")
+
+
+def test_at_1280_nothing_is_cut_off(at: Any) -> None:
+    browser = at()
+    assert browser.run("document.documentElement.scrollWidth") <= 1280
+    assert browser.run("[...document.querySelectorAll('.scroll')].every((e) => e.scrollWidth <= e.clientWidth + 1)")
+
+
+# other diffs
+
+
+def empty() -> Diff:
+    graph = Graph({}, {"": ""}, {})
+    return Diff("nothing", [], Step("all passes", graph, graph, {}), [Run("nothing", History([graph]))])
+
+
+def test_an_empty_run(browser: Browser, tmp_path: Path) -> None:
+    browser.open(empty().save(tmp_path / "empty.html"))
+    assert shown(browser, "#overview")
+    browser.open(tmp_path / "empty.html", "#pass=all")
+    assert shown(browser, "#graph")
+    assert browser.errors == []
+
+
+def test_two_unrelated_programs(browser: Browser, tmp_path: Path) -> None:
+    first, second = captured(nn.Conv2d(1, 2, 3), seeded(2, 1, 8, 8)), captured(Net(), seeded(2, 16))
+    browser.open(between(run_of(first), run_of(second)).save(tmp_path / "two.html"), "#pass=all")
+    browser.wait("document.querySelector('#before .item.removed') && document.querySelector('#before .item.added')")
+    assert browser.errors == []
+
+
+def test_a_program_without_modules_is_shown_in_parts(browser: Browser, tmp_path: Path) -> None:
+    """A flat graph of 3 000 nodes: dagre never sees more than one part of it."""
+    nodes = {"n0": Node("n0", "input", (), "n0", "", "float32[2]")}
+    nodes |= {f"n{i}": Node(f"n{i}", "aten.relu.default", (f"n{i - 1}",), "%", "", "float32[2]") for i in range(1, 3000)}
+    run = Run("flat", History([Graph(nodes, {"": "M"}, {})]))
+    browser.open(of_run(run).save(tmp_path / "flat.html"), "#pass=all")
+    assert browser.run("document.querySelectorAll('#before .part').length") == 3000 // 48 + 1
+    browser.click("#before .part")
+    browser.wait("document.querySelectorAll('#before .node').length === 48")
+    assert browser.errors == []
+
+
+def test_states_of_a_whole_run(model: fxc.CompiledModel) -> None:
+    """A reader of a quantised weight hasn't changed: it reads what stands for the weight."""
+    run = run_in(model.folder)
+    found = of_run(run).whole.states
+    assert set(found.values()) == {"added", "removed"}
+    assert {run.history.graphs[-1].nodes[n].op for n, s in found.items() if s == "added"} == {
+        "constant",
+        "fxc.unpack.default",
+        "fxc.dequantize.default",
+    }
+    assert found == states(
+        run.history.graphs[0], run.history.graphs[-1], {f"blocks_{i}_{w}_weight": f"dequantize_default{s}" for (i, w), s in NAMES.items()}
+    )
+    assert page(of_run(run)) == model.diff().html()
+
+
+NAMES = {(i, w): f"_{2 * i + j}" if 2 * i + j else "" for i in range(4) for j, w in enumerate(("up", "down"))}
