@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fxcompress import artifact, cached, guard, registry, store
 from fxcompress.backend import Backend, Session
 from fxcompress.calibrate.feed import Feed, FlatItems, as_feed
-from fxcompress.calibrate.statistics import Statistics
+from fxcompress.calibrate.statistics import MEMORY, Statistics
 from fxcompress.capture import Dynamic, capture
 from fxcompress.checkpoint import Checkpoint, opened
 from fxcompress.diff import Diff, Run, between, of_run
@@ -64,6 +64,7 @@ def compile(  # noqa: PLR0913 - the arguments users say
     checkpoint: str | Path | None = None,
     evaluate: Callable[[CompiledModel], float] | None = None,
     max_drop: float = 0.01,
+    memory: int = MEMORY,
     progress: Progress = lambda *_: None,
 ) -> CompiledModel:
     """Capture the model, run the recipe's passes under their contracts, lower to the backend, check the result there.
@@ -74,9 +75,10 @@ def compile(  # noqa: PLR0913 - the arguments users say
     the probe of the contracts. backend: beats the recipe's. check: "each" pass under its contract, "end" only end to end, "off". threads: of
     the session. checkpoint: a folder that keeps what is finished; the same call goes on from there and gives the same model. evaluate: a metric
     of a compiled model, higher is better; the quantised sites that cost most go back to float until it has lost at most max_drop
-    (`report.guard`). progress(name, finished, total): called before each pass. Raises an FxcError; nothing is left half-done.
+    (`report.guard`). memory: bytes that statistics may take in one run over the calibration items; what needs more takes several runs.
+    progress(name, finished, total): called before each pass and after each calibration item. Raises an FxcError; nothing is left half-done.
     """
-    _check_options(check, threads)
+    _check_options(check, threads, memory)
     recipe = load_recipe(recipe)
     passes = build(recipe)
     runner = _backend(recipe, backend)
@@ -85,14 +87,21 @@ def compile(  # noqa: PLR0913 - the arguments users say
     check_globs(recipe, captured)
     feed, steps = None if calibration is None else as_feed(calibration), len(passes) + 1
     items = None if feed is None else FlatItems(feed, captured)
-    statistics = None if items is None else Statistics(items)
+    at = "", 0  # the pass that runs, and how many have finished
+
+    def tell(name: str, finished: int) -> None:
+        nonlocal at
+        at = name or f"lower to {runner.name}", finished
+        progress(*at, steps)
+
+    statistics = None if items is None else Statistics(items, memory, lambda count: progress(f"{at[0]}, item {count}", at[1], steps))
     probe = captured.example if items is None else items.probe
 
     def one(recipe: Recipe, folder: str | Path | None = None) -> CompiledModel:
         manager = Manager(captured.copy(), runner.target, probe, check, statistics)
         passes = build(recipe)
         with _opened(folder, captured, passes, runner, check, feed) as kept:
-            _run(manager, passes, kept, lambda name, finished: progress(name or f"lower to {runner.name}", finished, steps))
+            _run(manager, passes, kept, tell)
             audit(manager.program)
             return _compiled(recipe, runner, captured, manager, threads, kept)
 
@@ -122,11 +131,13 @@ def _guarded(
     return model
 
 
-def _check_options(check: str, threads: Any) -> None:
+def _check_options(check: str, threads: Any, memory: Any) -> None:
     if check not in get_args(CheckMode):
         raise RecipeError(f"check={check!r} is unknown", do=f"one of {', '.join(get_args(CheckMode))}")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads={threads!r} is no number of threads", do="pass 1 or more, or None for the runtime's choice")
+    if not isinstance(memory, int) or memory < 1:
+        raise InputError(f"memory={memory!r} is no number of bytes", do="pass the bytes that statistics may take in one run, such as 4 << 30")
 
 
 def _opened(

@@ -182,6 +182,15 @@ def test_progress_is_told_before_each_step() -> None:
     assert told == [("quant.weight_only", 0, 3), ("quant.finalize", 1, 3), ("lower to reference", 2, 3), ("", 3, 3)]
 
 
+def test_progress_is_told_after_each_calibration_item() -> None:
+    told: list[tuple[str, int, int]] = []
+    compiled(Mlp(), (X,), "int8", calibration=[(X,), (X / 2,), (X / 3,)], progress=lambda *step: told.append(step))
+    insert = next(number for name, number, _ in told if name == "quant.insert")
+    assert [step for step in told if step[0].startswith("quant.insert, ")] == [
+        (f"quant.insert, item {count}", insert, told[-1][2]) for count in (1, 2)
+    ]
+
+
 # check
 
 
@@ -433,12 +442,14 @@ def test_feeds_a_pass_cannot_use(recipe: Any, feed: Any, text: str) -> None:
     assert error(fxc.CalibrationError, lambda: compiled(OneLayer(4, 3), (X,), recipe, calibration=feed)) == text
 
 
-def test_statistics_beyond_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = api.Statistics
-    monkeypatch.setattr(api, "Statistics", lambda items: right(items, memory=1000))
-    text = error(fxc.CalibrationError, lambda: compiled(Mlp(), (X,), "int8", calibration=[(X,), (-X,)]))
+def test_statistics_beyond_the_memory_limit() -> None:
+    items = [(X,), (-X,)]
+    assert compiled(Mlp(), (X,), "int8", calibration=items, memory=1 << 20).report.passes
+    text = error(fxc.CalibrationError, lambda: compiled(Mlp(), (X,), "int8", calibration=items, memory=1000))
     assert text.startswith("a statistic doesn't fit into memory\n  where <root>  (x)\n  why   Distribution of [s")
-    assert " takes 32768 bytes, the limit is 1000\n  state program as before" in text
+    assert " takes 32768 bytes, the limit is 1000\n" in text
+    assert text.endswith("do    exclude the site in the recipe, or raise compile(memory=...)")
+    assert "memory=0 is no number of bytes" in error(fxc.InputError, lambda: compiled(Mlp(), (X,), "int8", calibration=items, memory=0))
 
 
 # calls that don't fit

@@ -59,7 +59,7 @@ class Statistics:
                     "a statistic doesn't fit into memory",
                     where=site_name(node),
                     why=f"{type(observer).__name__} of {list(node.meta['val'].shape)} takes {size} bytes, the limit is {self.memory}",
-                    do="exclude the site in the recipe, or raise the memory limit",
+                    do="exclude the site in the recipe, or raise compile(memory=...)",
                 )
             if group and held + size > self.memory:
                 yield group

@@ -136,7 +136,7 @@ def test_one_question_that_does_not_fit() -> None:
         "a statistic doesn't fit into memory\n"
         "  where layer.0  (relu_default)\n"
         "  why   Gram of [4, 8] takes 512 bytes, the limit is 511\n"
-        "  do    exclude the site in the recipe, or raise the memory limit"
+        "  do    exclude the site in the recipe, or raise compile(memory=...)"
     )
     assert items.runs == 0, "said before anything runs"
 
