@@ -133,8 +133,8 @@ def test_a_pass_is_followed_by_names_and_its_journal() -> None:
 def test_blocks_in_which_the_same_changed_are_folded() -> None:
     program = captured(Net(), seeded(2, 4))
     after, _ = run(program, "quant.weight_only", weights="int8/channel", symmetric=True)
-    step = Step("", graph_of(program), graph_of(after), {})
-    step = Step("", step.before, step.after, states(step.before, step.after, {}))
+    first, second = graph_of(program), graph_of(after)
+    step = Step("", first, second, states(first, second, {}))
     assert step.changed_alike == {"blocks.1": "blocks.0", "blocks.2": "blocks.0"}
     assert step.folded == {"blocks.1": "blocks.0", "blocks.2": "blocks.0"}
 
