@@ -162,6 +162,17 @@ def test_two_results_of_one_run_are_matched_by_name() -> None:
     assert between(sides[0], sides[0]).whole.states == {}
 
 
+def test_a_weight_s_quantiser_is_not_taken_for_an_activation_s() -> None:
+    """Both are dequantize nodes of one module; what tells them apart is the shape."""
+    program = captured(Net(), seeded(2, 4))
+    passes = [("quant.weight_only", {"weights": "int8/channel"}), ("quant.insert", {"weights": "int4/channel", "activations": "int8/token"})]
+    first, second = (graph_of(run(program, name, **options)[0]) for name, options in passes)
+    found = aligned(first, second, graph_of(program).nodes.keys()).graph
+    pairs = [(n, found.nodes[n.name]) for n in first.nodes.values() if n.op == "fxc.dequantize.default"]
+    assert len(pairs) == 6
+    assert all(a.shape == b.shape and b.op == a.op for a, b in pairs)
+
+
 def test_programs_are_runs_without_passes() -> None:
     found = between(run_of(captured(Net(), seeded(2, 4))), run_of(captured(Net(blocks="layers"), seeded(2, 4))))
     assert found.whole.states == {}
