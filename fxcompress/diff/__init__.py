@@ -34,14 +34,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """Two graphs and what is between them. states: of every node that isn't as it was. folded, changed_alike: numbered modules that are the
-    same as the first of their siblings, in whole and in what changed. report: the pass's own, if one pass made the step."""
+    """Two graphs and what is between them. states: of every node that isn't as it was."""
 
     name: str
     before: Graph
     after: Graph
     states: Mapping[str, State]
-    report: PassReport | None = None
 
     @property
     def nodes(self) -> dict[str, Node]:
@@ -114,7 +112,7 @@ def of_run(run: Run) -> Diff:
     """What each pass of a run did."""
     graphs, replaced = run.history.graphs, [_replaced(p) for p in run.passes]
     triples = zip(run.passes, graphs[:-1], graphs[1:], replaced, strict=True)
-    steps = [Step(p.name, a, b, states(a, b, r), p) for p, a, b, r in triples]
+    steps = [Step(p.name, a, b, states(a, b, r)) for p, a, b, r in triples]
     whole = Step("all passes", graphs[0], graphs[-1], states(graphs[0], graphs[-1], stand_ins(graphs[0].nodes, replaced)))
     return Diff(run.title, steps, whole, [run])
 

@@ -76,6 +76,7 @@ def match_nodes(first: Mapping[str, Node], second: Mapping[str, Node], captured:
         lambda n: (n.region, alike(n), ups[id(n)]),
         lambda n: (n.region, alike(n), downs[id(n)]),
         lambda n: (n.region, alike(n)),
+        lambda n: (n.region, n.op, n.shape) if n.op != "constant" else id(n),
         lambda n: (n.region, n.op, attributes(n)),
         lambda n: (n.region, n.op) if n.op != "constant" else id(n),
         lambda n: (alike(n), ups[id(n)], downs[id(n)]),

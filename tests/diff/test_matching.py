@@ -133,8 +133,8 @@ def test_a_pass_is_followed_by_names_and_its_journal() -> None:
 def test_blocks_in_which_the_same_changed_are_folded() -> None:
     program = captured(Net(), seeded(2, 4))
     after, _ = run(program, "quant.weight_only", weights="int8/channel", symmetric=True)
-    step = Step("", graph_of(program), graph_of(after), {})
-    step = Step("", step.before, step.after, states(step.before, step.after, {}))
+    first, second = graph_of(program), graph_of(after)
+    step = Step("", first, second, states(first, second, {}))
     assert step.changed_alike == {"blocks.1": "blocks.0", "blocks.2": "blocks.0"}
     assert step.folded == {"blocks.1": "blocks.0", "blocks.2": "blocks.0"}
 
@@ -160,6 +160,17 @@ def test_two_results_of_one_run_are_matched_by_name() -> None:
     assert changed == {"fxc.quantize.default", "fxc.dequantize.default", "constant"}, "formats and scales"
     assert set(found.whole.states.values()) == {"changed"}
     assert between(sides[0], sides[0]).whole.states == {}
+
+
+def test_a_weight_s_quantiser_is_not_taken_for_an_activation_s() -> None:
+    """Both are dequantize nodes of one module; what tells them apart is the shape."""
+    program = captured(Net(), seeded(2, 4))
+    passes = [("quant.weight_only", {"weights": "int8/channel"}), ("quant.insert", {"weights": "int4/channel", "activations": "int8/token"})]
+    first, second = (graph_of(run(program, name, **options)[0]) for name, options in passes)
+    found = aligned(first, second, graph_of(program).nodes.keys()).graph
+    pairs = [(n, found.nodes[n.name]) for n in first.nodes.values() if n.op == "fxc.dequantize.default"]
+    assert len(pairs) == 6
+    assert all(a.shape == b.shape and b.op == a.op for a, b in pairs)
 
 
 def test_programs_are_runs_without_passes() -> None:

@@ -355,6 +355,13 @@ def test_nothing_overlaps(fragment: str, overlay: str, at: Any) -> None:
     assert browser.run(OVERLAPS) == []
 
 
+def test_the_check_of_overlaps_bites(at: Any) -> None:
+    browser = at("#pass=2&node=dequantize_default")
+    place = f"{ITEM.format('n:quantize_default')}.getAttribute('transform')"
+    browser.run(f"{ITEM.format('n:dequantize_default')}.setAttribute('transform', {place})")
+    assert ["n:quantize_default", "n:dequantize_default"] in browser.run(OVERLAPS)
+
+
 CONTRAST = """((faults) => {
   const rgb = (c) => c.match(/[\\d.]+/g).map(Number);
   const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);

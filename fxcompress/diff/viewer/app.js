@@ -7,7 +7,7 @@ const $ = (id) => document.getElementById(id);
 function start() {
   document.title = data.title;
   $("title").textContent = data.title;
-  $("overview").append(tiles(), passes.length || !data.single ? passTable(go) : el("p", {}, el("button", { class: "primary", onclick: () => go({ view: views[0].index }) }, "Show the graph")), ...facts());
+  $("overview").append(tiles(), passTable(go), ...facts());
   for (const view of views) $("choice").append(el("option", { value: view.index }, view.pass === null ? view.name : `${view.pass + 1}  ${view.name}`));
   controls();
   addEventListener("hashchange", follow);

@@ -3,12 +3,12 @@
 
 function passTable(go) {
   const head = ["", "pass", "contract", "sites", "declined", "measured", "output", "weights", "operations", "nodes", "CPU"];
-  const rows = passes.map((pass, index) => passRow(pass, index, go));
   const whole = views.find((v) => v.pass === null);
   const table = el("table", { class: "passes" },
     el("thead", {}, el("tr", {}, head.map((h, i) => el("th", { scope: "col", class: i > 2 ? "right" : "" }, h)))),
-    el("tbody", {}, rows));
-  return el("div", { class: "scroll" }, table, el("p", {}, el("button", { class: "primary", onclick: () => go({ view: whole.index }) }, data.single ? "Show the graph" : passes.length ? "Show all passes as one diff" : "Show the diff")));
+    el("tbody", {}, passes.map((pass, index) => passRow(pass, index, go))));
+  const words = data.single ? "Show the graph" : passes.length ? "Show all passes as one diff" : "Show the diff";
+  return el("div", { class: "scroll" }, passes.length ? table : "", el("p", {}, el("button", { class: "primary", onclick: () => go({ view: whole.index }) }, words)));
 }
 
 function passRow(pass, index, go) {
