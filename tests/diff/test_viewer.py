@@ -189,7 +189,7 @@ def test_modules_open_and_close(at: Any) -> None:
 
 
 def test_states_are_told_by_form_and_words_too(at: Any) -> None:
-    browser = at("#pass=2&node=dequantize_default")
+    browser = at("#pass=quant.weight_only&node=dequantize_default")
     added = ITEM.format("n:dequantize_default")
     browser.wait(added)
     assert browser.run(added + ".getAttribute('aria-label')") == "fxc.dequantize dequantize_default added"
@@ -203,7 +203,7 @@ def test_states_are_told_by_form_and_words_too(at: Any) -> None:
 
 
 def test_a_node_s_card(at: Any) -> None:
-    browser = at("#pass=2&node=dequantize_default")
+    browser = at("#pass=quant.weight_only&node=dequantize_default")
     card = text(browser, "#card")
     for line in (
         "fxc.dequantize.default",
@@ -220,7 +220,7 @@ def test_a_node_s_card(at: Any) -> None:
 
 
 def test_the_exclusion_is_copied_and_is_a_recipe_line(at: Any, model: fxc.CompiledModel) -> None:
-    browser = at("#pass=2&node=dequantize_default")
+    browser = at("#pass=quant.weight_only&node=dequantize_default")
     browser.run("window.copied = []; navigator.clipboard.writeText = (t) => { window.copied.push(t); return Promise.resolve(); }")
     browser.click("#card .exclusion button")
     browser.wait("window.copied.length")
@@ -233,7 +233,7 @@ def test_the_exclusion_is_copied_and_is_a_recipe_line(at: Any, model: fxc.Compil
 
 
 def test_copying_works_without_the_clipboard_s_interface(at: Any) -> None:
-    browser = at("#pass=2&node=dequantize_default")
+    browser = at("#pass=quant.weight_only&node=dequantize_default")
     browser.run("navigator.clipboard.writeText = () => Promise.reject(new Error('refused'))")
     browser.run("document.addEventListener('copy', () => { window.copied = document.activeElement.value; })")
     browser.click("#card .exclusion button")
@@ -356,7 +356,7 @@ def test_nothing_overlaps(fragment: str, overlay: str, at: Any) -> None:
 
 
 def test_the_check_of_overlaps_bites(at: Any) -> None:
-    browser = at("#pass=2&node=dequantize_default")
+    browser = at("#pass=quant.weight_only&node=dequantize_default")
     place = f"{ITEM.format('n:quantize_default')}.getAttribute('transform')"
     browser.run(f"{ITEM.format('n:dequantize_default')}.setAttribute('transform', {place})")
     assert ["n:quantize_default", "n:dequantize_default"] in browser.run(OVERLAPS)

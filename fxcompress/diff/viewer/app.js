@@ -34,10 +34,10 @@ function controls() {
   if (data.single) for (const id of ["split", "fold"]) $(id).closest("label").hidden = true;
 }
 
-// The address says what is shown, so that it can be sent: #pass=3&node=linear_4. pass: a number, or "all".
+// The address says what is shown, so that it can be sent: #pass=3&node=linear_4. pass: a number, a pass's name, or "all".
 function follow() {
   const asked = new URLSearchParams(location.hash.slice(1));
-  const view = asked.has("pass") ? views.find((v) => v.hash === asked.get("pass")) : undefined;
+  const view = asked.has("pass") ? views.find((v) => [v.hash, v.name].includes(asked.get("pass"))) : undefined;
   if (!view) return overview();
   const fresh = state.view !== view;
   if (fresh) enter(view);
