@@ -95,7 +95,7 @@ def _background(n: int) -> Tensor:
 
 
 def points_in(masks: Tensor) -> Tensor:
-    """x and y of random pixels of each mask, away from its edge where it has an inside. masks: [..., H, W]; returns [..., POINTS, 2]."""
+    """x and y of random pixels of each mask, hardly ever of its edge where it has an inside. masks: [..., H, W]; returns [..., POINTS, 2]."""
     flat = masks.float().flatten(0, -3)[:, None]
     inner = -nn.functional.max_pool2d(-flat, 3, 1, 1)
     weight = inner.flatten(1) + 1e-4 * flat.flatten(1) + 1e-12
