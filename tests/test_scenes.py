@@ -28,15 +28,16 @@ def test_boxes_are_the_outer_pixels_and_filled_are_those_between():
 
 def test_points_lie_inside_and_off_the_edge_where_there_is_an_inside():
     masks = torch.stack([mask((10, 13, 20, 23)), mask((5, 6, 7, 9))]).expand(40, 2, SIZE, SIZE)
+    torch.manual_seed(0)
     points = points_in(masks).long()
-    assert (points[:, 0] == torch.tensor([21, 11])).all()
-    assert set(map(tuple, points[:, 1].tolist())) == {(7, 5), (8, 5)}
+    assert (points[:, 0] == torch.tensor([21, 11])).float().mean() > 0.98  # a pixel of the edge counts for 1e-4
+    assert set(map(tuple, points[:, 1].flatten(0, 1).tolist())) == {(7, 5), (8, 5)}
 
 
 def test_the_nearest_object_is_all_that_hangs_together():
     """A corner connects, a gap of one pixel doesn't; the point itself may lie beside."""
     first, second = mask((4, 10, 4, 10), (10, 14, 10, 20)), mask((15, 20, 4, 10))
-    points = torch.tensor([[5.0, 5.0], [2.0, 16.0], [63.0, 0.0]])
+    points = torch.tensor([[5.0, 5.0], [2.0, 16.0], [63.0, 0.0]])[:, None].expand(3, 3, 2)
     found = nearest_object((first | second)[None], points[None])[0]
     assert [torch.equal(f, w) for f, w in zip(found, (first, second, first), strict=True)] == [True] * 3
 
@@ -55,8 +56,8 @@ def test_what_a_scene_says_is_so():
     assert not (found.masks[:, 0] & found.masks[:, 1]).any()
     assert (found.foreground[:, None] >= found.masks).all()
     at = found.points.long()
-    rows = torch.arange(200)[:, None]
-    assert found.masks[rows, torch.arange(2), at[..., 1], at[..., 0]].all()
+    rows = torch.arange(200)[:, None, None]
+    assert found.masks[rows, torch.arange(2)[:, None], at[..., 1], at[..., 0]].all()
     assert torch.equal(filled(found.boxes) & found.masks, found.masks)
     assert (found.masks.sum((2, 3)) >= scenes.LEAST).float().mean() > 0.98
     inside = found.images[:, 0][found.foreground].mean() - found.images[:, 0][~found.foreground].mean()

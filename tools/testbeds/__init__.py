@@ -79,7 +79,7 @@ TESTBEDS = {
     "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
     "sam": Testbed(
         segment.sam,
-        Plan(steps=5000, batch=16, lr=1e-3, weight_decay=0.02, ema=0.998),
+        Plan(steps=12500, batch=16, lr=1e-3, weight_decay=0.02, ema=0.998),
         loss=segment.loss,
         finish=lambda model, data: None,
         metrics=segment.metrics,

@@ -1,4 +1,4 @@
-"""Scenes for promptable segmentation: garments of Fashion-MNIST and drawn shapes, four on a canvas of 64 x 64, turned and overlapping."""
+"""Scenes for promptable segmentation: garments of Fashion-MNIST and drawn shapes, three on a canvas of 64 x 64, turned and overlapping."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from tools.testbeds.fashion import Split
 
-SIZE, OBJECTS, ASKED = 64, 4, 2
-LEAST = 100  # visible pixels of an object that is asked for
+SIZE, OBJECTS, ASKED, POINTS = 64, 3, 2, 3
+LEAST = 120  # visible pixels of an object that is asked for
 
 
 @dataclass(frozen=True)
 class Scenes:
     """images: [N, 1, 64, 64] in [-1, 1]. masks: [N, 2, 64, 64], bool, what is visible of two objects of each. foreground: [N, 64, 64], of all.
 
-    points: [N, 2, 2], x and y of a pixel inside each mask. boxes: [N, 2, 4], the corners x1, y1, x2, y2 of the pixels around it.
+    points: [N, 2, 3, 2], x and y of three pixels inside each mask. boxes: [N, 2, 4], the corners x1, y1, x2, y2 of the pixels around it.
     """
 
     images: Tensor
@@ -78,9 +78,9 @@ def _shapes(n: int) -> Tensor:
 
 
 def _placed(objects: Tensor, upright: Tensor) -> Tensor:
-    """[N, K, 2, 28, 28] to [N, K, 2, 64, 64]: 20 to 40 pixels wide, anywhere, turned by any angle; garments by at most 30 degrees."""
+    """[N, K, 2, 28, 28] to [N, K, 2, 64, 64]: 26 to 46 pixels wide, anywhere, turned by any angle; garments by at most 30 degrees."""
     n, k = objects.shape[:2]
-    scale = SIZE / (20 + 20 * torch.rand(n, k))
+    scale = SIZE / (26 + 20 * torch.rand(n, k))
     angle = (2 * torch.rand(n, k) - 1) * torch.where(upright, math.pi / 6, math.pi)
     centre = 1.4 * torch.rand(n, k, 2) - 0.7
     turn = scale[..., None, None] * torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(n, k, 2, 2)
@@ -95,11 +95,11 @@ def _background(n: int) -> Tensor:
 
 
 def points_in(masks: Tensor) -> Tensor:
-    """x and y of a random pixel of each mask, away from its edge where it has an inside. masks: [..., H, W]; returns [..., 2]."""
+    """x and y of random pixels of each mask, hardly ever of its edge where it has an inside. masks: [..., H, W]; returns [..., POINTS, 2]."""
     flat = masks.float().flatten(0, -3)[:, None]
     inner = -nn.functional.max_pool2d(-flat, 3, 1, 1)
     weight = inner.flatten(1) + 1e-4 * flat.flatten(1) + 1e-12
-    at = torch.multinomial(weight, 1).view(masks.shape[:-2])
+    at = torch.multinomial(weight, POINTS, replacement=True).view(*masks.shape[:-2], POINTS)
     return torch.stack([at % masks.shape[-1], at // masks.shape[-1]], -1).float()
 
 
@@ -118,12 +118,12 @@ def filled(boxes: Tensor) -> Tensor:
 
 
 def nearest_object(foreground: Tensor, points: Tensor) -> Tensor:
-    """The connected part of the true foreground that lies nearest to each point: it knows what is an object, not where one ends.
+    """The connected part of the true foreground that lies nearest to the first point: it knows what is an object, not where one ends.
 
-    foreground: [N, 64, 64]. points: [N, P, 2]. Returns [N, P, 64, 64], bool.
+    foreground: [N, 64, 64]. points: [N, P, POINTS, 2]. Returns [N, P, 64, 64], bool.
     """
     at = torch.arange(SIZE)
-    distance = (at - points[..., 0, None, None]).square() + (at[:, None] - points[..., 1, None, None]).square()
+    distance = (at - points[..., 0, 0, None, None]).square() + (at[:, None] - points[..., 0, 1, None, None]).square()
     allowed = foreground[:, None].expand_as(distance)
     distance = distance.masked_fill(~allowed, math.inf)
     found = (distance == distance.amin((2, 3), keepdim=True)) & allowed

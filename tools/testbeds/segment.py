@@ -1,4 +1,4 @@
-"""Promptable segmentation: transformers' SamModel, small, on scenes of overlapping objects; a point or a box says which object is meant."""
+"""Promptable segmentation: transformers' SamModel, small, on scenes of overlapping objects; a box or three points say which object is meant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPTS = ("boxes", "points")
 
 
 def sam() -> nn.Module:
-    """Four blocks of width 128 on 64 patches, two of them windowed, and the two-way decoder of two layers: 1.7 M parameters.
+    """Four blocks of width 128 on 64 patches, two of them windowed, and the two-way decoder of two layers: 1.3 M parameters.
 
     The random Fourier features of positions are drawn as published SAM weights have them, with standard deviation 1, and stay as drawn.
     """
@@ -43,13 +43,13 @@ def prompt(scenes: Scenes, kind: str, rows: slice = slice(None), objects: slice 
         asked = {"input_boxes": scenes.boxes[rows, objects]}
     else:
         points = scenes.points[rows, objects]
-        asked = {"input_points": points[:, :, None], "input_labels": torch.ones(*points.shape[:2], 1, dtype=torch.int64)}
+        asked = {"input_points": points, "input_labels": torch.ones(points.shape[:3], dtype=torch.int64)}
     return {**asked, "multimask_output": False}
 
 
 def loss(model: nn.Module, data: Split, batch: int) -> Tensor:
     """Cross entropy and Dice of the masks at the decoder's resolution, and the error of the predicted IoU. One object of each scene is asked
-    for by a box, the other by a point."""
+    for by a box, the other by points."""
     scenes = compose(data, batch)
     wanted = nn.functional.avg_pool2d(scenes.masks.float(), 2)
     seen = model.vision_encoder(2 * scenes.images).last_hidden_state

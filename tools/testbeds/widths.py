@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from fxcompress.backends.onnx.macs import macs
-from torch import Tensor, fx
+from torch import fx
 
+from fxcompress.cost import Costs, macs
 from fxcompress.dataflow import before_moves, is_constant
-from fxcompress.interpret import run
 from fxcompress.numerics.formats import format_of
 from fxcompress.passes.quant.sites import SUMMED
 from fxcompress.program import Program
@@ -17,8 +16,7 @@ def macs_by_width(program: Program) -> dict[str, float]:
     """Shares of all multiply-accumulates on the example inputs: "W4A8" for a weight of 4 by an activation of 8 bits, "A8A8" for a product of
     two activations, "float" where an operand isn't quantised. The widest first.
     """
-    shapes: dict[fx.Node, tuple[int, ...]] = {}
-    run(program, program.example, lambda node, value: shapes.update({node: tuple(value.shape)}) if isinstance(value, Tensor) else None)
+    shapes = Costs(program, formulas=False).shapes
     found: dict[str, int] = {}
     for node in program.graph.nodes:
         work = macs(node, shapes)
