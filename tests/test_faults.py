@@ -38,7 +38,7 @@ SAMPLES: tuple[tuple[str, str, int], ...] = (  # model, case, faults
     ("vit", "reparam.smooth", 15),
     ("vit", "quant.insert", 20),
     ("vit", "quant.insert {'activations': 'int8/token', 'products': False}", 15),
-    ("vit", "quant.ranges {'method': 'percentile:90'}", 20),
+    ("vit", "quant.ranges", 20),
     ("vit", "quant.bias_correction", 15),
 )
 KINDS = (

@@ -25,10 +25,14 @@ from tools.demo import MODEL, PROBE_TEXT, TEST_TEXT, WINDOW
 
 STATIC: list[Any] = ["tidy.open_attention", {"quant.insert": {"activations": "uint8/tensor", "range": "mse"}}, "quant.finalize"]
 DYNAMIC: list[Any] = [{"quant.insert": {"activations": "int8/token", "products": False}}, "quant.finalize"]
+TOKENS: dict[str, Any] = {  # inputs whose tokens differ most in size: products of two branches, and what the head reads
+    "quant.insert": {"activations": "int8/token", "products": False, "where": {"include": ["*.down_proj", "lm_head"]}}
+}
 PREPARED: dict[str, list[Any]] = {
     "fp32": ["tidy.fold_constants"],
     "static": ["tidy.fold_constants", *STATIC],
     "static, smoothed": ["tidy.fold_constants", "tidy.open_attention", "reparam.smooth", *STATIC[1:]],
+    "static, smoothed, two by token": ["tidy.fold_constants", "tidy.open_attention", "reparam.smooth", TOKENS, *STATIC[1:]],
     "static, rotated": ["tidy.fold_constants", "tidy.fold_norm_gain", "rotate.residual", *STATIC],
     "dynamic": ["tidy.fold_constants", *DYNAMIC],
     "dynamic, smoothed": ["tidy.fold_constants", {"reparam.smooth": {"products": False}}, *DYNAMIC],

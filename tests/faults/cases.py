@@ -79,6 +79,6 @@ CASES = (
     Case("reparam.smooth", {}, FOLDED),
     Case("quant.insert", {}, OPENED),
     Case("quant.insert", {"activations": "int8/token", "products": False}, FOLDED),
-    Case("quant.ranges", {"method": "percentile:90"}, (*OPENED, "quant.insert")),
+    Case("quant.ranges", {}, (*OPENED, "quant.insert")),
     Case("quant.bias_correction", {}, (*OPENED, "quant.insert")),
 )

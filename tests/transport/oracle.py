@@ -41,6 +41,7 @@ from tests.transport.helpers import doubled
 
 aten = torch.ops.aten
 LIMIT = 60
+SOME = 32  # rows whose gradients are held at once
 SPARE = 24  # rows beyond the number of unknowns
 INPUTS = 7  # the rows are spread over as many and one more
 ZERO = 1e-9  # a singular value this small, relative to the greatest, is none: an eps in a norm gives 1e-6, rounding 1e-13
@@ -160,8 +161,8 @@ class Region:
         unknowns = sum(p.shape[1] for p in first)
         d, u = (torch.cat(p) for p in zip(first, *(self._rows(unknowns // INPUTS + 1) for _ in range(INPUTS)), strict=True))
         r = torch.linalg.qr(_scaled(torch.cat([d, u], 1)), mode="r")[1][d.shape[1] :, d.shape[1] :]
-        if self.kind == Kind.SHIFT:  # one number for all channels, which a layer norm takes off again, is no change worth finding
-            r = torch.cat([r, _scaled(u.norm(dim=0)[:, None]).T])
+        if self.kind == Kind.SHIFT:
+            r = torch.cat([r, *_evenly(u.norm(dim=0))])
         return int((torch.linalg.svdvals(r) < ZERO).sum())
 
     def _rows(self, count: int) -> tuple[Tensor, Tensor]:
@@ -174,11 +175,16 @@ class Region:
         ends = [v for n in (self.seed.node, *self.results) for v in pytree.tree_leaves(env[n]) if v.requires_grad]
         if not x.requires_grad:
             return torch.zeros(count, 1), torch.zeros(count, 1)
-        cotangents = [torch.randn(count, *v.shape, generator=self.generator, dtype=torch.float64) / v.numel() ** 0.5 for v in ends]
         sources = [*leaves.values(), *vectors.values()]
+        parts = [self._some_rows(min(SOME, count - i), x, ends, list(leaves.values()), sources) for i in range(0, count, SOME)]
+        d, u = (torch.cat(p) for p in zip(*parts, strict=True))
+        return d, u
+
+    def _some_rows(self, count: int, x: Tensor, ends: list[Tensor], leaves: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:
+        cotangents = [torch.randn(count, *v.shape, generator=self.generator, dtype=torch.float64) / v.numel() ** 0.5 for v in ends]
         found = self._gradients(ends, sources, cotangents)
         grads = [torch.zeros(count, *s.shape, dtype=torch.float64) if g is None else g for g, s in zip(found, sources, strict=True)]
-        return self._columns(list(leaves.values()), grads), -self._moved(x, cotangents[0])
+        return self._columns(leaves, grads), -self._moved(x, cotangents[0])
 
     def _gradients(self, ends: list[Tensor], sources: list[Tensor], cotangents: list[Tensor]) -> Sequence[Tensor | None]:
         """Per source [rows, ...], or None if it doesn't matter."""
@@ -397,6 +403,13 @@ def _turns(x: Tensor, cotangent: Tensor, axis: int) -> Tensor:
     p = torch.arange(0, x.shape[-1] - 1, 8)
     turned = g[..., p + 1] * x[..., p] - g[..., p] * x[..., p + 1]
     return turned.sum(list(range(1, turned.dim() - 1))) if turned.dim() > 2 else turned
+
+
+def _evenly(norms: Tensor) -> Iterator[Tensor]:
+    """Rows that rule out one number for all channels of a half: norms take that off again, and no change of this kind is worth finding."""
+    halves = len(norms) // 2
+    for half in range(halves):
+        yield _scaled(torch.where(torch.arange(len(norms)) % halves == half, norms, 0)[:, None]).T
 
 
 def _scaled(columns: Tensor) -> Tensor:
