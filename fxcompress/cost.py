@@ -68,8 +68,11 @@ class Costs:
         return Cost(*(sympy.expand(sympy.Add(*(v * k for v, k in c.items()))) for c in counted))
 
     def bound(self, value: Any) -> int:
-        """A formula at the sizes of the example inputs."""
-        return int(value.subs(self.example)) if isinstance(value, sympy.Expr) else int(value)
+        """A formula at the sizes of the example inputs. A size that only the data decides, as how many entries a mask keeps, counts as 1."""
+        if not isinstance(value, sympy.Expr):
+            return int(value)
+        known = value.subs(self.example)
+        return int(known.subs(dict.fromkeys(known.free_symbols, 1)))
 
     def _size(self, size: Any) -> Any:
         if not isinstance(size, torch.SymInt):

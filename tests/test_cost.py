@@ -45,3 +45,10 @@ def test_moves_are_free_and_attention_is_not() -> None:
 
 def test_nothing_costs_nothing() -> None:
     assert Costs(function(lambda x: x + 1, seeded(2))).total([]) == (0, 0, 0)
+
+
+def test_a_size_that_the_data_decides_counts_as_one() -> None:
+    program = function(lambda x: x[x > 0].unsqueeze(-1) * 2, seeded(3, 4), dynamic=False)
+    formulas, numbers = Costs(program), Costs(program, formulas=False)
+    assert numbers.of(node(program, "mul")).flops == 1
+    assert formulas.bound(formulas.of(node(program, "mul")).flops) == 1

@@ -120,7 +120,7 @@ def _eager(model: Any, items: list[Any]) -> float:
         with torch.no_grad():
             return [t for t in pytree.tree_leaves(model(**inputs)) if isinstance(t, torch.Tensor)]
 
-    layers = [m for m in model.modules() if type(m).__name__ in LAYERS]
+    layers = [m for m in model.modules() if any(base.__name__ in LAYERS for base in type(m).__mro__)]
     reference = outputs(items[-1])
     ranges = _ranges(layers, items[:-1], outputs)
     for layer in layers:

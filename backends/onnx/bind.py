@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from fxcompress.backends.onnx.blocks import Blocks, blocks_of, matrix_of
@@ -76,7 +77,9 @@ class _Binder:
     def bind(self, value: ir.Value, leaf: Leaf) -> None:
         """Give one leaf its numbers."""
         if leaf.quantised is None:
-            value.replace_all_uses_with(self.build.constant(leaf.name, self.constants[leaf.name]), replace_graph_outputs=True)
+            tensor = self.constants[leaf.name]
+            tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # as torch.onnx writes complex numbers
+            value.replace_all_uses_with(self.build.constant(leaf.name, tensor), replace_graph_outputs=True)
             return
         for reader in list(_readers(value, tuple(range(len(leaf.shape))))):
             name, reason = self._name(reader.node), self._kernel(reader, leaf)

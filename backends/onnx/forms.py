@@ -79,6 +79,13 @@ def outer(a: Any, b: Any) -> Any:
     return op.Mul(op.Unsqueeze(a, ints(1)), b)
 
 
+def masked_fill(x: Any, mask: Any, value: float) -> Any:
+    """value where the mask is True, else x. ONNX Runtime has no Where for booleans."""
+    if x.dtype == ir.DataType.BOOL:
+        return op.Or(x, mask) if value else op.And(x, op.Not(mask))
+    return op.Where(mask, _like(value, x), x)
+
+
 def ints(*values: int) -> Any:
     """An int64 vector."""
     return op.Constant(value_ints=list(values))
@@ -106,6 +113,7 @@ def _length(x: Any, dim: int) -> int:
 
 FORMS: Mapping[Any, Any] = {
     aten.scaled_dot_product_attention.default: attention,
+    aten.masked_fill.Scalar: masked_fill,
     aten.rsub.Scalar: rsub,
     aten.rsub.Tensor: rsub,
     aten.split.Tensor: split,

@@ -29,6 +29,7 @@ from fxcompress.noise import jittered
 from fxcompress.program import Program, module_path
 
 ORDERS = (torch.ops.aten.sort.default, torch.ops.aten.topk.default)
+ARGSORT = torch.ops.aten.argsort.default
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def step_by_step(program: Program, products: Collection[fx.Node], model: onnx.Mo
     seen = _seen(program, products, model, run_model, probe)
     held: dict[fx.Node, Any] = {}
     read = {operand for node in seen for operand in node.all_input_nodes}
-    read |= {_sorted(node) for node in seen if node.target is operator.getitem}
+    read |= {_sorted(node) for node in seen if _is_order(node)}
     steps, loose = Steps(), list[tuple[fx.Node, Tensor, float]]()
 
     def visit(node: fx.Node, value: Any) -> Any:
@@ -53,7 +54,7 @@ def step_by_step(program: Program, products: Collection[fx.Node], model: onnx.Mo
             held[node] = given
         if node in seen and node.target is QUANTIZE:
             steps.flips[node.name] = _judged_codes(node, value, given, held)
-        elif node in seen and node.target is operator.getitem:
+        elif node in seen and _is_order(node):
             _judge_order(node, value, given, held[_sorted(node)])
         elif node in seen:
             steps.errors[node.name] = error = relative_error(value, given)
@@ -75,9 +76,9 @@ def _seen(
     names: dict[fx.Node, str] = {}
     orders = {n.output[0].rsplit(".", 1)[0]: n.output[1] for n in model.graph.node if n.op_type == "TopK"}
     for node in program.graph.nodes:
-        if node.target is operator.getitem and node.args[1] == 1 and node.args[0].target in ORDERS and node.args[0].name in orders:
-            names[node] = orders[node.args[0].name]
-        if node.target is QUANTIZE or (node in products and not _becomes_codes(node)):
+        if _is_order(node) and _sort(node).name in orders:
+            names[node] = orders[_sort(node).name]
+        if node.target is QUANTIZE or (node in products and not _becomes_codes(node, program)):
             found = next((n for n in (node.name, f"{node.name}{SIGNED}") if n in made), None)
             names.update({node: found} if found else {})
     outputs = {n: v.name for n, v in zip(program.results(), model.graph.output, strict=True) if n.op != "placeholder"}
@@ -86,10 +87,17 @@ def _seen(
     return {node: _in_format(values[name], node.meta["val"].dtype) for node, name in names.items()}
 
 
-def _becomes_codes(node: fx.Node) -> bool:
+def _becomes_codes(node: fx.Node, program: Program) -> bool:
     """Whether a value is quantised, maybe after moves: its codes are compared then. ONNX Runtime 1.32 moves such a quantiser up to the
-    value, and would show it rounded if it were made an output."""
-    return any(reader.target is QUANTIZE or (is_move(reader) and _becomes_codes(reader)) for reader in node.users)
+    value, past additions of zeros too, and would show it rounded if it were made an output."""
+    hands_on = (r for r in node.users if is_move(r) or _adds_zeros(r, program))
+    return any(r.target is QUANTIZE for r in node.users) or any(_becomes_codes(r, program) for r in hands_on)
+
+
+def _adds_zeros(node: fx.Node, program: Program) -> bool:
+    """Whether one summand is a constant of zeros, as sums in loops start from."""
+    constants = (program.constant(a) for a in node.all_input_nodes) if node.target is torch.ops.aten.add.Tensor else ()
+    return any(c is not None and not c.any() for c in constants)
 
 
 def _in_format(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,16 +125,24 @@ def _judged_codes(node: fx.Node, wanted: Tensor, given: Tensor, held: Mapping[fx
     return share
 
 
-def _sorted(node: fx.Node) -> fx.Node:
-    """What the order, an item of a sort, is the order of."""
-    sort: Any = node.args[0]
-    value: fx.Node = sort.args[0]
-    return value
+def _is_order(node: fx.Node) -> bool:
+    """Whether a value is the order that a sort brings its numbers into."""
+    sort: Any = node.args[0] if node.target is operator.getitem and node.args[1] == 1 else None
+    return node.target is ARGSORT or (isinstance(sort, fx.Node) and sort.target in ORDERS)
+
+
+def _sort(order: fx.Node) -> fx.Node:
+    return order if order.target is ARGSORT else order.all_input_nodes[0]
+
+
+def _sorted(order: fx.Node) -> fx.Node:
+    """What the order is the order of."""
+    return _sort(order).all_input_nodes[0]
 
 
 def _judge_order(node: fx.Node, wanted: Tensor, given: Tensor, values: Tensor) -> None:
     """Equal values may come in any order, and all of them where none is asked for, so the model's is taken where it sorts as well."""
-    sort: Any = node.args[0]
+    sort = _sort(node)
     dim = arguments(sort).get("dim", -1)
     ours, theirs = (values.gather(dim, order) for order in (wanted, given))
     if not arguments(sort).get("sorted", True):

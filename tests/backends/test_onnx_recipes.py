@@ -29,7 +29,18 @@ class Cast(nn.Module):
         return nn.functional.silu(self.convolution(x.to(torch.float32))[..., :-3])
 
 
-@pytest.mark.parametrize("model, shape", [(Cast(), (2, 8, 20))], ids=["cast"])
+class Codebook(nn.Module):
+    """Vectors of a table, summed from zero on and convolved, as in audio codecs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.convolution = nn.Embedding(16, 16), nn.Conv1d(16, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.silu(self.convolution(torch.tensor(0.0) + self.table(x.argmax(-1)).permute(0, 2, 1)))
+
+
+@pytest.mark.parametrize("model, shape", [(Cast(), (2, 8, 20)), (Codebook(), (2, 40, 16))], ids=["cast", "codebook"])
 def test_every_product_is_in_integers(model, shape):
     report = compiled(model, *shape).report
     assert report.backend is not None and report.output_sqnr is not None

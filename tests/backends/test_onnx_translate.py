@@ -217,6 +217,35 @@ def test_a_step_in_bfloat16_is_rounded_as_in_torch():
     assert error(program, [x, positions]) < 1e-6
 
 
+class Turned(nn.Module):
+    """Pairs of channels turned by constant angles, as complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("turns", torch.polar(torch.ones(5, 4), torch.rand(5, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * self.turns).flatten(-2)
+
+
+def test_complex_constants_are_written_as_pairs():
+    x = torch.randn(2, 5, 8)
+    assert error(program_of(Turned(), x), [x]) < 1e-6
+
+
+class Filled(nn.Module):
+    """A mask with True or False put in where x is large, and numbers with -1 there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        small, large = x > 0, x > 1
+        return small.masked_fill(large, False) * 2 + (x < 0).masked_fill(large, True) + x.masked_fill(large, -1)
+
+
+def test_booleans_are_filled_under_a_mask():
+    x = torch.randn(40)
+    assert error(program_of(Filled(), x), [x]) == 0
+
+
 class Less(nn.Module):
     """number - x."""
 
