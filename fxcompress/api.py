@@ -432,7 +432,7 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
     asked = {name, "".join(c if c.isalnum() else "_" for c in name)}  # a constant's node is named after it
     rows: list[dict[str, Any]] = []
     for done in report.passes:
-        touched = [c for c in done.changes if asked & _names(c)]
+        touched = [c for c in done.changes if asked & _names(c) or _inside(c.module, name)]
         sites = {c.site for c in touched}
         rows += [{"pass": done.name, "site": c.site, "what": "changed", "why": c.reason} for c in touched]
         rows += [
@@ -440,7 +440,11 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
             for c in done.checks
             if c.site in sites
         ]
-        rows += [{"pass": done.name, "site": d.site, "what": "declined", "why": d.reason} for d in done.declined if asked & {d.site, d.module}]
+        rows += [
+            {"pass": done.name, "site": d.site, "what": "declined", "why": d.reason}
+            for d in done.declined
+            if asked & {d.site, d.module} or _inside(d.module, name)
+        ]
     if not rows and not asked & (known := store.load_names(Path(folder))):
         known |= {n for done in report.passes for c in done.changes for n in _names(c)}
         do = "fxcompress inspect MODEL lists the module paths"
@@ -494,6 +498,11 @@ def bench(folder: str | Path, runs: int = 10, threads: int = 1) -> dict[str, Any
         "threads": threads,
         "inputs": shapes,
     }
+
+
+def _inside(module: str, name: str) -> bool:
+    """Whether a module path lies below another; all lie below the root, ""."""
+    return not name or module.startswith(f"{name}.")
 
 
 def _names(change: Change) -> set[str]:

@@ -133,6 +133,8 @@ def diff(
 
     if format not in ENDINGS:
         raise typer.BadParameter(f"{format!r} is none of {', '.join(ENDINGS)}", param_hint="--format")
+    if as_text and (output or format != "html"):
+        raise typer.BadParameter("it prints; leave out -o and --format, or ask for --format text", param_hint="--text")
     with failing(as_json):
         found = api.diff(first, second, example_inputs(example) if example else None)
         wanted = None if as_text or (as_json and output is None) else output or Path(f"diff.{ENDINGS[format]}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from itertools import accumulate
@@ -204,7 +205,8 @@ def _statistics(tensor: Tensor) -> tuple[float | None, ...]:
     wide = tensor if tensor.is_floating_point() and tensor.itemsize > 2 else tensor.float()
     low, high = (float(v) for v in torch.aminmax(wide))
     std, mean = (float(v) for v in torch.std_mean(wide, correction=0))
-    return tuple(float(f"{v:.5g}") if math.isfinite(v) else None for v in (low, high, mean, std))
+    moments = (float(f"{v:.5g}") if math.isfinite(v) else None for v in (low, high, mean, std))
+    return (*moments, zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data))
 
 
 def _written(graphs: Sequence[Graph]) -> dict[str, Any]:

@@ -116,7 +116,9 @@ class Manager:
             return apply_rewrite(item, context, edit, step)
         assert isinstance(item, Transform)
         rejects = item.run(context, edit)
-        return Found(tuple(Declined(site=n, module="", reason=r.reason) for n, r in rejects.items()), 0)
+        nodes = {n.name: n for n in self.program.graph.nodes}
+        modules = {n: module_path(_place(nodes[n])) if n in nodes else "" for n in rejects}
+        return Found(tuple(Declined(site=n, module=modules[n], reason=r.reason) for n, r in rejects.items()), 0)
 
     def _checked(self, step: Step, item: Pass, edit: Edit) -> list[Measured]:
         if self.check != "each" or not edit.sites:

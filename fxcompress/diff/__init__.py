@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from fxcompress import artifact
 from fxcompress.diff.matching import Aligned, aligned
 from fxcompress.diff.states import State, alike, merged, states
-from fxcompress.errors import ArtifactError
+from fxcompress.errors import ArtifactError, InputError
 from fxcompress.history import Graph, History, Node
 from fxcompress.loss import stand_ins
 from fxcompress.report import PassReport, Report
@@ -62,7 +62,7 @@ class Step:
         return alike(self.nodes, self.parents, self.states, changes_only=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diff:
     """The steps of a run in order, and all of them as one. runs: the run, or the two that are compared. was: names that are other ones in the
     second, of nodes and modules."""
@@ -72,6 +72,10 @@ class Diff:
     whole: Step
     runs: Sequence[Run]
     was: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The title."""
+        return f"<Diff {self.title}>"
 
     def text(self) -> str:
         """For a terminal and for git: stable, without times."""
@@ -99,6 +103,8 @@ class Diff:
             "dot": partial(as_dot, self.whole),
             "model-explorer": partial(as_model_explorer, self),
         }
+        if format not in made:
+            raise InputError(f"a diff has no format {format!r}", do=f"one of {', '.join(made)}")
         return written(Path(path), made[format]())
 
     def graph(self) -> Any:

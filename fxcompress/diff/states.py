@@ -10,7 +10,7 @@ from fxcompress.diff.matching import attributes
 from fxcompress.history import Graph, Node
 
 State = Literal["added", "removed", "changed", "moved"]
-_NUMBERED = re.compile(r"(.*?)(\d+)$", re.DOTALL)
+_NUMBERED = re.compile(r"(.*?)([0-9]+)$", re.DOTALL)
 
 
 def states(before: Graph, after: Graph, replaced: Mapping[str, str]) -> dict[str, State]:

@@ -146,8 +146,8 @@ def _node(node: Node, step: Step, was: Mapping[str, str]) -> Iterator[str]:
 def _content(node: Node) -> str:
     if not node.statistics:
         return f"version {node.revision}"
-    low, high, mean, std = ("-" if v is None else f"{v:.4g}" for v in node.statistics)
-    return f"[{low}, {high}], mean {mean}, deviation {std}"
+    low, high, mean, std = ("-" if v is None else f"{v:.4g}" for v in node.statistics[:4])
+    return f"[{low}, {high}], mean {mean}, deviation {std}, checksum {node.statistics[4]:08x}"
 
 
 def _named_in(name: str, was: Mapping[str, str]) -> str:

@@ -36,7 +36,7 @@ def insert_pair(
 ) -> fx.Node:
     """value on the grid: quantize and dequantize, the second of which is returned."""
     of = value.meta["val"]
-    fake = of.new_empty(0).to(format.container) if value.op == "get_attr" else torch.empty_like(of, dtype=format.container)
+    fake = of.new_empty((), dtype=format.container).expand(of.shape) if value.op == "get_attr" else torch.empty_like(of, dtype=format.container)
     grid: Any = (scale, zero, format.name, list(block))
     codes = edit.insert(QUANTIZE, value, *grid, val=fake, **at)
     return edit.insert(DEQUANTIZE, codes, *grid, val=of, **at)

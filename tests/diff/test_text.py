@@ -82,15 +82,15 @@ def test_the_whole_text(model: fxc.CompiledModel) -> None:
         2  quant.weight_only: 9 added
         blocks.0.fc  (the same in blocks.1–2)
         + blocks_0_fc_weight_scale = constant weight.scale  float32[4, 1]
-        + quantize_default = fxc.quantize(blocks_0_fc_weight, blocks_0_fc_weight_scale, None, 'int8', [1, -1])  int8[0]
+        + quantize_default = fxc.quantize(blocks_0_fc_weight, blocks_0_fc_weight_scale, None, 'int8', [1, -1])  int8[4, 4]
         + dequantize_default = fxc.dequantize(quantize_default, blocks_0_fc_weight_scale, None, 'int8', [1, -1])  float32[4, 4]
 
         3  quant.finalize: 6 added, 6 removed
         blocks.0.fc  (the same in blocks.1–2)
         - blocks_0_fc_weight = constant weight  float32[4, 4]
         + blocks_0_fc_weight_packed = constant weight.packed  uint8[4, 4]
-        + unpack_default = fxc.unpack(blocks_0_fc_weight_packed, 'int8', 4)  int8[0]
-        - quantize_default = fxc.quantize(blocks_0_fc_weight, blocks_0_fc_weight_scale, None, 'int8', [1, -1])  int8[0]
+        + unpack_default = fxc.unpack(blocks_0_fc_weight_packed, 'int8', 4)  int8[4, 4]
+        - quantize_default = fxc.quantize(blocks_0_fc_weight, blocks_0_fc_weight_scale, None, 'int8', [1, -1])  int8[4, 4]
         """
     )
 
@@ -105,9 +105,16 @@ def test_changed_content_is_told_by_its_statistics() -> None:
         model.head.weight.copy_(torch.tensor([0.5, -1.5, 2.0, 3.0]).repeat(4, 1))
     found = api.diff(Net().eval(), model.eval(), (seeded(2, 4),))
     assert found.whole.states == {"head_weight": "changed"}
-    low, high, mean, std = found.whole.before.nodes["head_weight"].statistics
-    was = f"[{low:.4g}, {high:.4g}], mean {mean:.4g}, deviation {std:.4g}"
-    assert f"        content: {was} -> [-1.5, 3], mean 1, deviation {11.5**0.5 / 2:.4g}" in found.text(), "√((0.25 + 6.25 + 1 + 4) / 4)"
+    low, high, mean, std, checksum = found.whole.before.nodes["head_weight"].statistics
+    was = f"[{low:.4g}, {high:.4g}], mean {mean:.4g}, deviation {std:.4g}, checksum {checksum:08x}"
+    assert f"        content: {was} -> [-1.5, 3], mean 1, deviation {11.5**0.5 / 2:.4g}, " in found.text(), "√((0.25 + 6.25 + 1 + 4) / 4)"
+
+
+def test_the_same_numbers_in_another_order_are_a_change() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.head.weight.copy_(model.head.weight.flip(0).clone())
+    assert api.diff(Net().eval(), model.eval(), (seeded(2, 4),)).whole.states == {"head_weight": "changed"}
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (538_060_000, "538 MB"), (1.5e15, "1.5e+03 TB")])

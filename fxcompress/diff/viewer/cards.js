@@ -171,7 +171,7 @@ function links(title, names, view, go) {
 function journal(view, node, go) {
   const parts = [];
   for (const [index, site] of sitesOf.get(node.name) || []) {
-    parts.push(el("li", {}, passLink(index), " ", text(site.reason) || "touched it", checksFor(index, node, site), exclusion(passes[index].name, text(site.module) || text(site.node))));
+    parts.push(el("li", {}, passLink(index), " ", text(site.reason) || "touched it", checksFor(index, node, site), exclusion(passes[index], text(site.module) || text(site.node))));
   }
   for (const [index, declined] of declinedAt(node))
     parts.push(el("li", { class: "declined" }, passLink(index), " declined: ", text(declined.reason)));
@@ -189,8 +189,11 @@ function checksFor(index, node, site) {
     check.histogram ? histogram(check) : ""));
 }
 
+// The pass with its options and one place left out. A bracket of a name is no pattern.
 function exclusion(pass, place) {
-  const line = `- ${pass}: {where: {exclude: [${JSON.stringify(place)}]}}`;
+  const asked = pass.options.where || {};
+  const where = { ...asked, exclude: [...(asked.exclude || []), place.replace(/[[*?]/g, "[$&]")] };
+  const line = `- ${pass.name}: ${JSON.stringify({ ...pass.options, where })}`;
   const button = el("button", { class: "copy", title: line }, "copy as recipe exclusion");
   button.addEventListener("click", async () => {
     await copy(line);
@@ -227,7 +230,7 @@ function moduleCard(view, path, go) {
     ["class", region.kind], ["nodes", String(region.size)],
     ["operations", region.flops ? `${quantity(region.flops, "")} (${(100 * region.flops / all).toFixed(1)} %)` : ""],
     ["weights", region.stored ? quantity(region.stored, "B") : ""],
-    data.formulas[path] && ["formula", el("code", {}, data.formulas[path])],
+    Object.hasOwn(data.formulas, path) && ["formula", el("code", {}, data.formulas[path])],
     Number.isFinite(loss) && ["worst loss", `${loss.toFixed(1)} dB`]]);
   const same = [...view.folded].filter(([, first]) => first === path).map(([other]) => other);
   const touched = passes.map((pass, index) => [index, pass.sites.filter((s) => text(s.module) === path || text(s.module).startsWith(path + "."))]).filter(([, s]) => s.length);
@@ -235,6 +238,6 @@ function moduleCard(view, path, go) {
     el("h2", {}, path || data.root), el("p", { class: "chips" }, chips(region.counts)), place,
     same.length ? el("p", {}, `The same in ${same.length} other ${same.length > 1 ? "blocks" : "block"}: ${same.join(", ")}`) : "",
     touched.length ? el("h3", {}, "what passes did here") : "",
-    el("ul", { class: "history" }, touched.map(([index, sites]) => el("li", {}, passLink(index), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`, exclusion(passes[index].name, `${path}*`)))),
+    el("ul", { class: "history" }, touched.map(([index, sites]) => el("li", {}, passLink(index), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`, exclusion(passes[index], path)))),
   ];
 }
