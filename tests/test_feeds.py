@@ -1,6 +1,5 @@
 import functools
 import gc
-import hashlib
 import tempfile
 from pathlib import Path
 
@@ -248,16 +247,6 @@ def test_a_text_that_is_too_short():
         "  why   it has 5 tokens; 3 items of 2 x 4 need 24\n"
         "  do    pass a longer text (a file is given as a pathlib.Path), fewer items or a smaller length"
     )
-
-
-def test_the_texts_are_what_their_table_says():
-    table = (TEXTS / "README.md").read_text()
-    for file in TEXTS.glob("*.txt"):
-        data = file.read_bytes()
-        assert f"{hashlib.sha256(data).hexdigest()}  {file.name}" in table
-        assert data.isascii()
-        assert f"{len(data):_}".replace("_", " ") in table
-    assert len(list(TEXTS.glob("*.txt"))) == 2
 
 
 def test_one_row_of_an_expanded_tensor_is_hashed_as_its_content():

@@ -26,6 +26,7 @@ from fxcompress.dataflow import weight_uses
 from fxcompress.edit import Edit
 from fxcompress.interpret import run as interpret
 from fxcompress.passes.norms import norms
+from fxcompress.passes.sparsity.nulls import Nulls
 from fxcompress.passes.tidy.fold_constants import FoldConstants
 from fxcompress.program import Program
 from fxcompress.report import PassReport
@@ -259,14 +260,15 @@ def moved(program: Program, plan: Plan) -> float:
 
 
 def unread(program: Program, plan: Plan, keep: Any) -> dict[str, Tensor]:
-    """The weights that sum over channels that go, with zeros there."""
+    """The weights that sum over channels that go, with zeros there; all weights that have them where a product sums over them too."""
     found: dict[str, Tensor] = {}
+    everywhere = Nulls(plan, program).weightless() is not None
     per_parameter = np.append(np.append(keep, True)[plan.classes], True)
     for leaf, labels in plan.leaves.items():
         tensor = program.constants[str(leaf.target)]
         summed = {use.contraction for use in weight_uses(leaf, tensor)[0] if use.family != "embedding"}
         for label in labels:
-            if summed.intersection(label.slot):
+            if everywhere or summed.intersection(label.slot):
                 tensor = tensor * torch.from_numpy(per_parameter[label.index])
         found[str(leaf.target)] = tensor
     return found
