@@ -36,7 +36,7 @@ class Node:
     op: "input", "constant", "output", or the op's name. inputs: the nodes it reads, in the order of its arguments. attributes: its arguments
     with % where those stand; of a constant its name in the model. region: the module path it belongs to. shape: dtype and sizes. source:
     file, line and code of the model that it came from. flops, stored: operations at the sizes of the example, bytes of a constant. statistics:
-    least, greatest, mean and standard deviation of a constant. revision: how often a constant's content was changed.
+    least, greatest, mean, standard deviation and checksum of a constant. revision: how often a constant's content was changed.
     """
 
     name: str
