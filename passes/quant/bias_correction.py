@@ -24,11 +24,10 @@ from fxcompress.contract import Lossy
 from fxcompress.dataflow import WeightUse, weight_uses
 from fxcompress.edit import Edit
 from fxcompress.interpret import constant_value
+from fxcompress.passes.quant.grids import DEQUANTIZE, QUANTIZE
 from fxcompress.passes.quant.sites import MatmulSite, matmul_sites, summed_axis
 from fxcompress.passes.tidy.schema import arguments
 from fxcompress.rewrite import Context, Reject, Transform
-
-QUANTIZE, DEQUANTIZE = torch.ops.fxc.quantize.default, torch.ops.fxc.dequantize.default
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,14 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fxcompress.contract import Exact
 from fxcompress.edit import Edit
 from fxcompress.numerics.peaks import peaks
-from fxcompress.passes.signs.keys import Keys, Seen, keys_of, observed
+from fxcompress.passes.signs.keys import Keys, Seen, change_keys
 from fxcompress.rewrite import Context, Options, Reject, Transform
-from fxcompress.transport import Kind, Plan, Transport
-
-GAIN = 0.99  # of the range, squared: what a uniform quantiser's noise goes with
+from fxcompress.transport import Kind, Plan
 
 
 class BimodalOptions(Options):
@@ -42,26 +41,13 @@ class Bimodal(Transform):
 
     def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
         """One site an attention."""
-        declined: dict[str, Reject] = {}
-        engine = Transport(on.program)
-        plans = {keys: engine.solve(Kind.SIGN, keys.seed) for keys in keys_of(on.program) if on.admits(keys.node)}
-        seen = observed(plans, on)
-        for keys, plan in plans.items():
-            answer = self._signs(keys, plan, seen[keys])
-            if isinstance(answer, Reject):
-                declined[keys.node.name] = answer
-            else:
-                plan.apply(edit, answer, f"{int((answer < 0).sum())} of {plan.count} signs turned", at=keys.node)
-        return declined
+        return change_keys(on, edit, Kind.SIGN, self._signs, lambda signs: f"{int((signs < 0).sum())} of {len(signs)} signs turned")
 
-    def _signs(self, keys: Keys, plan: Plan, seen: Seen) -> torch.Tensor | Reject:
-        if not plan.count:
-            return Reject("{}", plan.reason())
+    def _signs(self, keys: Keys, plan: Plan, seen: Seen) -> Tensor | Reject:
         signs = torch.where(plan.gather({keys.value: seen.mean}, "sum") < 0, -1.0, 1.0).double()
         if bool((signs > 0).all()):
             return Reject("no channel of {} that may change has a mean below 0", keys.value)
-        if self.options.when == "two_peaks":
-            count = peaks(seen.values)
-            return signs if count == 2 else Reject("the values of {} have {} peaks, not two", keys.value, str(count))
-        span = seen.span(plan, keys, signs)
-        return signs if span**2 < GAIN else Reject("the range of {} would be {} of what it is", keys.value, f"{span:.3f}")
+        if self.options.when == "gain":
+            return seen.gaining(plan, keys, signs)
+        count = peaks(seen.values)
+        return signs if count == 2 else Reject("the values of {} have {} peaks, not two", keys.value, str(count))

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
+from torch import Tensor
 
 from fxcompress.contract import Exact
 from fxcompress.edit import Edit
-from fxcompress.passes.signs.keys import Keys, Seen, keys_of, observed
+from fxcompress.passes.signs.keys import Keys, Seen, change_keys
 from fxcompress.rewrite import Context, Reject, Transform
-from fxcompress.transport import Kind, Plan, Transport
-
-GAIN = 0.99  # of the range, squared
+from fxcompress.transport import Kind, Plan
 
 
 class CentreKeys(Transform):
@@ -33,23 +31,10 @@ class CentreKeys(Transform):
 
     def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
         """One site an attention."""
-        declined: dict[str, Reject] = {}
-        engine = Transport(on.program)
-        plans = {keys: engine.solve(Kind.SHIFT, keys.seed) for keys in keys_of(on.program) if on.admits(keys.node)}
-        seen = observed(plans, on)
-        for keys, plan in plans.items():
-            answer = _shifts(keys, plan, seen[keys])
-            if isinstance(answer, Reject):
-                declined[keys.node.name] = answer
-            else:
-                plan.apply(edit, answer, f"up to {float(answer.abs().max()):.3g} taken off keys", at=keys.node)
-        return declined
+        return change_keys(on, edit, Kind.SHIFT, _shifts, lambda shifts: f"up to {float(shifts.abs().max()):.3g} taken off keys")
 
 
-def _shifts(keys: Keys, plan: Plan, seen: Seen) -> torch.Tensor | Reject:
+def _shifts(keys: Keys, plan: Plan, seen: Seen) -> Tensor | Reject:
     """What is added to each class of channels: minus the middle of its range."""
-    if not plan.count:
-        return Reject("{}", plan.reason())
-    shifts = -(plan.gather({keys.value: seen.lo}, "amin") + plan.gather({keys.value: seen.hi}, "amax")) / 2
-    span = seen.span(plan, keys, shifts)
-    return shifts if span**2 < GAIN else Reject("the range of {} would be {} of what it is", keys.value, f"{span:.3f}")
+    middle = (plan.gather({keys.value: seen.lo}, "amin") + plan.gather({keys.value: seen.hi}, "amax")) / 2
+    return seen.gaining(plan, keys, -middle)

@@ -1,20 +1,24 @@
-"""The keys of every attention, whole or opened, found by what softmax normalises over, and what calibration says of their channels."""
+"""The keys of every attention, whole or opened, found by what softmax normalises over; what calibration says of their channels; how both
+passes change them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from fxcompress.calibrate.observers import Distribution, Moments, Range
+from fxcompress.edit import Edit
 from fxcompress.numerics.histogram import Histogram
 from fxcompress.passes.quant.sites import matmul_sites
 from fxcompress.passes.tidy.schema import arguments
 from fxcompress.program import Program
-from fxcompress.rewrite import Context
-from fxcompress.transport import Plan, Seed
+from fxcompress.rewrite import Context, Reject
+from fxcompress.transport import Kind, Plan, Seed, Transport
+
+GAIN = 0.99  # of the range, squared: what a uniform quantiser's noise goes with
 
 aten = torch.ops.aten
 ATTENTIONS = (aten.scaled_dot_product_attention.default,)
@@ -54,6 +58,11 @@ class Seen:
     mean: Tensor
     values: Histogram
 
+    def gaining(self, plan: Plan, keys: Keys, vector: Tensor) -> Tensor | Reject:
+        """The vector, if the keys' range shrinks under it."""
+        span = self.span(plan, keys, vector)
+        return vector if span**2 < GAIN else Reject("the range of {} would be {} of what it is", keys.value, f"{span:.3f}")
+
     def span(self, plan: Plan, keys: Keys, vector: Tensor) -> float:
         """The range of all keys once a plan has changed them, 0 included, relative to what it is."""
         changes = plan.changes(vector)
@@ -63,6 +72,24 @@ class Seen:
 
 def _width(ends: Tensor) -> float:
     return float(ends.max().clamp(min=0) - ends.min().clamp(max=0))
+
+
+Choice = Callable[[Keys, Plan, Seen], Tensor | Reject]
+
+
+def change_keys(on: Context, edit: Edit, kind: Kind, choose: Choice, told: Callable[[Tensor], str]) -> Mapping[str, Reject]:
+    """One site an attention: the keys of every one that has a free class are changed by what `choose` gives for them."""
+    declined: dict[str, Reject] = {}
+    engine = Transport(on.program)
+    plans = {keys: engine.solve(kind, keys.seed) for keys in keys_of(on.program) if on.admits(keys.node)}
+    seen = observed(plans, on)
+    for keys, plan in plans.items():
+        answer = choose(keys, plan, seen[keys]) if plan.count else Reject("{}", plan.reason())
+        if isinstance(answer, Reject):
+            declined[keys.node.name] = answer
+        else:
+            plan.apply(edit, answer, told(answer), at=keys.node)
+    return declined
 
 
 def keys_of(program: Program) -> Iterator[Keys]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fxcompress.diff import of_run
 from fxcompress.history import History
-from tests.diff.browser import ABSENT, PROGRAM, Browser
+from tests.diff.browser import Browser
 from tests.diff.large import PASSES, large
 
 FIRST_VIEW, OPENING = 1000, 200  # milliseconds
@@ -21,15 +20,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = large()
     assert len(run.history.graphs[0].nodes) > 8000 and len(run.passes) == PASSES == 30
     return of_run(run).save(tmp_path_factory.mktemp("large") / "diff.html")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if PROGRAM is None:
-        pytest.fail(ABSENT)
-    made = Browser(tmp_path_factory.mktemp("browser") / "profile")
-    yield made
-    made.close()
 
 
 def test_it_fits_in_a_mail(file: Path) -> None:

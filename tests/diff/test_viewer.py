@@ -18,7 +18,7 @@ from fxcompress.diff.page import embedded, page
 from fxcompress.diff.read import run_in, run_of
 from fxcompress.diff.states import states
 from fxcompress.history import Graph, History, Node
-from tests.diff.browser import ABSENT, PROGRAM, Browser
+from tests.diff.browser import Browser
 from tests.passes.helpers import captured, seeded
 
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -45,15 +45,6 @@ class Net(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x) + (self.head.weight + x.mean()).sum()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    if PROGRAM is None:
-        pytest.fail(ABSENT)
-    made = Browser(tmp_path_factory.mktemp("browser") / "profile")
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
