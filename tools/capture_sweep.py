@@ -1,4 +1,4 @@
-"""Capture every model of the zoo and of the held-out table, each in its own process, and print what came of it.
+"""Capture every model of the zoo and of the held-out table, each in a process of its own, and print what came of it.
 
     python -m tools.capture_sweep [--table zoo|held-out|all] [--only NAME ...] [--limit SECONDS] [--json FILE]
 
@@ -11,23 +11,35 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils import _pytree as pytree
+
+import fxcompress as fxc
+from fxcompress import cached
+from fxcompress.cached import continued
+from fxcompress.dynamic import at_sizes
+from fxcompress.interpret import run
+from fxcompress.measure import relative_error
+from fxcompress.signature import INPUT
+from tests.held_out import HELD_OUT
+from tests.test_zoo import all_moved
+from tests.zoo import ZOO
+from tools.forked import Row, forked
+
 ENOUGH = 0.95
 LIMIT = 1e-4  # max |d| / rms in float32, the limit capture holds itself to
 
 
 def main() -> int:
-    """Run the sweep, or one model of it (`--one`), which prints its row as JSON."""
+    """Run the sweep."""
     options = _options()
-    if options.one:
-        print(json.dumps(row(options.one)))
-        return 0
+    torch.set_num_threads(1)
     rows = []
     for name in options.only or names(options.table):
         rows.append(_in_process(name, options.limit))
@@ -45,34 +57,21 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--limit", type=float, default=300, help="seconds a model may take")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def names(table: str) -> list[str]:
     """The names of the models in a table."""
-    from tests.held_out import HELD_OUT
-    from tests.zoo import ZOO
-
     return list({"zoo": ZOO, "held-out": HELD_OUT, "all": {**ZOO, **HELD_OUT}}[table])
 
 
 def row(name: str) -> dict[str, Any]:
     """Build, capture and check one model in this process."""
-    import torch
-
-    from fxcompress.capture import capture
-    from fxcompress.errors import FxcError
-    from tests.held_out import HELD_OUT
-    from tests.test_zoo import all_moved
-    from tests.zoo import ZOO
-
-    torch.set_num_threads(1)
     model, inputs = {**ZOO, **HELD_OUT}[name]()
     start = time.process_time()
     try:
-        program = capture(model, inputs)
-    except FxcError as error:
+        program = fxc.capture(model, inputs)
+    except fxc.FxcError as error:
         return {"name": name, "refused": error.what, "why": error.why, "where": error.where, "seconds": time.process_time() - start}
     seconds = time.process_time() - start
     checks = dict(_checks(program, model, all_moved(name, inputs)))
@@ -85,10 +84,6 @@ def row(name: str) -> dict[str, Any]:
 
 def _checks(program: Any, model: Any, inputs: dict[str, Any]) -> Iterator[tuple[str, float | str | None]]:
     """`_check` on moved inputs at the example's sizes, then with each dynamic size at its least, a little and much more, and all at once."""
-    from fxcompress.cached import continued
-    from fxcompress.dynamic import at_sizes
-    from fxcompress.interpret import run
-
     tensors = continued(program.signature, program.inputs, inputs, lambda flat: program.signature.unflatten(run(program, flat)))
     shapes = [v.shape for v in program.inputs]
     yield "other values", _check(program, model, tensors)
@@ -108,14 +103,6 @@ def _sizes(program: Any, tensors: list[Any]) -> Iterator[dict[str, int]]:
 
 def _check(program: Any, model: Any, tensors: list[Any]) -> float | str | None:
     """The worst relative error of an output; words where only one of the two can run; None where neither can: the range is too wide."""
-    import torch
-    from torch.utils import _pytree as pytree
-
-    from fxcompress import cached
-    from fxcompress.interpret import run
-    from fxcompress.measure import relative_error
-    from fxcompress.signature import INPUT
-
     signature, values = program.signature, iter(tensors)
     given = pytree.tree_unflatten([next(values) if leaf is INPUT else leaf for leaf in signature.leaves], signature.spec)
     with torch.no_grad():
@@ -137,17 +124,9 @@ def _tried(call: Callable[[], list[Any]]) -> list[Any] | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}" if str(error).strip() else type(error).__name__
 
 
-def _in_process(name: str, limit: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tools.capture_sweep", "--one", name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"name": name, "refused": "out of time", "why": f"more than {limit:.0f} s", "where": ""}
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"name": name, "refused": "crashed", "why": last, "where": ""}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+def _in_process(name: str, limit: float) -> Row:
+    found = forked(lambda model: [row(model)], name, limit)[0]
+    return {"refused": found["verdict"], "where": "", **found} if "verdict" in found else found
 
 
 def _line(found: dict[str, Any]) -> str:

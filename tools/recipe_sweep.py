@@ -1,90 +1,99 @@
-"""Compile every model of the zoo and of the held-out table with a recipe, each in its own process, and judge the numbers.
+"""Compile every model of the zoo and of the held-out table with recipes, each in a process of its own, and judge the numbers.
 
-    python -m tools.recipe_sweep int8 [--backend onnxruntime] [--table zoo|held-out|all] [--only NAME ...] [--json FILE]
+    python -m tools.recipe_sweep int8 int8:openvino int8-dynamic [--table zoo|held-out|all] [--only NAME ...] [--json FILE]
 
-Calibrated on four items of the example with noise, judged on a fifth. "right": the artifact's lowest output SQNR is above 20 dB, or at most
-6 dB below plain fake quantisation in eager mode (int8 weights per channel, uint8 min-max activations of linear layers and convolutions).
-Anything else is a refusal, a crash, a wrong number or a model that came out unchanged. The exit code is 0 if at least 95 % are right and the
-rest refusals.
+A job is a recipe and its backend, ONNX Runtime if none is named; a model is captured once for all of them. Calibrated on four items of the
+example with noise, judged on a fifth. "right": the artifact's lowest output SQNR is above 20 dB, or at most 6 dB below plain fake quantisation
+in eager mode (int8 weights per channel, uint8 min-max activations of linear layers and convolutions). Anything else is a refusal, a crash, a
+wrong number or a model that came out unchanged. The exit code is 0 if of every job at least 95 % are right and the rest refusals.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+import fxcompress as fxc
+from fxcompress.manager import lowest_sqnr
+from fxcompress.program import Program
+from tests.held_out import HELD_OUT
+from tests.zoo import ZOO
+from tools.capture_sweep import names
+from tools.forked import Row, forked
 
 ENOUGH, FLOOR, SLACK = 0.95, 20.0, 6.0
 LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D")
 
 
 def main() -> int:
-    """Run the sweep, or one model of it (`--one`), which prints its row as JSON."""
+    """Run the sweep."""
     options = _options()
-    if options.one:
-        print(json.dumps(row(options.one, options.recipe, options.backend)))
-        return 0
-    from tools.capture_sweep import names
-
-    rows = []
+    torch.set_num_threads(1)
+    rows: list[Row] = []
     for name in options.only or names(options.table):
-        rows.append(_in_process(name, options))
-        print(_line(rows[-1]), flush=True)
+        found = forked(partial(rows_of, jobs=options.jobs), name, options.limit)
+        rows += [{**r, "job": job} for r in found for job in ([r["job"]] if "job" in r else options.jobs)]
+        for row in rows[-len(options.jobs) :]:
+            print(_line(row), flush=True)
         if options.json:
             options.json.write_text(json.dumps(rows, indent=1))
+    return max([_summed(job, [r for r in rows if r["job"] == job]) for job in options.jobs])
+
+
+def _summed(job: str, rows: list[Row]) -> int:
     verdicts = Counter(r["verdict"] for r in rows)
-    print(", ".join(f"{v} {n}" for v, n in verdicts.most_common()), f"of {len(rows)}; right {verdicts['right'] / len(rows):.1%}")
+    print(f"{job}: " + ", ".join(f"{v} {n}" for v, n in verdicts.most_common()), f"of {len(rows)}; right {verdicts['right'] / len(rows):.1%}")
     good = verdicts["right"] >= ENOUGH * len(rows) and verdicts["right"] + verdicts["refused"] == len(rows)
     return 0 if good else 1
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("jobs", nargs="+", metavar="RECIPE[:BACKEND]")
     parser.add_argument("--table", choices=("zoo", "held-out", "all"), default="all")
     parser.add_argument("--only", nargs="+", metavar="NAME")
-    parser.add_argument("--limit", type=float, default=600, help="seconds a model may take")
+    parser.add_argument("--limit", type=float, default=900, help="seconds a model may take")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def row(name: str, recipe: str, backend: str) -> dict[str, Any]:
-    """Compile and judge one model in this process."""
-    import torch
-
-    import fxcompress as fxc
-    from tests.held_out import HELD_OUT
-    from tests.zoo import ZOO
-
-    torch.set_num_threads(1)
+def rows_of(name: str, jobs: list[str]) -> list[Row]:
+    """Compile and judge one model with every job."""
     torch.manual_seed(0)
     model, inputs = {**ZOO, **HELD_OUT}[name]()
     items = [noisy(inputs, seed) for seed in range(5)]
+    try:
+        program = fxc.capture(model, inputs)
+    except fxc.FxcError as error:
+        return [{"name": name, "verdict": "refused", "why": _told(error)}]
+    made = [_made(program, items, *job.partition(":")[::2]) for job in jobs]
+    eager = _eager(model, items)
+    return [{"name": name, "job": job, "eager": eager, **_judged(row, eager)} for job, row in zip(jobs, made, strict=True)]
+
+
+def _made(program: Program, items: list[Any], recipe: str, backend: str) -> Row:
     start = time.process_time()
     try:
-        made = fxc.compile(model, recipe, example_inputs=inputs, calibration=items, backend=backend, threads=1)
+        report = fxc.compile(program, recipe, calibration=items, backend=backend or "onnxruntime", threads=1).report
     except fxc.FxcError as error:
-        return {"name": name, "verdict": "refused", "why": f"{type(error).__name__}: {error.what}; {error.why} at {error.where}"}
-    report = made.report
+        return {"verdict": "refused", "why": _told(error)}
+    except Exception as error:  # the row of this job; the model's other jobs go on
+        return {"verdict": "crashed", "why": f"{type(error).__name__}: {error}", "trace": traceback.format_exc().splitlines()[-30:]}
     quantised = [p for p in report.passes if p.name in ("quant.insert", "quant.weight_only")]
-    eager = _eager(model, items)
-    sqnr = float("nan") if report.output_sqnr is None else float(report.output_sqnr)
-    fired = sum(p.fired for p in quantised)
-    right = sqnr > FLOOR or sqnr >= eager - SLACK
     return {
-        "name": name,
-        "verdict": "unchanged" if not fired else "right" if right else "wrong",
         "why": "",
-        "sqnr": sqnr,
-        "eager": eager,
-        "fired": fired,
+        "sqnr": float("nan") if report.output_sqnr is None else float(report.output_sqnr),
+        "fired": sum(p.fired for p in quantised),
         "declined": [d.reason for p in quantised for d in p.declined],
         "integer_share": report.backend and report.backend.integer_share,
         "quantised_share": report.backend and report.backend.quantised_share,
@@ -94,11 +103,19 @@ def row(name: str, recipe: str, backend: str) -> dict[str, Any]:
     }
 
 
+def _judged(row: Row, eager: float) -> Row:
+    if "verdict" in row:
+        return row
+    right = row["sqnr"] > FLOOR or row["sqnr"] >= eager - SLACK
+    return {**row, "verdict": "unchanged" if not row["fired"] else "right" if right else "wrong"}
+
+
+def _told(error: fxc.FxcError) -> str:
+    return f"{type(error).__name__}: {error.what}; {error.why} at {error.where}"
+
+
 def noisy(inputs: Any, seed: int) -> Any:
     """The inputs with noise on every floating-point tensor."""
-    import torch
-    from torch.utils import _pytree as pytree
-
     generator = torch.Generator().manual_seed(seed)
 
     def moved(value: torch.Tensor) -> torch.Tensor:
@@ -111,10 +128,6 @@ def noisy(inputs: Any, seed: int) -> Any:
 
 def _eager(model: Any, items: list[Any]) -> float:
     """Lowest output SQNR of plain fake quantisation with hooks, calibrated on all items but the last, judged on that."""
-    import torch
-    from torch.utils import _pytree as pytree
-
-    from fxcompress.manager import lowest_sqnr
 
     def outputs(inputs: Any) -> list[Any]:
         with torch.no_grad():
@@ -161,26 +174,14 @@ def _on_grid(x: Any, lo: float, hi: float) -> Any:
     return ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
 
 
-def _in_process(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tools.recipe_sweep", options.recipe, "--backend", options.backend, "--one", name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"name": name, "verdict": "out of time", "why": f"more than {options.limit:.0f} s"}
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"name": name, "verdict": "crashed", "why": lines[-1], "trace": lines[-12:]}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def _line(found: dict[str, Any]) -> str:
     if "sqnr" not in found:
-        return f"{found['name']:24} {found['verdict'].upper():10} {found['why'][:300]}"
+        return f"{found['job']:18} {found['name']:24} {found['verdict'].upper():10} {found['why'][:300]}"
     share = found["integer_share"]
     kernels = "" if share is None else f"  {share:.0%} of MACs in integers, {found['quantised_share'] or 0:.0%} of quantised"
     return (
-        f"{found['name']:24} {found['verdict']:10} {found['sqnr']:6.1f} dB (eager {found['eager']:5.1f})  {found['fired']} fired, "
+        f"{found['job']:18} {found['name']:24} {found['verdict']:10} {found['sqnr']:6.1f} dB (eager {found['eager']:5.1f})  "
+        f"{found['fired']} fired, "
         f"{len(found['declined'])} declined{kernels}  {found['seconds']:.0f} s"
     )
 

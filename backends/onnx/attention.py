@@ -30,18 +30,28 @@ def attention(
     """
     if dropout_p:
         raise NotImplementedError("attention with dropout")
-    rank = len(query.shape)
-    if enable_gqa:
-        key, value = (_repeat_heads(v, query) for v in (key, value))
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    rank, heads, groups = len(query.shape), query.shape[-3] if enable_gqa else None, key.shape[-3] if enable_gqa else None
     order = [*range(rank - 2), rank - 1, rank - 2]
-    scores = op.MatMul(op.Mul(query, _number(factor, query)), op.Transpose(key, perm=order))
+    query_rows = _regrouped(op.Mul(query, _number(factor, query)), heads, groups, rank)
+    scores = _regrouped(op.MatMul(query_rows, op.Transpose(key, perm=order)), groups, heads, rank)
     mask = _causal(query, key) if is_causal else attn_mask
     if mask is None:
-        return op.MatMul(op.Softmax(scores, axis=-1), value)
+        return _averages(op.Softmax(scores, axis=-1), value, heads, groups, rank)
     addend, visible = _addend(mask, query)
-    result = op.MatMul(op.Softmax(op.Add(scores, addend), axis=-1), value)
+    result = _averages(op.Softmax(op.Add(scores, addend), axis=-1), value, heads, groups, rank)
     return result if is_causal else op.Where(visible, result, _number(0.0, query))
+
+
+def _averages(weights: Any, value: Any, heads: int | None, groups: int | None, rank: int) -> Any:
+    return _regrouped(op.MatMul(_regrouped(weights, heads, groups, rank), value), groups, heads, rank)
+
+
+def _regrouped(rows: Any, heads: int | None, wanted: int | None, rank: int) -> Any:
+    """[.., H, L, S] as [.., H', L H / H', S], which moves nothing: H' groups of heads whose rows read the same keys, or back."""
+    if heads == wanted or wanted is None:
+        return rows
+    return op.Reshape(rows, op.Constant(value_ints=[0] * (rank - 3) + [wanted, -1, 0]))
 
 
 def _addend(mask: Any, like: Any) -> tuple[Any, Any]:
@@ -66,18 +76,6 @@ def _causal(query: Any, key: Any) -> Any:
 def _as_bool(value: Any) -> Any:
     value.dtype = ir.DataType.BOOL
     return value
-
-
-def _repeat_heads(value: Any, query: Any) -> Any:
-    """[.., H, S, E] -> [.., H r, S, E], head h of the result is head h // r."""
-    heads, wanted, rank = value.shape[-3], query.shape[-3], len(value.shape)
-    if heads == wanted:
-        return value
-    before, after = op.Shape(value, start=0, end=rank - 2), op.Shape(value, start=rank - 2)
-    wide = op.Expand(
-        op.Unsqueeze(value, op.Constant(value_ints=[rank - 2])), op.Concat(before, op.Constant(value_ints=[wanted // heads]), after, axis=0)
-    )
-    return op.Reshape(wide, op.Concat(op.Shape(value, start=0, end=rank - 3), op.Constant(value_ints=[wanted]), after, axis=0))
 
 
 def _number(value: float, like: Any) -> Any:

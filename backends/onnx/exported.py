@@ -26,6 +26,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from fxcompress.backends.onnx.grouped import before_groups
 from fxcompress.backends.onnx.outline import SAME_OP, Leaf, Outline
 from fxcompress.dataflow import is_move
 
@@ -89,6 +90,9 @@ def _respelled(graph: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -
         return graph.call_function(aten._to_copy.default, (env[node.all_input_nodes[0]],), {"dtype": node.meta["val"].dtype})
     new = graph.node_copy(node, env.__getitem__)
     new.target = SAME_OP.get(node.target, node.target)
+    if grouped := before_groups(node):
+        new.args = (new.args[0], *(env[n] for n in grouped), *new.args[3:])
+        new.kwargs = {**new.kwargs, "enable_gqa": True}
     return new
 
 

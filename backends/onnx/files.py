@@ -68,6 +68,8 @@ def _move_out(model: ir.Model, file: BinaryIO) -> None:
 
 
 def _memory(tensor: Any) -> tuple[int, int]:
+    if isinstance(tensor, ir.LazyTensor):
+        return id(tensor), tensor.nbytes
     raw: torch.Tensor = tensor.raw
     return (raw.data_ptr() if raw.is_contiguous() else id(raw)), tensor.nbytes
 

@@ -31,7 +31,9 @@ from fxcompress.backends.onnx.blocks import GROUPS
 from fxcompress.backends.onnx.files import read_graph, write_model
 from fxcompress.backends.onnx.outline import QUANTIZE, outline
 from fxcompress.backends.onnx.parity import end_to_end, site_by_site
+from fxcompress.backends.onnx.rotary import fuse_rotary
 from fxcompress.backends.onnx.session import OnnxSession
+from fxcompress.backends.onnx.siblings import AND, merge_siblings
 from fxcompress.backends.onnx.sites import quantised_sites, share
 from fxcompress.backends.onnx.stepwise import Steps, step_by_step
 from fxcompress.backends.onnx.translate import translate
@@ -94,7 +96,10 @@ class OnnxRuntimeBackend(Backend):
     def lower(self, program: Program) -> Lowered:
         """The program as ONNX. BackendRefusal for what ONNX or ONNX Runtime can't say."""
         level = INT8_KERNEL if self.options.activation_rounding == "int8" else FLOAT_KERNEL
-        bound = bind(translate(program), program.constants, level)
+        skeleton = translate(program)
+        fuse_rotary(skeleton.model)
+        bound = bind(skeleton, program.constants, level)
+        merge_siblings(bound.model)
         bound.model.metadata_props[IN_FLOAT] = json.dumps(bound.in_float)
         return Lowered(bound.model, bound.in_float)
 
@@ -144,7 +149,7 @@ def _outputs_and_kernels(model: onnx.ModelProto, folder: Path, probe: Sequence[T
         path = Path(scratch, "optimized.onnx")
         session = OnnxSession(model, folder, optimized=path)
         optimized = onnx.load(str(path), load_external_data=False)
-    return session.run(probe), {_LAYOUT.sub("", node.name): node.op_type for node in optimized.graph.node}
+    return session.run(probe), {name: n.op_type for n in optimized.graph.node for name in _LAYOUT.sub("", n.name).split(AND)}
 
 
 def _judge(program: Program, sites: Sequence[fx.Node], model: onnx.ModelProto, folder: Path, probe: Sequence[Tensor]) -> Steps:

@@ -13,6 +13,7 @@ import onnx
 import torch
 from torch import Tensor, fx
 
+from fxcompress.backends.onnx.siblings import AND
 from fxcompress.contract import EXACT_LIMIT
 from fxcompress.errors import BackendRefusal
 from fxcompress.interpret import constant_value, evaluate
@@ -48,7 +49,7 @@ def limit_of(value: Tensor, noisy: Tensor) -> float:
 
 def site_by_site(program: Program, sites: Sequence[fx.Node], model: onnx.ModelProto, run: Run, probe: Sequence[Tensor]) -> dict[str, float]:
     """Relative error of each quantised site that has a kernel, by node name. BackendRefusal naming the first above the limit."""
-    kernels = {n.name: n for n in model.graph.node if n.op_type in KERNEL_INPUT}
+    kernels = {name: n for n in model.graph.node if n.op_type in KERNEL_INPUT for name in n.name.split(AND)}
     made = {name for n in model.graph.node for name in n.output}
     compared = [s for s in sites if s.name in kernels and s.name in made]
     if not compared:

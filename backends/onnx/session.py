@@ -43,7 +43,7 @@ class OnnxSession(Session):
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs in the program's order. InputError for a value that doesn't fit the model."""
         try:
-            feed = {name: value.detach().cpu().contiguous().numpy() for name, value in zip(self.names, inputs, strict=True)}
+            feed = {name: value.numpy(force=True) for name, value in zip(self.names, inputs, strict=True)}
             return [torch.from_numpy(value) for value in self.runtime.run(None, feed)]
         except (ValueError, *_REFUSALS) as error:
             raise InputError("the inputs don't fit the model", why=str(error)) from error

@@ -60,12 +60,15 @@ def factor(node: ir.Node, name: str) -> float:
 
 
 def tensor_of(value: ir.Value | None) -> Tensor | None:
-    """The number a value always has: an initializer's, a Constant's, or a cast of one."""
+    """The numbers a value always has: an initializer's, a Constant's, or those cast or reshaped."""
     if value is None:
         return None
     node = value.producer()
     if node is not None and node.op_type in ("CastLike", "Cast"):
         return tensor_of(node.inputs[0])
+    if node is not None and node.op_type == "Reshape":
+        numbers, target = tensor_of(node.inputs[0]), tensor_of(node.inputs[1])
+        return None if numbers is None or target is None or 0 in target else numbers.reshape(target.tolist())
     found = ir.convenience.get_const_tensor(value)
     return None if found is None else torch.from_numpy(found.numpy().copy())
 
