@@ -46,7 +46,7 @@ from fxcompress.signature import Inputs, Signature, check_sizes
 from fxcompress.sources import Loaded, resolve
 from fxcompress.verify import audit
 
-PACKAGES = ("fxcompress", "torch", "onnx", "onnxruntime")
+PACKAGES = ("fxcompress", "torch", "onnx", "onnxruntime", "openvino")
 LOCK = "recipe.lock.yaml"
 
 
@@ -225,14 +225,17 @@ def _copied(artifact_folder: Path) -> tuple[Path, Report, None]:
 @contextlib.contextmanager
 def _new_folder() -> Iterator[Path]:
     """A temporary folder, gone if the block fails. ArtifactError if it can't be written."""
-    folder = Path(tempfile.mkdtemp(prefix="fxcompress-"))
+    place = Path(tempfile.gettempdir(), "fxcompress")
+    folder = None
     try:
+        folder = artifact.working_folder(place)
         yield folder
     except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
             do = "free space, or set TMPDIR to a folder that has it"
-            raise ArtifactError("the lowered program can't be written", where=str(folder), why=str(error), do=do) from error
+            raise ArtifactError("the lowered program can't be written", where=str(folder or place.parent), why=str(error), do=do) from error
         raise
 
 
@@ -529,8 +532,12 @@ def bytes_by_width(program: Program) -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    """Versions of what the numbers depend on, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _facts(program: Program) -> tuple[Signature, tuple[Value, ...], dict[str, tuple[int, int]]]:

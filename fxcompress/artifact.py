@@ -35,8 +35,7 @@ def writing(folder: Path) -> Iterator[Path]:
         target = folder.resolve()
         _refuse_strangers(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(target)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-{platform.node()}-{os.getpid()}-", dir=target.parent))
+        temporary = working_folder(target)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         why = getattr(error, "strerror", None) or str(error)
         raise ArtifactError("the output folder can't be written", where=str(folder), why=why, do="choose another folder") from None
@@ -49,6 +48,12 @@ def writing(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def working_folder(target: Path) -> Path:
+    """A new hidden folder beside the target; those that killed processes left there are removed first."""
+    remove_abandoned(target)
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}-{platform.node()}-{os.getpid()}-", dir=target.parent))
 
 
 def remove_abandoned(target: Path) -> None:

@@ -8,8 +8,11 @@ import gc
 import json
 import math
 import os
+import platform
 import resource
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,7 +248,7 @@ def test_a_full_disk_while_lowering(backend: str, tmp_path: Path) -> None:
     model = fxc.capture(nn.Sequential(nn.Linear(64, 64)).eval(), (seeded(2, 64),))
     text = in_a_process_with_small_files(lambda: fxc.compile(model, NOTHING, backend=backend), tmp_path)
     what = {"reference": "the lowered program can't be written", "onnxruntime": "the model files can't be written"}[backend]
-    assert text.startswith(f"ArtifactError: {what}\n  where {tmp_path}/fxcompress-")
+    assert text.startswith(f"ArtifactError: {what}\n  where {tmp_path}/.fxcompress-")
     assert "File too large" in text
     assert "\n  do    free space" in text
     assert list(tmp_path.iterdir()) == []
@@ -879,3 +882,17 @@ def test_the_lock_file_rebuilds_the_recipe(mlp: fxc.CompiledModel, tmp_path: Pat
     assert torch.equal(again(X), mlp(X))
     assert again.backend.name == "reference"
     assert json.loads((folder / "report.json").read_text())["passes"][0]["options"] == again.report.passes[0].options
+
+
+def test_what_a_killed_compilation_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left, running = (tmp_path / f".fxcompress-{platform.node()}-{pid}-abcdefgh" for pid in (gone.pid, os.getpid()))
+    left.mkdir()
+    running.mkdir()
+    made = compiled(nn.Linear(4, 4), (torch.randn(2, 4),))
+    assert made.folder.parent == tmp_path
+    assert not left.exists()
+    assert running.exists()
