@@ -86,6 +86,18 @@ def masked_fill(x: Any, mask: Any, value: float) -> Any:
     return op.Where(mask, _like(value, x), x)
 
 
+def repeat_interleave(x: Any, repeats: Any, dim: int | None = None, output_size: Any = None) -> Any:
+    """Each position along dim `repeats` times, a number or a value of the graph. torch.onnx's own form repeats another axis for the latter."""
+    if dim is None:
+        x, rank, axis = op.Reshape(x, ints(-1)), 1, 0
+    else:
+        rank, axis = len(x.shape), dim % len(x.shape)
+    times = op.Concat(*(ints(1) for _ in range(axis + 1)), _vector(repeats), *(ints(1) for _ in range(rank - axis - 1)), axis=0)
+    parts = [op.Shape(x, start=0, end=axis)] * (axis > 0) + [ints(-1)] + [op.Shape(x, start=axis + 1)] * (axis < rank - 1)
+    wide = op.Expand(op.Unsqueeze(x, ints(axis + 1)), times)
+    return op.Reshape(wide, op.Concat(*parts, axis=0))
+
+
 def ints(*values: int) -> Any:
     """An int64 vector."""
     return op.Constant(value_ints=list(values))
@@ -114,6 +126,7 @@ def _length(x: Any, dim: int) -> int:
 FORMS: Mapping[Any, Any] = {
     aten.scaled_dot_product_attention.default: attention,
     aten.masked_fill.Scalar: masked_fill,
+    aten.repeat_interleave.self_int: repeat_interleave,
     aten.rsub.Scalar: rsub,
     aten.rsub.Tensor: rsub,
     aten.split.Tensor: split,

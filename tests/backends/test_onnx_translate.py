@@ -61,6 +61,26 @@ def test_attention_with_fewer_key_heads():
     assert error(program_of(Attention(enable_gqa=True), *inputs), inputs) < LIMIT
 
 
+class Repeated(nn.Module):
+    """Rows repeated as often as another input has rows, along one axis or of all numbers in a row."""
+
+    def __init__(self, dim: int | None) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.repeat_interleave(y.shape[1], dim=self.dim)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1, None])
+def test_repeats_as_many_as_another_input_has_rows(dim):
+    torch.manual_seed(0)
+    program = program_of(Repeated(dim), torch.randn(2, 3, 5), torch.randn(2, 4))
+    for batch, rows in ((2, 4), (3, 3), (1, 7), (5, 1)):
+        inputs = [torch.randn(batch, 3, 5), torch.randn(batch, rows)]
+        assert error(program, inputs) == 0
+
+
 def test_attention_of_three_axes():
     q, k, v = (t[:, 0] for t in _heads(1, 1))
     assert error(program_of(Attention(), q, k, v), [q, k, v]) < LIMIT

@@ -84,7 +84,8 @@ TESTBEDS = {
         finish=lambda model, data: None,
         metrics=segment.metrics,
         feed=lambda model, data, seed: segment.feed(data, seed),
-        note="scenes: tools/testbeds/scenes.py; one mask an object (multimask_output=False): the three multimask tokens aren't trained",
+        note="scenes: tools/testbeds/scenes.py; one mask an object (multimask_output=False): the three multimask tokens aren't trained; "
+        "0.80 was asked for: this plan misses it by 1.3 points with boxes, 5.2 with points",
     ),
     "dit": _denoiser(denoise.dit, Plan(steps=6000, batch=32, lr=1e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
 }
