@@ -28,6 +28,7 @@ from torch import Tensor, fx
 from fxcompress.backend import Backend, Session
 from fxcompress.backends.onnx.bind import FLOAT_KERNEL, INT8_KERNEL, bind
 from fxcompress.backends.onnx.blocks import GROUPS
+from fxcompress.backends.onnx.elsewhere import check_other_sizes
 from fxcompress.backends.onnx.files import read_graph, write_model
 from fxcompress.backends.onnx.outline import QUANTIZE, outline
 from fxcompress.backends.onnx.parity import end_to_end, site_by_site
@@ -118,7 +119,9 @@ class OnnxRuntimeBackend(Backend):
         wanted = run(program, probe, lambda node, value: shapes.update({node: value.shape} if isinstance(value, Tensor) else {}))
         rounded, kernels = _outputs_and_kernels(model, folder, probe)
         plain = _without_rounding(model)
-        exact = rounded if self.options.activation_rounding == "off" else OnnxSession(plain, folder).run(probe)
+        session = OnnxSession(plain, folder)
+        exact = rounded if self.options.activation_rounding == "off" else session.run(probe)
+        check_other_sizes(program, session.run)
         work = {n: macs(n, shapes) for n in outline(program).nodes}
         sites = quantised_sites(program, work)
         judged = _judge(program, sites, plain, folder, probe)

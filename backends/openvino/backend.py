@@ -19,6 +19,8 @@ from pydantic import field_validator
 from torch import Tensor, fx
 
 from fxcompress.backend import Backend
+from fxcompress.backends.onnx.drift import check_drift
+from fxcompress.backends.onnx.elsewhere import check_other_sizes
 from fxcompress.backends.onnx.files import MODEL, WEIGHTS, read_graph, write_model
 from fxcompress.backends.onnx.outline import QUANTIZE, outline
 from fxcompress.backends.onnx.parity import end_to_end
@@ -26,7 +28,6 @@ from fxcompress.backends.onnx.sites import quantised_sites, readers_of_codes, re
 from fxcompress.backends.onnx.stepwise import step_by_step
 from fxcompress.backends.onnx.translate import translate
 from fxcompress.backends.openvino.bind import bind
-from fxcompress.backends.openvino.drift import check_drift
 from fxcompress.backends.openvino.kernels import Kernel, kernels
 from fxcompress.backends.openvino.session import OpenVinoSession, absent, runtime
 from fxcompress.cost import macs
@@ -93,7 +94,9 @@ class OpenVinoBackend(Backend):
         shapes: dict[fx.Node, Sequence[int]] = {}
         wanted = run(program, probe, lambda node, value: shapes.update({node: value.shape} if isinstance(value, Tensor) else {}))
         rounded = session.run(probe)
-        exact = rounded if self.options.activation_rounding == "off" else OpenVinoSession(folder / MODEL).run(probe)
+        plain = session if self.options.activation_rounding == "off" else OpenVinoSession(folder / MODEL)
+        exact = rounded if plain is session else plain.run(probe)
+        check_other_sizes(program, plain.run)
         outlined = outline(program)
         work = {n: macs(n, shapes) for n in outlined.nodes}
         sites = quantised_sites(program, work)

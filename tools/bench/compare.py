@@ -3,13 +3,14 @@
     python -m tools.bench.compare [--only NAME ...] [--runs 30] [--json FILE]
 
 Needs nncf and openvino (pip install nncf openvino). Models: ResNet, ViT, BERT, a diffusion UNet, DiT and a Llama of transformers and diffusers,
-weights drawn. Rivals run a small grid of their own options; the one with the best SQNR on the calibration items is kept. Per row, as ratios of
-fxcompress to the rival:
+weights drawn, and the trained classifiers of tools/testbeds. Rivals run a small grid of their own options; the one with the best SQNR on the
+calibration items is kept. Per row, as ratios of fxcompress to the rival:
 
     quantise   captured Program -> finalised Program, against the rival's quantise call on the exported model (CPU seconds)
     to file    nn.Module -> file, each through its own exporter (CPU seconds; peak memory beside it)
-    latency    median of one call of the artifact, same runtime, alternating
+    latency    one call of the file in the plain runtime, both in one process in turn: median over the median
     SQNR       of the outputs on held-out items against the float model, in dB, higher is better
+    task       share of 2 976 test images that are recognised, of trained models
 """
 
 from __future__ import annotations
@@ -27,21 +28,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ITEMS, HELD_OUT = 8, 4
-MODELS = ("resnet", "vit", "bert", "unet", "dit", "llama")
-TOOLS = ("fxcompress-ort", "fxcompress-ov", "nncf-ov", "ort-static")
+ITEMS, HELD_OUT, BATCH = 8, 4, 32
+TRAINED = ("resnet", "vit", "mobilenet")
+MODELS = ("resnet", "vit", "bert", "unet", "dit", "llama", *(f"{name}-trained" for name in TRAINED))
+PAIRS = (("fxcompress-ov", "nncf-ov"), ("fxcompress-ort", "ort-static"))
 
 
 def main() -> None:
     """Every model with every tool, each in its own process; then the table."""
     options = _options()
     if options.one:
-        print(json.dumps(row(*options.one, options.runs)))
-        return
-    rows = [_in_process(name, tool, options.runs) for name in options.only or MODELS for tool in TOOLS]
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    _print(rows)
+        print(json.dumps(row(*options.one)))
+    elif options.race:
+        print(json.dumps(raced(*options.race, options.runs)))
+    else:
+        rows = [r for name in options.only or MODELS for pair in PAIRS for r in _pair(name, pair, options.runs)]
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
+        _print(rows)
 
 
 def _options() -> argparse.Namespace:
@@ -49,12 +53,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=MODELS)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--race", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def row(name: str, tool: str, runs: int) -> dict[str, Any]:
-    """One model through one tool in this process."""
+def row(name: str, tool: str, folder: str) -> dict[str, Any]:
+    """One model through one tool in this process; the file stays in the folder."""
     import torch
 
     torch.set_num_threads(1)
@@ -64,27 +69,56 @@ def row(name: str, tool: str, runs: int) -> dict[str, Any]:
     unseen = [draw(1000 + seed) for seed in range(HELD_OUT)]
     with torch.no_grad():
         wanted = [_first(model(**item)) for item in unseen]
-    with tempfile.TemporaryDirectory() as folder:
-        quantise, to_file, call, size = {"fxcompress": _ours, "nncf": _nncf, "ort": _ort}[tool.split("-", maxsplit=1)[0]](
-            model, items, tool.split("-")[1], Path(folder)
-        )
-        outputs = [call(item) for item in unseen]
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            call(unseen[0])
-            times.append(time.perf_counter() - start)
+    kind, runtime = tool.split("-")
+    quantise, to_file, file, size = {"fxcompress": _ours, "nncf": _nncf, "ort": _ort}[kind](model, items, runtime, Path(folder))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    call = opened(file)
     return {
         "model": name,
         "tool": tool,
         "quantise": quantise,
         "to_file": to_file,
-        "latency_ms": 1e3 * statistics.median(times),
-        "sqnr": _sqnr(wanted, outputs),
+        "sqnr": _sqnr(wanted, [call(item) for item in unseen]),
+        "task": _task(name, call),
         "peak_mb": peak,
         "bytes": size,
+        "file": str(file),
     }
+
+
+def raced(name: str, mine: str, theirs: str, runs: int) -> list[float]:
+    """Median milliseconds of one call of each file, in turn."""
+    item = built(name)[1](1000)
+    calls = [opened(Path(file)) for file in (mine, theirs)]
+    times: list[list[float]] = [[], []]
+    for turn in range(runs + 3):
+        for call, taken in zip(calls, times, strict=True):
+            start = time.process_time()
+            call(item)
+            if turn >= 3:
+                taken.append(1e3 * (time.process_time() - start))
+    return [statistics.median(taken) for taken in times]
+
+
+def opened(file: Path) -> Callable[[dict[str, Any]], Any]:
+    """The file in its runtime, one thread: first output by an item. The last part of its folder's name is the runtime."""
+    if file.parent.name.endswith("ov"):
+        import openvino as ov
+
+        core = ov.Core()
+        return _openvino(core, core.read_model(file))
+    return _onnxruntime(file)
+
+
+def _task(name: str, call: Callable[[dict[str, Any]], Any]) -> float | None:
+    if not name.endswith("-trained"):
+        return None
+    from tools.testbeds import fashion, load
+
+    test = load(name.removesuffix("-trained")).test
+    batches = list(zip(fashion.pixels(test.images).split(BATCH), test.labels.split(BATCH), strict=True))
+    hits = [call({"pixel_values": x}).argmax(-1) == y for x, y in batches if len(x) == BATCH]  # rivals' files are of one batch size
+    return float(sum(h.float().sum() for h in hits) / (len(hits) * BATCH))
 
 
 def built(name: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
@@ -94,6 +128,8 @@ def built(name: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
     from diffusers import DiTTransformer2DModel, UNet2DModel
 
     torch.manual_seed(0)
+    if name.endswith("-trained"):
+        return _trained(name.removesuffix("-trained"))
     image = {"pixel_values": (3, 64, 64)}
     noisy = {"sample": (3, 32, 32)}
     if name == "resnet":
@@ -116,6 +152,20 @@ def built(name: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
         return _drawn(model, {"hidden_states": (3, 32, 32)}, timestep=True, labels=True)
     config = t.LlamaConfig(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, vocab_size=1000, use_cache=False)
     return _drawn(t.LlamaForCausalLM(config), {}, ids=1000)
+
+
+def _trained(name: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
+    """A testbed; its items are batches of 32 images, those to calibrate on from the training split."""
+    from tools.testbeds import fashion, load
+
+    found = load(name)
+    images = {False: fashion.pixels(fashion.read("train").images), True: fashion.pixels(found.test.images)}
+
+    def draw(seed: int) -> dict[str, Any]:
+        start = BATCH * (seed % 1000)
+        return {"pixel_values": images[seed >= 1000][start : start + BATCH]}
+
+    return found.model, draw
 
 
 def _drawn(
@@ -149,7 +199,7 @@ def _drawn(
     return model.eval(), draw
 
 
-Made = tuple[float, float, Callable[[dict[str, Any]], Any], int]
+Made = tuple[float, float, Path, int]  # CPU seconds to quantise, and to the file; the file; its bytes with all it needs
 
 
 def _ours(model: Any, items: Sequence[dict[str, Any]], runtime: str, folder: Path) -> Made:
@@ -162,9 +212,8 @@ def _ours(model: Any, items: Sequence[dict[str, Any]], runtime: str, folder: Pat
     compiled = fxc.compile(model, "int8", example_inputs=items[0], calibration=items, backend=backend, threads=1)
     to_file = time.process_time() - start
     quantise = sum(p.cpu_seconds for p in compiled.report.passes)
-    path = compiled.save(folder / "ours")
-    session, size = fxc.load(path, threads=1), sum(f.stat().st_size for f in path.glob("model*")) + (path / "weights.bin").stat().st_size
-    return quantise, to_file, lambda item: _first(session(**item)), size
+    path = compiled.save(folder / f"ours-{runtime}")
+    return quantise, to_file, path / "model.onnx", sum((path / file).stat().st_size for file in ("model.onnx", "weights.bin"))
 
 
 def _exported(model: Any, item: dict[str, Any], path: Path) -> None:
@@ -206,9 +255,10 @@ def _nncf(model: Any, items: Sequence[dict[str, Any]], runtime: str, folder: Pat
             if best is None or found > best[0]:
                 best = found, took, quantised
     assert best is not None
-    ov.save_model(best[2], folder / "nncf.xml")
-    size = sum((folder / f"nncf.{end}").stat().st_size for end in ("xml", "bin"))
-    return best[1], exported + best[1], _openvino(core, core.read_model(folder / "nncf.xml")), size
+    (folder / "nncf-ov").mkdir()
+    file = folder / "nncf-ov" / "model.xml"
+    ov.save_model(best[2], file)
+    return best[1], exported + best[1], file, file.stat().st_size + file.with_suffix(".bin").stat().st_size
 
 
 def _openvino(core: Any, model: Any) -> Callable[[dict[str, Any]], Any]:
@@ -246,7 +296,7 @@ def _ort(model: Any, items: Sequence[dict[str, Any]], runtime: str, folder: Path
         if best is None or found > best[0]:
             best = found, took, path
     assert best is not None
-    return best[1], exported + best[1], _onnxruntime(best[2]), best[2].stat().st_size
+    return best[1], exported + best[1], best[2], best[2].stat().st_size
 
 
 class _Reader:
@@ -293,19 +343,28 @@ def _sqnr(wanted: Sequence[Any], outputs: Sequence[Any]) -> float:
     return sqnr(torch.stack([w.float() for w in wanted]), torch.stack([o.float() for o in outputs]))
 
 
-def _in_process(name: str, tool: str, runs: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tools.bench.compare", "--one", name, tool, "--runs", str(runs)]
+def _pair(name: str, pair: tuple[str, str], runs: int) -> list[dict[str, Any]]:
+    """The rows of both tools with their latencies."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [_asked("--one", name, tool, folder) for tool in pair]
+        if not any("failed" in r for r in rows):
+            times = _asked("--race", name, *(r["file"] for r in rows), runs=runs)
+            rows = [{**r, "latency_ms": t} for r, t in zip(rows, times, strict=True)]
+    return [{"model": name, "tool": tool, **r} for tool, r in zip(pair, rows, strict=True)]
+
+
+def _asked(*question: str, runs: int = 1) -> Any:
+    command = [sys.executable, "-m", "tools.bench.compare", *question, "--runs", str(runs)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"model": name, "tool": tool, "failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+        return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _pairs(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     found = {(r["model"], r["tool"]): r for r in rows}
     for name in dict.fromkeys(r["model"] for r in rows):
-        for mine, theirs in (("fxcompress-ov", "nncf-ov"), ("fxcompress-ort", "ort-static")):
+        for mine, theirs in PAIRS:
             yield found[name, mine], found[name, theirs]
 
 
@@ -313,10 +372,10 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "against", "quantise", "to file", "latency", "SQNR, dB", "peak MB", "bytes", "losses")
+    table = Table("model", "against", "quantise", "to file", "latency", "SQNR, dB", "task, %", "peak MB", "bytes", "losses")
     for mine, theirs in _pairs(rows):
         if "failed" in mine or "failed" in theirs:
-            table.add_row(mine["model"], theirs["tool"], *[""] * 6, f"{mine.get('failed', '')} | {theirs.get('failed', '')}")
+            table.add_row(mine["model"], theirs["tool"], *[""] * 7, f"{mine.get('failed', '')} | {theirs.get('failed', '')}")
             continue
         ratio = {k: mine[k] / theirs[k] for k in ("quantise", "to_file", "latency_ms", "peak_mb", "bytes")}
         losses = [k for k, limit in (("quantise", 0.5), ("to_file", 1.0), ("latency_ms", 1.05), ("peak_mb", 1.0)) if ratio[k] > limit]
@@ -326,6 +385,7 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
             theirs["tool"],
             *(f"{ratio[k]:.2f}" for k in ("quantise", "to_file", "latency_ms")),
             f"{mine['sqnr']:.1f} / {theirs['sqnr']:.1f}",
+            "" if mine["task"] is None else f"{100 * mine['task']:.2f} / {100 * theirs['task']:.2f}",
             f"{ratio['peak_mb']:.2f}",
             f"{ratio['bytes']:.2f}",
             ", ".join(losses),
