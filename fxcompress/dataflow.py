@@ -108,6 +108,15 @@ def is_move(node: fx.Node) -> bool:
     return before == after
 
 
+def pads_with_zeros(node: fx.Node) -> bool:
+    """Whether the op puts zeros around its operand and cuts nothing off: quantised with one scale, before or after is the same."""
+    if node.op != "call_function" or node.target not in (aten.pad.default, aten.constant_pad_nd.default):
+        return False
+    sizes, *rest = node.args[1:]
+    is_constant = all(r in ("constant", None, 0) for r in (*rest, *node.kwargs.values()))
+    return is_constant and all(isinstance(n, int) and n >= 0 for n in sizes)  # type: ignore[union-attr]
+
+
 def ancestors(wanted: Iterable[fx.Node]) -> set[fx.Node]:
     """These nodes and everything their values depend on."""
     found: set[fx.Node] = set()
@@ -121,8 +130,8 @@ def ancestors(wanted: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def before_moves(value: fx.Node) -> fx.Node:
-    """The value before everything that only moves its numbers."""
-    while is_move(value):
+    """The value before everything that only moves its numbers, or puts zeros around them."""
+    while is_move(value) or pads_with_zeros(value):
         value = value.all_input_nodes[0]
     return value
 

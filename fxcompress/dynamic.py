@@ -68,8 +68,13 @@ def size_at(dim: Any, values: Mapping[sympy.Symbol, int]) -> int:
 
 
 def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Entries taken in a stride along every axis that changes: values stay legal (tokens, masks, timesteps) and differ along the axis."""
+    """Entries again and again along every axis that grows, each time moved by one along the longest other axis: values stay legal (tokens,
+    masks, timesteps) and repeated rows differ, so that rows taken for each other show."""
     for axis, size in enumerate(shape):
-        if size != tensor.shape[axis]:
-            tensor = tensor.index_select(axis, torch.arange(size) % tensor.shape[axis])
+        length = tensor.shape[axis]
+        if size > length:
+            along = max((a for a in range(tensor.dim()) if a != axis), key=lambda a: tensor.shape[a], default=None)
+            copies = [tensor if along is None else tensor.roll(turn, along) for turn in range(-(-size // length))]
+            tensor = torch.cat(copies, axis)
+        tensor = tensor.narrow(axis, 0, size)
     return tensor

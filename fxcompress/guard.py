@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
-from fxcompress.dataflow import is_move
+from fxcompress.dataflow import is_move, pads_with_zeros
 from fxcompress.errors import ContractViolation
 from fxcompress.interpret import run
 from fxcompress.program import Program
@@ -36,8 +36,8 @@ def quantised_sites(program: Program) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _computing(node: fx.Node) -> fx.Node:
-    """The first op behind a node that does more than move numbers."""
-    while is_move(node) and len(node.users) == 1:
+    """The first op behind a node that does more than move numbers, or put zeros around them."""
+    while (is_move(node) or pads_with_zeros(node)) and len(node.users) == 1:
         node = next(iter(node.users))
     return node
 

@@ -121,10 +121,11 @@ class OnnxRuntimeBackend(Backend):
         plain = _without_rounding(model)
         session = OnnxSession(plain, folder)
         exact = rounded if self.options.activation_rounding == "off" else session.run(probe)
-        check_other_sizes(program, session.run)
         work = {n: macs(n, shapes) for n in outline(program).nodes}
         sites = quantised_sites(program, work)
         judged = _judge(program, sites, plain, folder, probe)
+        parity = max(map(relative_error, wanted, exact), default=0.0) if judged.flips else end_to_end(program, probe, wanted, exact)
+        check_other_sizes(program, session.run)
         covered = {n for n in sites if kernels.get(n.name) in KERNELS}
         reasons = json.loads(next((p.value for p in model.metadata_props if p.key == IN_FLOAT), "{}"))
         return BackendReport(
@@ -138,7 +139,7 @@ class OnnxRuntimeBackend(Backend):
                 for n in sites
                 if n not in covered
             ),
-            parity=max(map(relative_error, wanted, exact), default=0.0) if judged.flips else end_to_end(program, probe, wanted, exact),
+            parity=parity,
             site_parity=max(judged.errors.values(), default=None),
             code_flips=max(judged.flips.values(), default=None),
             rounding_sqnr=min((sqnr(a, b) for a, b in zip(exact, rounded, strict=True) if a.is_floating_point()), default=None),

@@ -22,7 +22,7 @@ from fxcompress.backends.onnx.codes import SIGNED
 from fxcompress.backends.onnx.outline import QUANTIZE, arguments
 from fxcompress.backends.onnx.parity import Run, exposing, limit_of, refusal, rounding_excused
 from fxcompress.contract import EXACT_LIMIT
-from fxcompress.dataflow import is_move
+from fxcompress.dataflow import is_move, pads_with_zeros
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.noise import jittered
@@ -90,7 +90,7 @@ def _seen(
 def _becomes_codes(node: fx.Node, program: Program) -> bool:
     """Whether a value is quantised, maybe after moves: its codes are compared then. ONNX Runtime 1.32 moves such a quantiser up to the
     value, past additions of zeros too, and would show it rounded if it were made an output."""
-    hands_on = (r for r in node.users if is_move(r) or _adds_zeros(r, program))
+    hands_on = (r for r in node.users if is_move(r) or pads_with_zeros(r) or _adds_zeros(r, program))
     return any(r.target is QUANTIZE for r in node.users) or any(_becomes_codes(r, program) for r in hands_on)
 
 

@@ -24,6 +24,7 @@ from torch import fx
 from fxcompress.backends.onnx.exported import FX_INDEX, Exported, can_be_widened, exported_program, is_narrow
 from fxcompress.backends.onnx.forms import FORMS, SHORTCUTS
 from fxcompress.backends.onnx.outline import QUANTIZE, Leaf, Outline, fingerprint, outline
+from fxcompress.backends.onnx.views import tensor_of
 from fxcompress.errors import BackendRefusal
 from fxcompress.program import Program, module_path
 
@@ -146,6 +147,7 @@ def _clean(model: ir.Model) -> ir.Model:
     for value in model.graph.initializers.values():
         value.const_value = None
     _divide_by_roots(model.graph)
+    _pad_in_convolutions(model.graph)
     for step in _CLEANUP:
         step(model)
     return model
@@ -163,6 +165,35 @@ def _divide_by_roots(graph: ir.Graph) -> None:
             user.op_type = "Div"
             user.replace_input_with(0, other)
             user.replace_input_with(1, root)
+
+
+def _pad_in_convolutions(graph: ir.Graph) -> None:
+    """conv(pad(x)) with zeros around the windows as one convolution: no float copy of x, and codes of x can be convolved as they are."""
+    for conv in [n for n in graph if n.op_type == "Conv"]:
+        kind, own = conv.attributes.get("auto_pad"), conv.attributes.get("pads")
+        pad = conv.inputs[0].producer() if conv.inputs[0] is not None else None
+        sizes = _zeros_around(pad) if pad is not None and pad.op_type == "Pad" else None
+        rank = 0 if sizes is None else len(sizes) // 2
+        if sizes is None or pad is None or min(sizes) < 0 or any(sizes[i] for i in (0, 1, rank, rank + 1)):
+            continue
+        if kind is not None and kind.as_string() != "NOTSET":
+            continue
+        before = own.as_ints() if own is not None else [0] * (len(sizes) - 4)
+        more = [*sizes[2:rank], *sizes[rank + 2 :]]
+        conv.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(before, more, strict=True)])
+        conv.replace_input_with(0, pad.inputs[0])
+
+
+def _zeros_around(pad: ir.Node) -> list[int] | None:
+    """The sizes of a Pad of all axes with constant zeros."""
+    mode = pad.attributes.get("mode")
+    value = tensor_of(pad.inputs[2]) if len(pad.inputs) > 2 and pad.inputs[2] is not None else None
+    if (mode is not None and mode.as_string() != "constant") or (value is not None and value.any()) or len(pad.inputs) > 3:
+        return None
+    if value is None and len(pad.inputs) > 2 and pad.inputs[2] is not None:
+        return None
+    sizes = tensor_of(pad.inputs[1])
+    return None if sizes is None else [int(n) for n in sizes]
 
 
 def _origin(node: ir.Node) -> dict[str, str]:

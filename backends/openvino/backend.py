@@ -96,13 +96,14 @@ class OpenVinoBackend(Backend):
         rounded = session.run(probe)
         plain = session if self.options.activation_rounding == "off" else OpenVinoSession(folder / MODEL)
         exact = rounded if plain is session else plain.run(probe)
-        check_other_sizes(program, plain.run)
         outlined = outline(program)
         work = {n: macs(n, shapes) for n in outlined.nodes}
         sites = quantised_sites(program, work)
         # products of two activations are judged by the codes after them: read out, an int8 MatMul of OpenVINO 2026.4 spoils what follows it
         judged = readers_of_codes(outlined)
         steps = step_by_step(program, judged, model, lambda changed, inputs: _run_changed(changed, folder, inputs), probe)
+        parity = _parity(program, probe, wanted, exact)
+        check_other_sizes(program, plain.run)
         found = kernels(session.compiled, program, sites)
         covered = {n for n in sites if n in found and (found[n].is_integer if reads_codes(n) else found[n].reads_codes)}
         reasons = json.loads(next((p.value for p in model.metadata_props if p.key == IN_FLOAT), "{}"))
@@ -113,7 +114,7 @@ class OpenVinoBackend(Backend):
             integer_share=share(covered, work, work),
             quantised_share=share(covered, sites, work),
             in_float=_in_float((n for n in sites if n not in covered), work, reasons, found),
-            parity=_parity(program, probe, wanted, exact),
+            parity=parity,
             site_parity=max(steps.errors.values(), default=None),
             code_flips=max(steps.flips.values(), default=None),
             rounding_sqnr=min((sqnr(a, b) for a, b in zip(exact, rounded, strict=True) if a.is_floating_point()), default=None),

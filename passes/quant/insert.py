@@ -29,7 +29,7 @@ from fxcompress.errors import CalibrationError, RecipeError
 from fxcompress.numerics.formats import Format, format_of
 from fxcompress.numerics.ranges import least_scale
 from fxcompress.passes.quant.grids import DEQUANTIZE, QUANTIZE, Grid, check_method, grid_of, insert_pair, observer_of
-from fxcompress.passes.quant.sites import SUMMED, MatmulSite, matmul_sites, result_of, source_of
+from fxcompress.passes.quant.sites import POOLS, SUMMED, MatmulSite, matmul_sites, result_of, source_of
 from fxcompress.passes.quant.weight_only import WeightOnly, WeightOnlyOptions, parse
 from fxcompress.passes.tidy.schema import arguments
 from fxcompress.program import Program
@@ -176,11 +176,16 @@ class Insert(Transform):
         return found
 
     def _grids(self, sites: Sequence[MatmulSite], on: Context) -> dict[fx.Node, Grid | Reject]:
-        """A grid for every value of every site, from the feed; a Reject where a value never changes."""
+        """A grid for every value of every site, from the feed; a Reject where a value never changes. A max pool and
+        what it alone reads share the grid that suits what is left, so that codes can be pooled."""
         values = dict.fromkeys(v for s in sites for v in self._values(s, on))
         observer = observer_of(self.options.range)
         answers = on.observe((v, observer) for v in values)
         grids = {v: grid_of(v, answers[v, observer], self.options.format, self.options.range, self.name) for v in values}
+        for pool in (v for v in values if v.target in POOLS and v.all_input_nodes[0] in grids):
+            whole = pool.all_input_nodes[0]
+            given, taker = (pool, whole) if len(whole.users) == 1 else (whole, pool)
+            grids[taker] = grids[given]
         if grids and all(isinstance(g, Reject) for g in grids.values()):
             first = next(iter(grids))
             raise CalibrationError(

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxcompress.dataflow import WEIGHT_ARGUMENTS, is_move, is_transposed
+from fxcompress.dataflow import WEIGHT_ARGUMENTS, is_move, is_transposed, pads_with_zeros
 from fxcompress.program import Program
 from fxcompress.target import SiteFamily
 
 aten = torch.ops.aten
 CLAMPS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default)
 PARTS = (aten.slice.Tensor, aten.select.int)  # their operand holds more numbers, and may have another range
+POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 SUMMED = (aten.addmm.default, aten.baddbmm.default)  # the first argument is added, the next two are multiplied
 
 
@@ -54,10 +55,19 @@ def summed_axis(site: MatmulSite) -> int:
 
 
 def source_of(value: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The value before the ops that only move its numbers to this one reader, and the first of these, which reads it."""
+    """The value before the ops that only move its numbers to this one reader, and the first of these, which reads it.
+
+    A convolution takes the zeros around its windows in by itself, so the value is that before them.
+    """
+    if WEIGHT_ARGUMENTS.get(reader.target, ("",))[0] == "conv" and _pads_windows(value) and len(value.users) == 1:
+        value, reader = value.all_input_nodes[0], value
     while is_move(value) and value.target not in PARTS and len(value.users) == 1:
         value, reader = value.all_input_nodes[0], value
     return value, reader
+
+
+def _pads_windows(value: fx.Node) -> bool:
+    return pads_with_zeros(value) and len(value.args[1]) <= 2 * (value.meta["val"].dim() - 2)  # type: ignore[arg-type]
 
 
 def result_of(node: fx.Node) -> fx.Node:

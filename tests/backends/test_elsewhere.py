@@ -69,4 +69,4 @@ def test_a_form_that_is_right_for_one_batch_only(backend, monkeypatch):
     monkeypatch.setitem(forms.FORMS, torch.ops.aten.repeat_interleave.self_int, first_row)
     monkeypatch.setattr("fxcompress.backends.onnx.translate._SKELETONS", OrderedDict())
     with pytest.raises(BackendRefusal, match=r"batch = \d"):
-        fxc.compile(Tiled(), {"name": "n", "passes": ["tidy.fold_constants"]}, (torch.randn(1, 3), torch.randn(1, 4)), backend=backend)
+        fxc.compile(Tiled().eval(), {"name": "n", "passes": ["tidy.fold_constants"]}, (torch.randn(1, 3), torch.randn(1, 4)), backend=backend)
