@@ -2,6 +2,8 @@
 
     (W x + b - mean) s + beta = (s W) x + ((b - mean) s + beta),    s = gamma / sqrt(var + eps), along the output channels
 
+A frozen norm that is spelled out, a product with a constant per channel and then a sum with one, or either alone, is one too: detection models
+have it behind each convolution.
 Legal where the layer's output has no other reader, its weight belongs to it alone and everything is a constant: a batch norm that uses the
 statistics of the batch is no affine map. A missing gamma is 1; a missing beta or bias is 0. Computed in float64, cast once. Costs nothing: the
 norm's work and its four vectors go. The error is rounding alone, so the contract is Exact.
@@ -73,10 +75,12 @@ class FoldBatchNorm(Rewrite):
 
     name = "tidy.fold_batch_norm"
     contract = Exact()
-    targets = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+    targets = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default, aten.mul.Tensor, aten.add.Tensor)
 
-    def match(self, node: fx.Node, on: Context) -> Match | Reject:
+    def match(self, node: fx.Node, on: Context) -> Match | Reject | None:
         """A batch norm of constants whose layer feeds nothing else and owns its weight."""
+        if node.target in (aten.mul.Tensor, aten.add.Tensor):
+            return self._frozen(node, on)
         given, layer = arguments(node), node.args[0]
         if given.get("training"):
             return Reject("{} uses the statistics of the batch", node)
@@ -89,12 +93,26 @@ class FoldBatchNorm(Rewrite):
         ):
             return reason
         gamma, beta, mean, var = (on.constant(v) for v in operands.values())
-        weight, bias = on.constant(own["weight"]), on.constant(own["bias"])
-        assert mean is not None and var is not None and weight is not None, "torch has no eval mode without statistics"
-        norm = Norm(gamma, beta, mean, var, given["eps"])
-        if reason := _unfit_numbers(node, norm, weight, bias):
+        assert mean is not None and var is not None, "torch has no eval mode without statistics"
+        return _folded(node, layer, Norm(gamma, beta, mean, var, given["eps"]), on)
+
+    def _frozen(self, node: fx.Node, on: Context) -> Match | Reject | None:
+        """A product and a sum with constants along the channels of a layer; None for any other product or sum."""
+        shifted, shift = _by_channel(node, on) if node.target is aten.add.Tensor else (node, None)
+        layer, gain = _by_channel(shifted, on) if shifted.target is aten.mul.Tensor else (shifted, None)
+        is_part = node.target is aten.mul.Tensor and any(u.target is aten.add.Tensor and _by_channel(u, on)[1] is not None for u in node.users)
+        if (shift is None and gain is None) or layer.target not in LAYERS or is_part:
+            return None
+        if shifted is not node and shifted is not layer and len(shifted.users) > 1:
+            return Reject("{} is also read by {}", shifted, next(u for u in shifted.users if u is not node))
+        own = arguments(layer)
+        first = node if shifted is layer else shifted
+        if reason := _not_one_chain(first, layer, own["weight"]) or _not_constant({layer: (own["weight"], own["bias"])}, on):
             return reason
-        return Match(node, layer=layer, norm=norm, weight=weight, bias=bias, groups=LAYERS[layer.target](own), results=_results(node))
+        s, t = (None if v is None else v.flatten() for v in (gain, shift))
+        some = t if s is None else s
+        assert some is not None
+        return _folded(node, layer, Norm(s, t, torch.zeros_like(some), torch.ones_like(some), 0.0), on)
 
     def apply(self, match: Any, edit: Edit) -> None:
         """A new layer under the old one's name and place; a bias of zeros is left out."""
@@ -111,6 +129,32 @@ class FoldBatchNorm(Rewrite):
                 edit.replace(result, new)
 
 
+def _folded(node: fx.Node, layer: fx.Node, norm: Norm, on: Context) -> Match | Reject:
+    own = arguments(layer)
+    weight, bias = on.constant(own["weight"]), on.constant(own["bias"])
+    assert weight is not None
+    if reason := _unfit_numbers(node, norm, weight, bias):
+        return reason
+    return Match(node, layer=layer, norm=norm, weight=weight, bias=bias, groups=LAYERS[layer.target](own), results=_results(node))
+
+
+def _by_channel(node: fx.Node, on: Context) -> tuple[fx.Node, Tensor | None]:
+    """The operand of a product or sum and the constant along the channels of what computes it; the constant is None for any other."""
+    a, b = node.args[:2]
+    value, other = (b, a) if on.constant(a) is not None else (a, b)
+    constant = on.constant(other)
+    if constant is None or not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), Tensor) or node.kwargs.get("alpha", 1) != 1:
+        return node, None
+    layer = value.args[0] if value.target is aten.mul.Tensor and node.target is aten.add.Tensor else value
+    source = _by_channel(value, on)[0] if layer is not value else value
+    shape, rank = value.meta["val"].shape, value.meta["val"].dim()
+    axis = rank - 1 if source.target is aten.linear.default else 1
+    wanted = [shape[axis] if i == axis else 1 for i in range(rank)]
+    if source.target not in LAYERS or constant.dim() > rank or [1] * (rank - constant.dim()) + list(constant.shape) != wanted:
+        return node, None
+    return value, constant
+
+
 def _not_one_chain(node: fx.Node, layer: fx.Node, weight: Any) -> Reject | None:
     """Other readers of what would change, or a norm along another axis than the layer's channels."""
     if others := [u for u in layer.users if u is not node]:
@@ -119,18 +163,24 @@ def _not_one_chain(node: fx.Node, layer: fx.Node, weight: Any) -> Reject | None:
         return Reject("the weight {} of {} is also read by {}", weight, layer, others[0])
     if others := [u for u in _statistics(node) if u.users]:
         return Reject("{} takes the saved statistics of {}", others[0], node)
+    if node.target in (aten.mul.Tensor, aten.add.Tensor):
+        return None
     rank, wanted = layer.meta["val"].dim(), 2 if layer.target is aten.linear.default else weight.meta["val"].dim()
     return Reject("{} norms axis 1 of {}, and its channels are axis {}", node, layer, rank - wanted + 1) if rank != wanted else None
 
 
 def _results(node: fx.Node) -> list[fx.Node]:
     """The nodes that stand for the normed value: the norm, or what takes it out of the tuple that the other op returns."""
-    return [node] if node.target is aten.batch_norm.default else [u for u in node.users if u.args[1] == 0]
+    return [node] if not _is_tuple(node) else [u for u in node.users if u.args[1] == 0]
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    return node.target is aten._native_batch_norm_legit_no_training.default
 
 
 def _statistics(node: fx.Node) -> list[fx.Node]:
     """The nodes that take saved statistics out of that tuple."""
-    return [] if node.target is aten.batch_norm.default else [u for u in node.users if u.args[1] != 0]
+    return [] if not _is_tuple(node) else [u for u in node.users if u.args[1] != 0]
 
 
 def _not_constant(operands: Mapping[fx.Node, Iterable[Any]], on: Context) -> Reject | None:

@@ -281,3 +281,66 @@ def test_real_model() -> None:
     assert "batch_norm" not in ops(after)
     assert report.bytes_after < report.bytes_before
     assert error(before, after) < 1e-4
+
+
+class Frozen(nn.Module):
+    """A layer, then x s + t with constants of these shapes; a missing one is left out. `extra` reads what lies between."""
+
+    def __init__(self, layer: nn.Module, s: list[int] | None, t: list[int] | None, extra: str = "") -> None:
+        super().__init__()
+        self.layer, self.extra = layer, extra
+        self.register_buffer("s", None if s is None else 1 + 0.5 * seeded(*s, seed=3))
+        self.register_buffer("t", None if t is None else seeded(*t, seed=4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.layer(x)
+        z = y if self.s is None else self.s * y
+        out = z if self.t is None else z + self.t
+        return (out.relu(), *({"layer": (y.sum(),), "product": (z.sum(),)}.get(self.extra, ())))
+
+
+FROZEN: dict[str, tuple[nn.Module, list[int] | None, list[int] | None, Tensor]] = {
+    "convolution": (nn.Conv2d(3, 4, 3), [1, 4, 1, 1], [1, 4, 1, 1], seeded(2, 3, 8, 8)),
+    "without bias": (nn.Conv2d(3, 4, 3, bias=False), [4, 1, 1], [1, 4, 1, 1], seeded(2, 3, 8, 8)),
+    "a product alone": (nn.Linear(5, 4), [4], None, seeded(2, 3, 5)),
+    "a sum alone": (nn.Linear(5, 4, bias=False), None, [1, 4], seeded(2, 3, 5)),
+    "transposed": (nn.ConvTranspose2d(6, 9, 3, groups=3), [1, 9, 1, 1], [1, 9, 1, 1], seeded(2, 6, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("case", FROZEN.values(), ids=FROZEN)
+def test_a_norm_that_is_spelled_out(case: tuple[Any, ...]) -> None:
+    layer, s, t, x = case
+    before = captured(Frozen(layer, s, t), x)
+    after, report = run(before, NAME)
+    assert (report.fired, declined(report)) == (1, [])
+    assert not {"mul.Tensor", "add.Tensor"} & {str(n.target).removeprefix("aten.") for n in after.graph.nodes}
+    assert error(before, after) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("layer", "s", "t", "x"),
+    [
+        (nn.Linear(5, 4), [3, 1], None, seeded(2, 3, 5)),
+        (nn.Linear(5, 4), [3, 4], None, seeded(2, 3, 5)),
+        (nn.Conv2d(3, 4, 3), [1, 1, 6, 1], [6], seeded(2, 3, 8, 8)),
+        (nn.ReLU(), [1, 3, 1, 1], [1, 3, 1, 1], seeded(2, 3, 8, 8)),
+    ],
+    ids=["rows", "rows and channels", "rows of an image", "no layer"],
+)
+def test_constants_along_other_axes_are_no_norm(layer: nn.Module, s: list[int] | None, t: list[int] | None, x: Tensor) -> None:
+    _, report = run(captured(Frozen(layer, s, t), x), NAME)
+    assert (report.fired, declined(report)) == (0, [])
+
+
+def test_one_constant_of_two_is_along_the_channels() -> None:
+    before = captured(Frozen(nn.Conv2d(3, 4, 3), [1, 4, 1, 1], [6]), seeded(2, 3, 8, 8))
+    after, report = run(before, NAME)
+    assert (report.fired, error(before, after) < 1e-5) == (1, True)
+    assert "aten.add.Tensor" in [str(n.target) for n in after.graph.nodes]
+
+
+@pytest.mark.parametrize(("extra", "why"), [("layer", "conv2d is also read by sum_1"), ("product", "mul is also read by sum_2")])
+def test_a_spelled_out_norm_whose_parts_are_read(extra: str, why: str) -> None:
+    _, report = run(captured(Frozen(nn.Conv2d(3, 4, 3), [1, 4, 1, 1], [1, 4, 1, 1], extra), seeded(2, 3, 8, 8)), NAME)
+    assert (report.fired, [d.reason for d in report.declined]) == (0, [why])
