@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from examples import diffusion_int8, language_int4, own_pass, segmentation_int8
-from tools.testbeds import weights
 
 
 @pytest.mark.slow
@@ -20,9 +20,9 @@ def test_a_diffusion_model_in_eight_bits_draws_nearly_the_same():
     assert not torch.equal(found.reference, found.changed)
 
 
-@pytest.mark.skipif("sam" not in weights.published(), reason="its weights aren't trained yet")
-def test_segmentation_in_eight_bits_keeps_its_iou():
-    before, after = segmentation_int8.main(images=50)
+def test_segmentation_in_eight_bits_keeps_its_iou(tmp_path):
+    before, after = segmentation_int8.main(images=50, out=tmp_path / "masks.png")
+    assert Image.open(tmp_path / "masks.png").size == (8 * 64 * 2, 4 * 64 * 2)
     assert before > 0.7
     assert 0 < abs(before - after) < 0.05
 
