@@ -54,12 +54,12 @@ class Step:
     @property
     def folded(self) -> dict[str, str]:
         """Numbered module -> the first of its siblings that is the same in whole."""
-        return alike(self.nodes, self.parents, self.states, changes_only=False)
+        return alike(self.before, self.after, self.states, changes_only=False)
 
     @property
     def changed_alike(self) -> dict[str, str]:
         """Numbered module -> the first of its siblings in which the same changed."""
-        return alike(self.nodes, self.parents, self.states, changes_only=True)
+        return alike(self.before, self.after, self.states, changes_only=True)
 
 
 @dataclass(frozen=True, repr=False)

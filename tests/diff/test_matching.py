@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import fxcompress as fxc
 from fxcompress.diff import Run, Step, between, of_run
 from fxcompress.diff.matching import aligned, match_regions
 from fxcompress.diff.read import run_of
 from fxcompress.diff.states import alike, states
-from fxcompress.history import Graph, History, graph_of
+from fxcompress.history import Graph, History, Node, graph_of
 from tests.passes.helpers import captured, run, seeded, zoo
 from tests.zoo import ZOO
 
@@ -142,7 +145,68 @@ def test_blocks_in_which_the_same_changed_are_folded() -> None:
 def test_a_block_with_one_more_change_isn_t_folded() -> None:
     first = graph()
     found = {"blocks_1_fc1_weight": "changed"}
-    assert alike(first.nodes, first.parents, found, changes_only=False) == {"blocks.2": "blocks.0"}  # type: ignore[arg-type]
+    assert alike(first, first, found, changes_only=False) == {"blocks.2": "blocks.0"}  # type: ignore[arg-type]
+
+
+def test_blocks_of_a_static_run_are_folded() -> None:
+    """Scales are named after the values of each block: what they are called makes no difference."""
+    program = captured(Net(), seeded(2, 4))
+    feed = [tuple(seeded(2, 4, seed=i) for _ in range(1)) for i in range(3)]
+    history = fxc.compile(program, {"passes": ["quant.insert", "quant.finalize"]}, calibration=feed, backend="reference").diff()
+    names = {n for n in history.whole.after.nodes if n.endswith("_scale")}
+    assert {"relu_scale", "relu_1_scale", "relu_2_scale"} <= names
+    for step in (*history.steps, history.whole):
+        assert step.changed_alike == step.folded == {"blocks.1": "blocks.0", "blocks.2": "blocks.0"}, step.name
+
+
+def swapped(nodes: dict[str, Node], name: str) -> None:
+    nodes[name] = replace(nodes[name], inputs=nodes[name].inputs[::-1])
+
+
+def reshaped(nodes: dict[str, Node], name: str) -> None:
+    nodes[name] = replace(nodes[name], shape="float16[batch, 4]")
+
+
+def rewired(nodes: dict[str, Node], name: str) -> None:
+    nodes[name] = replace(nodes[name], inputs=(nodes[name].inputs[1],) * 2)
+
+
+@pytest.mark.parametrize("change", [swapped, reshaped, rewired])
+def test_a_block_of_another_structure_isn_t_folded(change: Callable[[dict[str, Node], str], None]) -> None:
+    """The same ops, one of which reads or makes something else."""
+    first = graph()
+    nodes = dict(first.nodes)
+    change(nodes, "add_1")
+    second = Graph(nodes, first.kinds, first.parents)
+    assert alike(first, first, {}, changes_only=False) == {"blocks.1": "blocks.0", "blocks.2": "blocks.0"}
+    assert alike(second, second, {}, changes_only=False) == {"blocks.2": "blocks.0"}
+
+
+def test_what_changed_alike_came_from_the_same() -> None:
+    """add -> mul in the first block, sub -> mul in the second."""
+    before, after = dict(graph().nodes), dict(graph().nodes)
+    for name, op in (("add", "aten.add.Tensor"), ("add_1", "aten.sub.Tensor"), ("add_2", "aten.add.Tensor")):
+        before[name] = replace(before[name], op=op)
+        after[name] = replace(after[name], op="aten.mul.Tensor")
+    sides = [Graph(nodes, graph().kinds, graph().parents) for nodes in (before, after)]
+    found = states(*sides, {})
+    assert set(found.values()) == {"changed"}
+    assert alike(*sides, found, changes_only=True) == {"blocks.2": "blocks.0"}
+
+
+def test_two_layers_in_a_row_are_no_repeated_blocks() -> None:
+    """conv1 and conv2 are told apart by more than a place in a list."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc2(self.fc1(x))
+
+    first = graph_of(captured(Two(), seeded(2, 4)))
+    assert alike(first, first, {}, changes_only=False) == {}
 
 
 def test_two_results_of_one_run_are_matched_by_name() -> None:
