@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from fxcompress.history import Graph, Node
 
+PRIME = "′"  # behind a name of the second graph that the first has for something else
 Key = Callable[[Node], Hashable]
 T = TypeVar("T")
 
@@ -161,7 +162,7 @@ def _named(matched: Mapping[str, str], names: Iterable[str], taken: Iterable[str
         if name not in found:
             own = name
             while own in used:
-                own += "′"
+                own += PRIME
             used.add(own)
             found[name] = own
     return found

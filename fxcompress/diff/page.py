@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from fxcompress.diff import Diff, Run, Step
-from fxcompress.diff.text import figure, quantity
+from fxcompress.diff.text import figure, pair, quantity, sqnr
 from fxcompress.history import Graph, History, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
 
@@ -66,7 +66,7 @@ def _data(diff: Diff) -> dict[str, Any]:
     whole = _view(diff.whole, "all", 0, len(graphs) - 1, None, texts)
     views = [_view(s, str(i + 1), i, i + 1, i, texts) for i, s in enumerate(diff.steps)] if is_run else []
     passes = [_pass(p, a, b, texts) for p, a, b in zip(run.passes, graphs[:-1], graphs[1:], strict=True)] if is_run else []
-    sqnr = [[texts(name), figure] for name, figure in run.history.sqnr.items() if name in graphs[-1].nodes] if is_run else []
+    losses = [[texts(name), loss] for name, loss in run.history.sqnr.items() if name in graphs[-1].nodes] if is_run else []
     was = [[texts(name), texts(other)] for name, other in diff.was.items()]
     return {
         "title": diff.title,
@@ -77,10 +77,11 @@ def _data(diff: Diff) -> dict[str, Any]:
         "regions": written["regions"],
         "views": [*views, {**whole, "name": "the graph" if len(graphs) == 1 else whole["name"]}],
         "passes": passes,
-        "sqnr": sqnr,
+        "sqnr": losses,
         "was": was,
+        "renamed": [texts(path) for path in diff.renamed],
         "tiles": _tiles(diff),
-        "tables": [t for r in diff.runs for t in _tables(r, f"{r.title}: " if not is_run else "")],
+        "tables": [t for r, label in zip(diff.runs, diff.labels, strict=True) for t in _tables(r, "" if is_run else f"{label}: ")],
         "texts": list(texts.numbers),
     }
 
@@ -141,27 +142,24 @@ def _histogram(given: Histogram) -> list[Any]:
 def _tiles(diff: Diff) -> list[list[str]]:
     """The headline: [name, figure, note] each."""
     before, after, report = diff.whole.before, diff.whole.after, diff.runs[-1].report
-    same = before is after
+    weights = f"{after.stored / before.stored:.3f} of before" if before is not after and before.stored else ""
+    counted = f"{len(diff.whole.states)} differ" if before is not after else ""
     found = [
-        [
-            "Weights",
-            _pair(before.stored, after.stored, "B"),
-            "" if same or not before.stored else f"{after.stored / before.stored:.3f} of before",
-        ],
-        ["Operations a call", _pair(before.flops, after.flops, ""), "at the example's sizes"],
-        ["Nodes", _pair(len(before.nodes), len(after.nodes), ""), f"{sum(1 for _ in diff.whole.states)} differ" if not same else ""],
+        ["Weights", _arrow(*pair(before.stored, after.stored, "B")), weights],
+        ["Operations a call", _arrow(*pair(before.flops, after.flops, "")), diff.sizes or "at the example's sizes"],
+        ["Nodes", _arrow(str(len(before.nodes)), str(len(after.nodes))), counted],
     ]
-    if report is not None and len(diff.runs) == 1:
-        sqnr = "–" if report.output_sqnr is None else f"{report.output_sqnr:.1f} dB"
-        found.append(["Output SQNR", sqnr, "lowest output, on the backend"])
-        if report.backend is not None and report.backend.integer_share is not None:
-            found.append(["In integer kernels", f"{report.backend.integer_share:.1%}", "of all multiply-accumulates"])
+    if any(r.sqnr is not None for r in diff.runs):
+        place = "lowest output, on the backend" if all(r.report for r in diff.runs) else "lowest output"
+        found.append(["Output SQNR", " → ".join(sqnr(r) for r in diff.runs), place])
+    if len(diff.runs) == 1 and report and report.backend and report.backend.integer_share is not None:
+        found.append(["In integer kernels", f"{report.backend.integer_share:.1%}", "of all multiply-accumulates"])
     return found
 
 
-def _pair(before: float, after: float, unit: str) -> str:
-    a, b = (quantity(v, unit).strip() if v >= 10_000 or unit else str(v) for v in (before, after))
-    return a if a == b else f"{a} → {b}"
+def _arrow(before: str, after: str) -> str:
+    before, after = before.strip(), after.strip()
+    return before if before == after else f"{before} → {after}"
 
 
 def _tables(run: Run, prefix: str) -> Iterator[dict[str, Any]]:

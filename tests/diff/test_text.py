@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import nn
 
 import fxcompress as fxc
 from fxcompress import api
+from fxcompress.diff import Run, between
 from fxcompress.diff.exports import as_dot, as_model_explorer
-from fxcompress.diff.read import run_at
-from fxcompress.diff.text import quantity
+from fxcompress.diff.read import run_at, run_of
+from fxcompress.diff.text import pair, quantity
+from fxcompress.history import Graph
 from tests.passes.helpers import lines, seeded
 
 PASSES: list[Any] = ["tidy.fold_constants", {"quant.weight_only": {"weights": "int8/channel"}}, "quant.finalize"]
@@ -122,6 +125,20 @@ def test_quantities(value: float, text: str) -> None:
     assert quantity(value, "B") == text
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "texts"),
+    [
+        (2_810_123, 2_812_456, ("2.81 MB", "2.812 MB")),
+        (999, 1001, ("999 B", "1 kB")),
+        (6_661_000, 6_664_000, ("6.661 MB", "6.664 MB")),
+        (10**18, 10**18 + 1, ("1000000000000000000 B", "1000000000000000001 B")),
+        (5, 5, ("5 B", "5 B")),
+    ],
+)
+def test_unequal_figures_look_unequal(before: int, after: int, texts: tuple[str, str]) -> None:
+    assert pair(before, after, "B") == texts
+
+
 # where the sides come from
 
 
@@ -158,7 +175,28 @@ def test_checkpoints_of_a_run(tmp_path: Path, model: fxc.CompiledModel) -> None:
 def test_two_programs() -> None:
     found = api.diff(fxc.capture(Net().eval(), (seeded(2, 4),)), Net().eval(), (seeded(2, 4),))
     assert found.whole.states == {}
-    assert found.text() == "Net → Net\n\nin all  256 B, 328 FLOP, 17 -> 17 nodes\n"
+    assert found.text() == "Net → Net\n\nin all  256 B, 328 FLOP, 17 -> 17 nodes\noperations at batch 2\n"
+
+
+@pytest.mark.parametrize(("a", "b"), [((2, True), (6, True)), ((6, True), (2, True)), ((2, False), (6, True)), ((6, True), (2, False))])
+def test_examples_of_other_sizes_save_nothing(a: tuple[int, bool], b: tuple[int, bool]) -> None:
+    """Operations are compared at one size: the first one's, or the one that a side is fixed to."""
+    sides = [fxc.capture(Net().eval(), (seeded(batch, 4),), dynamic=None if dynamic else False) for batch, dynamic in (a, b)]
+    found = api.diff(*sides)
+    fixed = next((batch for batch, dynamic in (a, b) if not dynamic), a[0])
+    assert found.whole.before.flops == found.whole.after.flops == (4 * 32 + 4 * 4 + 4) * fixed + 16 + 16
+    assert "FLOP ->" not in found.text()
+
+
+def test_sizes_that_cannot_be_the_same_are_told() -> None:
+    sides = [fxc.capture(Net().eval(), (seeded(batch, 4),), dynamic=False) for batch in (2, 6)]
+    assert api.diff(*sides).sizes == "each at the sizes of its own example: an input is [2, 4] and [6, 4]"
+    run = run_of(fxc.capture(Net().eval(), (seeded(2, 4),)))
+    old = Run("old", replace(run.history, sizes={}))
+    assert between(old, old).sizes == "each at the sizes of its own example: nothing says what batch was"
+    graph = run.history.graphs[0]
+    bad = Graph({n: replace(v, formula="__import__('os')" if v.formula else "") for n, v in graph.nodes.items()}, graph.kinds, graph.parents)
+    assert "can't be computed" in between(run, Run("bad", replace(run.history, graphs=[bad]))).sizes
 
 
 def test_a_compiled_model_and_another(model: fxc.CompiledModel) -> None:

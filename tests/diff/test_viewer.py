@@ -417,7 +417,7 @@ def test_at_1280_nothing_is_cut_off(at: Any) -> None:
 
 def empty() -> Diff:
     graph = Graph({}, {"": ""}, {})
-    return Diff("nothing", [], Step("all passes", graph, graph, {}), [Run("nothing", History([graph]))])
+    return Diff([], Step("all passes", graph, graph, {}), [Run("nothing", History([graph]))])
 
 
 def test_an_empty_run(browser: Browser, tmp_path: Path) -> None:
