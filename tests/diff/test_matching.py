@@ -79,6 +79,58 @@ def test_a_renamed_module_is_the_same_place(names: dict[str, str]) -> None:
     assert set(aligned(first, second).regions.values()) <= set(second.kinds)
 
 
+class Attention(nn.Module):
+    """Three layers of one shape and a fourth. names: what they are called; order: in which they are registered."""
+
+    def __init__(self, names: str = "qkvo", order: str = "qkvo", seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        made = {role: nn.Linear(8, 8) for role in "qkvo"}
+        self.names = dict(zip("qkvo", names, strict=True))
+        for role in order:
+            self.add_module(self.names[role], made[role])
+
+    def forward(self, x):
+        q, k, v = (getattr(self, self.names[role])(x) for role in "qkv")
+        return getattr(self, self.names["o"])(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("order", ["vkqo", "okvq"])
+@pytest.mark.parametrize("names", ["qkvo", "abcd", "dcba"])
+def test_siblings_registered_in_another_order(names: str, order: str, seed: int) -> None:
+    """By name, else by weights, else (seed 1: other weights) by what they read and what reads them."""
+    sides = [graph_of(captured(Attention(*given), seeded(2, 3, 8))) for given in (("qkvo", "qkvo", 0), (names, order, seed))]
+    assert match_regions(*sides) == {"": "", **dict(zip(names, "qkvo", strict=True))}
+    found = differences(*sides)
+    assert set(found.values()) == ({"changed"} if seed else set())
+    assert all(sides[0].nodes[n].op == "constant" for n in found)
+
+
+def test_names_go_before_weights() -> None:
+    """Two layers that were given each other's weights are still themselves."""
+    model, other = Attention(), Attention()
+    other.q.weight, other.k.weight = other.k.weight, other.q.weight  # type: ignore[union-attr]
+    found = differences(*(graph_of(captured(m, seeded(2, 3, 8))) for m in (model, other)))
+    assert found == {"q_weight": "changed", "k_weight": "changed"}
+
+
+def listed(*layers: nn.Module) -> Graph:
+    return graph_of(captured(nn.Sequential(*layers), seeded(2, 4)))
+
+
+def test_a_layer_put_in_front_leaves_the_others_what_they_were() -> None:
+    """The numbers of a list are places: 1 is now what 0 was."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)]
+    first, second = listed(*layers), listed(nn.Linear(4, 4), nn.Tanh(), *layers)
+    assert match_regions(first, second) == {"": "", **{str(i + 2): str(i) for i in range(5)}}
+    found = differences(first, second)
+    assert sorted(found.values()) == ["added"] * 4 + ["changed"], "a layer and a tanh more, and what reads them"
+    diff = between(Run("a", History([first])), Run("b", History([second])))
+    assert diff.renamed == {str(i): str(i + 2) for i in range(5)}
+
+
 def test_one_more_op_leaves_the_rest_matched() -> None:
     """What reads the new value says so: the third block's first linear, and its addition."""
     found = differences(graph(), graph(extra=True))
@@ -241,3 +293,5 @@ def test_programs_are_runs_without_passes() -> None:
     found = between(run_of(captured(Net(), seeded(2, 4))), run_of(captured(Net(blocks="layers"), seeded(2, 4))))
     assert found.whole.states == {}
     assert found.was["blocks.0"] == "layers.0"
+    assert found.renamed == {f"blocks.{i}": f"layers.{i}" for i in range(3)}, "and not what is inside"
+    assert "renamed layers.0 -> blocks.0  (and 2 alike)\n" in found.text()
