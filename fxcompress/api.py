@@ -371,7 +371,8 @@ class CompiledModel:
         return {"config": plain_config(self.config), "generation_config": plain_config(self.generation_config)}
 
     def diff(self, other: Any = None) -> Diff:
-        """What each pass did to the graph: `.save("diff.html")`, `.text()`. other: a compiled model or folder to compare with instead."""
+        """What each pass did to the graph: `.save("diff.html")`, `.text()`. other: a compiled model, a folder or a model to compare
+        with instead."""
         return diff(self, other)
 
     def as_module(self) -> CompiledModule:
@@ -455,12 +456,13 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def diff(first: Any, second: Any = None, example_inputs: Any = None) -> Diff:
+def diff(first: Any, second: Any = None, example_inputs: Any = None, component: str | None = None) -> Diff:
     """What each pass of a run did; of two, how what the second made differs from what the first made.
 
-    A side is the folder of an artifact or checkpoint, a CompiledModel, or anything `compile` takes as a model. Raises an FxcError.
+    A side is the folder of an artifact or checkpoint, a CompiledModel, or anything `compile` takes as a model (component= of a pipeline). A
+    model without example inputs of its own takes those of the other side. Raises an FxcError.
     """
-    runs = [_run_of(side, example_inputs) for side in (first, second) if side is not None]
+    runs = [_run_of(side, other, example_inputs, component) for side, other in ((first, second), (second, first)) if side is not None]
     return between(*runs) if len(runs) == 2 else of_run(runs[0])
 
 
@@ -475,12 +477,30 @@ def inspect(
     return Inspection(program, [forecast(program, name) for name in recipes])
 
 
-def _run_of(side: Any, example_inputs: Any) -> Run:
+def _run_of(side: Any, other: Any, example_inputs: Any, component: str | None) -> Run:
     if isinstance(side, CompiledModel):
         return run_in(side.folder)
     if isinstance(side, str | Path) and is_run(Path(side)):
         return run_at(Path(side))
-    return run_of(program_of(side, example_inputs))
+    if isinstance(side, Program):
+        return run_of(side)
+    loaded = resolve(side, component)
+    called = _called(other) if example_inputs is None and loaded.example is None else None
+    return run_of(_captured(loaded, *(called or (example_inputs, None))))
+
+
+def _called(side: Any) -> tuple[Inputs, Dynamic] | None:
+    """Example inputs of a run or program, and whether any size of them is dynamic; None of anything else."""
+    if isinstance(side, str | Path) and (Path(side) / artifact.MANIFEST).is_file():
+        artifact.read_manifest(Path(side))
+        (signature, inputs, symbols), example = store.load_signature(Path(side)), store.load_example(Path(side))
+    elif isinstance(side, CompiledModel):
+        signature, inputs, symbols, example = side.signature, side.inputs, side.symbols, store.load_example(side.folder)
+    elif isinstance(side, Program):
+        signature, inputs, symbols, example = side.signature, side.inputs, dict(side.symbols), list(side.example)
+    else:
+        return None
+    return cached.whole_call(signature, inputs, example), None if symbols else False
 
 
 def bench(folder: str | Path, runs: int = 10, threads: int = 1) -> dict[str, Any]:

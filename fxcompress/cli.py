@@ -125,6 +125,7 @@ def diff(
     as_text: Annotated[bool, typer.Option("--text", help="print text that is the same for the same runs")] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the file to write")] = None,
     format: Annotated[str, typer.Option(help="html, text, dot or model-explorer")] = "html",
+    component: Component = None,
     example: Example = None,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +137,7 @@ def diff(
     if as_text and (output or format != "html"):
         raise typer.BadParameter("it prints; leave out -o and --format, or ask for --format text", param_hint="--text")
     with failing(as_json):
-        found = api.diff(first, second, example_inputs(example) if example else None)
+        found = api.diff(first, second, example_inputs(example) if example else None, component)
         wanted = None if as_text or (as_json and output is None) else output or Path(f"diff.{ENDINGS[format]}")
         saved = found.save(wanted, format) if wanted else None  # type: ignore[arg-type]
     if as_text and not as_json:

@@ -304,9 +304,18 @@ def test_diff_of_two(out: Path) -> None:
     assert "unpack_default" in found["steps"][0]["removed"] and "fc1_weight" in found["steps"][0]["added"]
     assert (out.parent / "two.dot").read_text().startswith("digraph {")
     assert as_json("diff", WITH_EXAMPLE, WITH_EXAMPLE)["steps"][0] == {
-        "name": "cli_models:with_example → cli_models:with_example",
+        "name": "comparison",
         **{s: [] for s in ("added", "removed", "changed", "moved")},
     }
+
+
+def test_diff_with_a_model_alone(out: Path) -> None:
+    """It takes the artifact's example inputs."""
+    assert "unpack_default" in as_json("diff", "out", "cli_models:alone")["steps"][0]["removed"]
+
+
+def test_diff_of_a_pipeline_s_component(place: Path) -> None:
+    assert as_json("diff", WITH_EXAMPLE, "--component", "unet", code=1)["what"] == "component='unet' has no meaning here"
 
 
 def test_diff_of_nothing(place: Path) -> None:

@@ -115,7 +115,8 @@ class Diff:
 
     def summary(self) -> dict[str, Any]:
         """Per step the names of the nodes in each state, as plain data."""
-        return {"title": self.title, "steps": [{"name": s.name, **_by_state(s)} for s in self.steps], "renamed": dict(self.was)}
+        steps = [{"name": s.name, **_by_state(s)} for s in self.steps]
+        return {"title": self.title, "steps": steps, "renamed": dict(self.was), "sizes": self.sizes}
 
     def html(self) -> str:
         """One self-contained file."""

@@ -206,6 +206,35 @@ def test_a_compiled_model_and_another(model: fxc.CompiledModel) -> None:
     assert any("'int4'" in line and line.startswith("    ~") for line in found.text().splitlines())
 
 
+def test_a_model_takes_the_example_of_what_it_is_compared_with(model: fxc.CompiledModel, tmp_path: Path) -> None:
+    """Of a compiled model, an artifact and a program, on either side."""
+    folder = model.save(tmp_path / "out")
+    program = fxc.capture(Net().eval(), (seeded(2, 4),), dynamic=False)
+    for other in (model, folder, program):
+        found, back = api.diff(other, Net().eval()), api.diff(Net().eval(), other)
+        assert found.sizes.startswith("at ")
+        assert {"added": "removed", "removed": "added"}.get(back.whole.states.get("unpack_default", "")) == found.whole.states.get(
+            "unpack_default"
+        )
+    assert api.diff(program, Net().eval()).whole.states == {}, "fixed where that is"
+    assert model.diff(Net().eval()).whole.states == api.diff(model, Net().eval()).whole.states != {}
+    with pytest.raises(fxc.InputError, match="no example inputs"):
+        api.diff(Net().eval(), Net().eval())
+
+
+@pytest.mark.parametrize("name", ["llama", "unet2d_cond"])
+def test_a_real_model_is_captured_as_the_compiled_one_was(name: str) -> None:
+    """Cache, roles and arguments by name included: nothing differs."""
+    from tests.passes.helpers import zoo
+    from tests.zoo import ZOO
+
+    program, (module, _) = zoo(name), ZOO[name]()
+    assert program.symbols
+    found = api.diff(program, module)
+    assert found.whole.states == {}
+    assert found.sizes == f"at {', '.join(f'{k} {v}' for k, v in run_of(program).history.sizes.items())}"
+
+
 def test_a_place_that_cannot_be_written(model: fxc.CompiledModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(fxc.ArtifactError, match="the file can't be written"):
