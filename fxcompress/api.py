@@ -30,6 +30,7 @@ from fxcompress.capture import Dynamic, capture
 from fxcompress.checkpoint import Checkpoint, opened
 from fxcompress.diff import Diff, Run, between, of_run
 from fxcompress.diff.read import HISTORY, PAGE, REPORT, is_run, run_at, run_in, run_of
+from fxcompress.diff.text import measured
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
 from fxcompress.generation import generating
 from fxcompress.history import History
@@ -40,7 +41,7 @@ from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight
 from fxcompress.program import Program, Value
 from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, load_recipe, options_error
 from fxcompress.regions import regions
-from fxcompress.report import BackendReport, Change, PassReport, Report, as_tensor
+from fxcompress.report import BackendReport, Change, Check, PassReport, Report, as_tensor
 from fxcompress.rewrite import Pass
 from fxcompress.signature import Inputs, Signature, check_sizes
 from fxcompress.sources import Loaded, resolve
@@ -439,11 +440,7 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
         touched = [c for c in done.changes if asked & _names(c) or _inside(c.module, name)]
         sites = {c.site for c in touched}
         rows += [{"pass": done.name, "site": c.site, "what": "changed", "why": c.reason} for c in touched]
-        rows += [
-            {"pass": done.name, "site": c.site, "what": c.verdict, "why": f"{c.figure} {done.unit}, limit {c.limit}"}
-            for c in done.checks
-            if c.site in sites
-        ]
+        rows += _verdicts(done, [c for c in done.checks if c.site in sites])
         rows += [
             {"pass": done.name, "site": d.site, "what": "declined", "why": d.reason}
             for d in done.declined
@@ -454,6 +451,19 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
         do = "fxcompress inspect MODEL lists the module paths"
         raise InputError(f"the artifact has no {name!r}", where=str(folder), why=nearest(name, known, most=5), do=do)
     return rows
+
+
+def _verdicts(done: PassReport, checks: Sequence[Check]) -> Iterator[dict[str, Any]]:
+    """One row for each site and verdict: the worst value."""
+    groups: dict[tuple[str, str], list[Check]] = {}
+    for check in checks:
+        groups.setdefault((check.site, check.verdict), []).append(check)
+    for (site, verdict), members in groups.items():
+        known = [c for c in members if c.figure is not None]
+        ranked = sorted(known, key=lambda c: (c.figure or 0.0) - (c.limit or 0.0), reverse=done.unit != "dB")
+        worst, more = (ranked or members)[0], f", the worst of {len(members)} values" if len(members) > 1 else ""
+        why = f"{measured(worst, done.unit)} at {worst.value}{more}{': ' if worst.why else ''}{worst.why}"
+        yield {"pass": done.name, "site": site, "what": verdict, "why": why}
 
 
 def diff(first: Any, second: Any = None, example_inputs: Any = None, component: str | None = None) -> Diff:

@@ -25,6 +25,7 @@ from fxcompress.sources import call_function
 app = typer.Typer(help="Makes generative and vision models small and fast, and proves every rewrite on your own model.", no_args_is_help=True)
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
+UNCUT = 100_000  # columns, where nobody looks: what reads a pipe or a file wants whole lines
 MOST = 20  # declined sites that are printed
 ENDINGS = {"html": "html", "text": "txt", "dot": "dot", "model-explorer": "json"}
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
@@ -38,6 +39,11 @@ def setup() -> None:
     """Modules of the working directory can be named, as with `python -m`."""
     if "" not in sys.path:
         sys.path.insert(0, "")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding shows "\\u2192" for an arrow
+    if not out.is_terminal:
+        out.width = UNCUT
 
 
 @app.command()
@@ -245,10 +251,12 @@ def number(value: float | None) -> str:
 
 
 def table(key: str, rows: list[dict[str, Any]]) -> Table:
-    """Rows of one form as a table; `key` is the column that isn't wrapped."""
+    """Rows of one form as a table; `key` is the column that is wrapped last. Nothing is cut."""
     grid = Table()
     for name in rows[0] if rows else [key]:
-        grid.add_column(name, no_wrap=name == key, justify="right" if rows and isinstance(rows[0][name], int | float) else "left")
+        longest = max((len(str(row[name])) for row in rows), default=0) if name == key else 0
+        right = bool(rows) and isinstance(rows[0][name], int | float)
+        grid.add_column(name, min_width=min(longest, 40), overflow="fold", justify="right" if right else "left")
     for row in rows:
         grid.add_row(*(f"{v:,}" if isinstance(v, int) else escape(str(v)) for v in row.values()))
     return grid

@@ -43,8 +43,8 @@ class Forecast:
 
     @property
     def sites(self) -> int:
-        """Sites changed by all passes."""
-        return sum(p.fired for p in self.passes)
+        """Places that some pass changes, each once."""
+        return len({c.site for p in self.passes for c in p.changes})
 
     @property
     def declined(self) -> list[tuple[str, Declined]]:

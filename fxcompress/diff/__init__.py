@@ -91,7 +91,7 @@ class Diff:
         """What the runs are called: their titles, with the folders in front where two are compared, as much as tells them apart."""
         parts = [Path(r.folder).parts for r in self.runs] if len(self.runs) > 1 else [()]
         same = 1
-        while len({p[-same:] for p in parts}) < len(parts) and same < max(map(len, parts)):
+        while len({p[-same:] for p in parts}) < len({*parts}):
             same += 1
         return [f"{'/'.join(p[-same:])}: {r.title}" if p else r.title for p, r in zip(parts, self.runs, strict=True)]
 

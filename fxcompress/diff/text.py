@@ -9,7 +9,7 @@ from fxcompress.diff import Diff, Run, Step
 from fxcompress.diff.matching import attributes
 from fxcompress.diff.states import State
 from fxcompress.history import Graph, Node
-from fxcompress.report import PassReport
+from fxcompress.report import Check, PassReport
 
 SIGNS: Mapping[State, str] = {"added": "+", "removed": "-", "changed": "~", "moved": ">"}
 
@@ -64,13 +64,18 @@ def pair(before: float, after: float, unit: str) -> tuple[str, str]:
 
 def figure(report: PassReport) -> str:
     """The measured figure nearest its limit, or that there is none."""
-    worst = report.worst
-    if worst is None:
+    if report.worst is None:
         return "nothing to measure" if not report.fired else "not measured"
-    sign = "<=" if report.unit != "dB" else ">="
-    limit = "" if worst.limit is None else f" {sign} {worst.limit:.3g}"
-    value = "equal" if worst.figure is None or worst.figure == 0 else f"{worst.figure:.3g}{limit}"
-    return value if value == "equal" else f"{value} {report.unit}"
+    return measured(report.worst, report.unit)
+
+
+def measured(check: Check, unit: str) -> str:
+    """A figure with its limit: 2.46e-06 <= 0.0001 relative error."""
+    if check.figure is None or check.figure == 0:
+        return "equal"
+    sign = "<=" if unit != "dB" else ">="
+    limit = "" if check.limit is None else f" {sign} {check.limit:.3g}"
+    return f"{check.figure:.3g}{limit} {unit}"
 
 
 def written(node: Node) -> str:

@@ -206,6 +206,18 @@ def test_a_compiled_model_and_another(model: fxc.CompiledModel) -> None:
     assert any("'int4'" in line and line.startswith("    ~") for line in found.text().splitlines())
 
 
+def test_folders_are_named_as_far_as_they_differ(model: fxc.CompiledModel, tmp_path: Path) -> None:
+    places = [model.save(tmp_path / name) for name in ("a/out", "b/out", "a/other")]
+    titles = [api.diff(places[i], places[j]).title for i, j in ((0, 1), (0, 2), (0, 0))]
+    assert titles == [
+        "a/out: Net, mine → b/out: Net, mine",
+        "out: Net, mine → other: Net, mine",
+        "out: Net, mine → out: Net, mine",
+    ]
+    assert api.diff(places[0]).title == "Net, mine", "a run's page is the same wherever it lies"
+    assert api.diff(places[0], places[1]).text().count("\nof ") == 2
+
+
 def test_a_model_takes_the_example_of_what_it_is_compared_with(model: fxc.CompiledModel, tmp_path: Path) -> None:
     """Of a compiled model, an artifact and a program, on either side."""
     folder = model.save(tmp_path / "out")
