@@ -39,7 +39,7 @@ from fxcompress.interpret import run
 from fxcompress.loss import losses
 from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight_bytes
 from fxcompress.program import Program, Value
-from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, load_recipe, options_error
+from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, load_recipe, options_error, step_options
 from fxcompress.regions import regions
 from fxcompress.report import BackendReport, Change, Check, PassReport, Report, as_tensor
 from fxcompress.rewrite import Pass
@@ -152,7 +152,7 @@ def _opened(
         "check": check,
         "target": runner.target.model_dump(mode="json"),
         "feed": feed and feed.digest,
-        "passes": [{s.use: _step_options(s, p)} for s, p in passes],
+        "passes": [{s.use: step_options(s, p)} for s, p in passes],
     }
     return opened(folder, run, captured)
 
@@ -161,6 +161,7 @@ def _run(manager: Manager, passes: Sequence[tuple[Step, Pass]], kept: Checkpoint
     """Run the passes that the checkpoint hasn't finished, and keep the program after each."""
     if kept and kept.program:
         manager.program, manager.done, manager.history = kept.program, list(kept.done), History.from_json(kept.history)
+        manager.gave = {fact for _, item in passes[: len(kept.done)] for fact in item.gives}
         manager.history.resume(manager.program)
     finished = len(manager.done)
     keep = (lambda: kept.save(manager.program, manager.done, manager.history.to_json())) if kept else lambda: None
@@ -593,12 +594,7 @@ def _chosen(runner: Backend) -> dict[str, Any]:
 
 
 def _lock(recipe: Recipe, runner: Backend) -> str:
-    steps = [{s.use: _step_options(s, p)} for s, p in build(recipe)]
+    steps = [{s.use: step_options(s, p)} for s, p in build(recipe)]
     chosen = {runner.name: runner.options.model_dump(mode="json")}
     data = {"name": recipe.name, "description": recipe.description, "passes": steps, "backend": chosen}
     return "# versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + "\n" + yaml.safe_dump(data, sort_keys=False)
-
-
-def _step_options(step: Any, item: Any) -> dict[str, Any]:
-    reserved = step.model_dump(mode="json", exclude={"use", "options"}, exclude_defaults=True)
-    return {**item.options.model_dump(mode="json"), **reserved}

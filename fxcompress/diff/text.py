@@ -51,15 +51,22 @@ def quantity(value: float, unit: str, digits: int = 3) -> str:
     """A figure in that many digits with a prefix: 1.23 MB."""
     for prefix in ("", "k", "M", "G", "T"):
         if abs(value) < 1000 or prefix == "T":
-            return f"{value:.{digits}g} {prefix}{unit}"
+            text = f"{value:.3g}" if digits == 3 else f"{value:#.{digits}g}".rstrip(".")
+            return f"{text} {prefix}{unit}"
         value /= 1000
     raise AssertionError(value)
 
 
-def pair(before: float, after: float, unit: str) -> tuple[str, str]:
-    """Two figures in as many digits as tell them apart, three at least."""
-    found = ((quantity(before, unit, n), quantity(after, unit, n)) for n in range(3, 18))
-    return next(((a, b) for a, b in found if a != b or before == after), (f"{before} {unit}", f"{after} {unit}"))
+def change(before: int, after: int, unit: str, arrow: str = "->") -> str:
+    """Two figures, in four digits where three don't tell them apart: "2.810 MB -> 2.812 MB". What four don't either is told by its size:
+    "2.81 MB +12 B"."""
+    if before == after:
+        return quantity(before, unit).strip()
+    for digits in (3, 4):
+        one, other = (quantity(v, unit, digits).strip() for v in (before, after))
+        if one != other:
+            return f"{one} {arrow} {other}"
+    return f"{quantity(before, unit).strip()} {'+' if after > before else '-'}{quantity(abs(after - before), unit).strip()}"
 
 
 def figure(report: PassReport) -> str:
@@ -101,8 +108,7 @@ def _passes(passes: Sequence[PassReport], graphs: Sequence[Graph]) -> Iterator[s
 
 
 def _sizes(before: Graph, after: Graph) -> str:
-    pairs = pair(before.stored, after.stored, "B"), pair(before.flops, after.flops, "FLOP")
-    sizes = [a if a == b else f"{a} -> {b}" for a, b in pairs]
+    sizes = change(before.stored, after.stored, "B"), change(before.flops, after.flops, "FLOP")
     return f"{', '.join(sizes)}, {len(before.nodes)} -> {len(after.nodes)} nodes"
 
 

@@ -17,7 +17,7 @@ from fxcompress import api
 from fxcompress.diff import Run, between
 from fxcompress.diff.exports import as_dot, as_model_explorer
 from fxcompress.diff.read import run_at, run_of
-from fxcompress.diff.text import pair, quantity
+from fxcompress.diff.text import change, quantity
 from fxcompress.history import Graph
 from tests.passes.helpers import lines, seeded
 
@@ -126,17 +126,19 @@ def test_quantities(value: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "texts"),
+    ("before", "after", "text"),
     [
-        (2_810_123, 2_812_456, ("2.81 MB", "2.812 MB")),
-        (999, 1001, ("999 B", "1 kB")),
-        (6_661_000, 6_664_000, ("6.661 MB", "6.664 MB")),
-        (10**18, 10**18 + 1, ("1000000000000000000 B", "1000000000000000001 B")),
-        (5, 5, ("5 B", "5 B")),
+        (2_810_123, 2_812_456, "2.810 MB -> 2.812 MB"),
+        (999, 1001, "999 B -> 1 kB"),
+        (999, 998, "999 B -> 998 B"),
+        (6_661_000, 6_661_053, "6.66 MB +53 B"),
+        (10**18, 10**18 - 1000, "1e+06 TB -1 kB"),
+        (5, 5, "5 B"),
+        (0, 7, "0 B -> 7 B"),
     ],
 )
-def test_unequal_figures_look_unequal(before: int, after: int, texts: tuple[str, str]) -> None:
-    assert pair(before, after, "B") == texts
+def test_unequal_figures_look_unequal(before: int, after: int, text: str) -> None:
+    assert change(before, after, "B") == text
 
 
 # where the sides come from
