@@ -7,11 +7,13 @@ drops and adds to the one before. A node keeps its name through all passes, so t
 from __future__ import annotations
 
 import math
+import os
 import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ DEFAULTS: tuple[Any, ...] = (0, 0, (), 0)  # of the others
 GREATEST = 10**24  # of a count in a file
 DEQUANTIZE = "fxc.dequantize.default"
 SOURCE = "source"  # meta of a node that was restored without its stack trace: the line that it came from
+_HERE = f"{Path(__file__).parent}{os.sep}"
 _FRAME = re.compile(r'File "([^"]*)", line (\d+), in \S+\n\s*(.*)')
 
 
@@ -194,10 +197,11 @@ def _size(size: Any, sizes: dict[Any, str]) -> str:
 
 
 def _source(node: fx.Node) -> str:
-    """The innermost frame that isn't torch's own, without the folders above the last one."""
+    """The innermost frame that isn't torch's own, without the folders above the last one; of a model made of torch's layers alone theirs. The
+    frames of whoever called the model are not its code."""
     if SOURCE in node.meta:
         return str(node.meta[SOURCE])
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if not f[0].startswith(_HERE)]
     own = [f for f in frames if "/torch/" not in f[0].replace("\\", "/")] or frames
     if not own:
         return ""

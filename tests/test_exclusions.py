@@ -73,7 +73,7 @@ def test_what_is_offered_compiles_and_holds(model: str, passes: list[Any]) -> No
             meant = {key(c) for c in report.changes if c.exclude == exclude}
             assert again.isdisjoint(meant), (report.name, exclude)
             offered += 1
-    assert offered >= 3
+    assert offered >= 2
 
 
 def test_one_activation_of_an_attention() -> None:
