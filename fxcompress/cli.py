@@ -83,14 +83,16 @@ def inspect(
 ) -> None:
     """Capture a model and list its modules with nodes, parameters and costs, and what each recipe would do to it."""
     from fxcompress import api
+    from fxcompress.diff.text import grouped
     from fxcompress.recipe import shipped
 
     with failing(as_json):
         found = api.inspect(model, example_inputs(example) if example else None, component, shipped() if recipes else ())
         facts = found.facts()
         saved = found.save(output) if output else None
-    parts = [table("region", facts["regions"]), *([table("recipe", facts["recipes"])] if recipes else [])]
-    declined = [f"{f.recipe}: {name} would decline {d.module or d.site}: {d.reason}" for f in found.forecasts for name, d in f.declined[:MOST]]
+    regions = [{**r, "path": r["path"] or "<root>"} for r in facts["regions"]]
+    parts = [table("path", regions), *([table("recipe", facts["recipes"])] if recipes else [])]
+    declined = grouped(f"{f.recipe}: {name} would decline {d.module or d.site}: {d.reason}" for f in found.forecasts for name, d in f.declined)
     show(facts, as_json, lambda: [*_facts(facts), *parts, *declined, *([f"{saved}"] if saved else [])])
 
 

@@ -33,7 +33,7 @@ def _both(diff: Diff) -> Iterator[str]:
     yield f"operations {diff.sizes}"
     if any(r.sqnr is not None for r in diff.runs):
         yield f"output SQNR {' -> '.join(sqnr(r) for r in diff.runs)}"
-    yield from _counted(f"renamed {other} -> {name}" for name, other in diff.renamed.items())
+    yield from grouped(f"renamed {other} -> {name}" for name, other in diff.renamed.items())
 
 
 def sqnr(run: Run) -> str:
@@ -113,10 +113,10 @@ def _sizes(before: Graph, after: Graph) -> str:
 
 
 def _declined(report: PassReport) -> Iterator[str]:
-    yield from _counted(f"{d.module or d.site}: {d.reason}" for d in report.declined)
+    yield from grouped(f"{d.module or d.site}: {d.reason}" for d in report.declined)
 
 
-def _counted(lines: Iterable[str]) -> Iterator[str]:
+def grouped(lines: Iterable[str]) -> Iterator[str]:
     """The lines, those that differ in numbers alone counted."""
     groups: dict[str, list[str]] = {}
     for line in lines:

@@ -32,6 +32,7 @@ function controls() {
     $(a).addEventListener("scroll", () => { $(b).scrollLeft = $(a).scrollLeft; $(b).scrollTop = $(a).scrollTop; });
   $("help").addEventListener("click", () => $("keys").showModal());
   if (data.single) for (const id of ["split", "fold"]) $(id).closest("label").hidden = true;
+  if (views.length === 1) for (const id of ["previous", "choice", "next"]) $(id).hidden = true;
 }
 
 // The address says what is shown, so that it can be sent: #pass=3&node=linear_4. pass: a number, a pass's name, or "all".
