@@ -463,7 +463,8 @@ def _verdicts(done: PassReport, checks: Sequence[Check]) -> Iterator[dict[str, A
         known = [c for c in members if c.figure is not None]
         ranked = sorted(known, key=lambda c: (c.figure or 0.0) - (c.limit or 0.0), reverse=done.unit != "dB")
         worst, more = (ranked or members)[0], f", the worst of {len(members)} values" if len(members) > 1 else ""
-        why = f"{measured(worst, done.unit)} at {worst.value}{more}{': ' if worst.why else ''}{worst.why}"
+        place = f"{len(members)} values" if more and not worst.figure else f"{worst.value}{more}"
+        why = f"{measured(worst, done.unit)} at {place}{': ' if worst.why else ''}{worst.why}"
         yield {"pass": done.name, "site": site, "what": verdict, "why": why}
 
 

@@ -138,7 +138,7 @@ def match_nodes(first: Mapping[str, Node], second: Mapping[str, Node], captured:
         lambda n: (alike(n), ups[id(n)]),
         lambda n: (alike(n), downs[id(n)]),
     ]
-    olds, news = ([n for n in nodes.values() if n.name not in captured] for nodes in (first, second))
+    olds, news = ([n for n in nodes.values() if n.name not in found] for nodes in (first, second))
     for key in levels:
         pairs = _zipped(olds, news, key, key)
         found.update((b.name, a.name) for a, b in pairs)

@@ -30,7 +30,8 @@ def run_at(path: Path) -> Run:
         with _readable(path / checkpoint.STATE):
             state = checkpoint.stored_state(path)
             passes = [PassReport.model_validate(r) for r in state["reports"]]
-            return _run("checkpoint", state["history"], passes, path)
+            run = _run("", state["history"], passes, path)
+            return replace(run, title=f"{run.history.graphs[0].kinds[''] or 'model'}, checkpoint")
     artifact.read_manifest(path)
     return replace(run_in(path), folder=str(path.resolve()))
 
@@ -57,7 +58,7 @@ def _run(title: str, history: Mapping[str, Any], passes: Sequence[PassReport], f
     read = History.from_json(history)
     if len(read.graphs) != len(passes) + 1:
         raise ValueError(f"it holds {len(read.graphs)} graphs, and the report {len(passes)} passes, which lie between them")
-    return Run(title or "model", read, passes, folder=str(folder.resolve()) if folder else "")
+    return Run(title, read, passes, folder=str(folder.resolve()) if folder else "")
 
 
 @contextlib.contextmanager

@@ -126,12 +126,13 @@ def grouped(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _changes(step: Step, was: Mapping[str, str]) -> Iterator[str]:
-    """Changed nodes by module; modules in which the same changed stand under the first of them."""
+    """Changed nodes by module, in the order in which they run; modules in which the same changed stand under the first of them."""
     folded, parents, nodes = step.changed_alike, step.parents, step.nodes
     regions: dict[str, list[Node]] = {}
     for name in step.states:
         regions.setdefault(nodes[name].region, []).append(nodes[name])
-    for path, members in regions.items():
+    places = {n.region: place for place, n in reversed([*enumerate(nodes.values())]) if n.op != "constant"}
+    for path, members in sorted(regions.items(), key=lambda item: places.get(item[0], -1)):
         if _is_folded(path, folded, parents):
             continue
         others = [p for p, first in folded.items() if first == path or path.startswith(f"{first}.")]

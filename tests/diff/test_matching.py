@@ -278,6 +278,22 @@ def test_two_results_of_one_run_are_matched_by_name() -> None:
     assert between(sides[0], sides[0]).whole.states == {}
 
 
+def test_what_a_pass_replaced_is_matched_with_what_it_was() -> None:
+    """A convolution with its norm folded in is the convolution, on other weights: one of the two has a name that the other run never had."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.uniform_(0.1, 1)  # type: ignore[union-attr]
+    program = captured(nn.Sequential(nn.Conv2d(2, 3, 1), norm).eval(), seeded(2, 2, 4, 4))
+    history = History()
+    history.record(program)
+    after, report = run(program, "tidy.fold_batch_norm")
+    folded = History([*history.graphs])
+    folded.record(after)
+    for sides in ((Run("a", history), Run("b", folded, [report])), (Run("b", folded, [report]), Run("a", history))):
+        found = between(*sides).whole
+        assert [(found.nodes[n].op, s) for n, s in found.states.items() if "conv" in found.nodes[n].op] == [("aten.conv2d.default", "changed")]
+
+
 def test_a_weight_s_quantiser_is_not_taken_for_an_activation_s() -> None:
     """Both are dequantize nodes of one module; what tells them apart is the shape."""
     program = captured(Net(), seeded(2, 4))

@@ -98,6 +98,23 @@ def test_the_whole_text(model: fxc.CompiledModel) -> None:
     )
 
 
+def test_modules_stand_in_the_order_in_which_they_run() -> None:
+    """Constants stand at the head of a graph, in the order of registration."""
+
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.first = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    torch.manual_seed(0)
+    model = Backwards().eval()
+    text = api.diff(model, Backwards().eval(), (seeded(2, 4),)).text()
+    assert text.index("\n  first\n") < text.index("\n  last\n")
+
+
 def test_two_runs_give_the_same_text(model: fxc.CompiledModel) -> None:
     assert model.diff().text() == compiled().diff().text()
 
@@ -163,6 +180,8 @@ def test_checkpoints_of_a_run(tmp_path: Path, model: fxc.CompiledModel) -> None:
     fxc.compile(program, {"passes": PASSES}, checkpoint=tmp_path / "late", **options)
     fxc.compile(program, {"passes": PASSES[:1]}, checkpoint=tmp_path / "early", **options)
     assert [p.name for p in run_at(tmp_path / "early").passes] == ["tidy.fold_constants"]
+    assert run_at(tmp_path / "early").title == "Net, checkpoint"
+    assert api.diff(tmp_path / "early", tmp_path / "late").title == "early: Net, checkpoint → late: Net, checkpoint"
     found = api.diff(tmp_path / "early", tmp_path / "late")
     assert found.was == {}
     assert {found.whole.nodes[n].op for n in found.whole.states} == {
