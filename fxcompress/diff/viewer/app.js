@@ -44,8 +44,8 @@ function follow() {
     return notice(location.hash.length > 1 ? `${passes.length ? "No pass" : "Nothing"} here is called “${asked.get("pass") ?? location.hash.slice(1)}”.` : "");
   }
   const fresh = state.view !== view;
-  if (fresh) enter(view);
   state.split = asked.has("split");
+  if (fresh) enter(view);
   const named = (key, known) => [asked.get(key), now.get(asked.get(key))].find((name) => known.has(name)) ?? null;
   state.node = named("node", view.nodes);
   state.region = named("module", view.tree);
@@ -75,7 +75,7 @@ function enter(view) {
   opened(view);
   Object.assign(state, { view, open: new Set([""]), unfolded: new Set(), zoom: 1 });
   openFirst(view);
-  document.body.className = "at-graph";
+  document.body.className = state.split ? "at-graph split" : "at-graph";
   const wide = layout(view, "", state).w + 40, room = $("before").clientWidth;
   state.zoom = Math.min(1, Math.max(0.85, room / wide));  // smaller can't be read
 }
@@ -174,12 +174,13 @@ function focusOn(key) {
 }
 
 function centre(fresh) {
+  if (fresh) $("before").scrollLeft = ($("before").scrollWidth - $("before").clientWidth) / 2;
   const key = state.node ? "n:" + state.node : state.region ? "r:" + state.region : null;
   const found = key ? itemElement(key) : fresh ? document.querySelector("#before .item:is(.added, .removed, .changed, .moved)") : null;
   if (!found) return;
   const box = found.getBoundingClientRect(), pane = $("before").getBoundingClientRect();
   if (box.top < pane.top || box.bottom > pane.bottom) $("before").scrollTop += box.top - pane.top - Math.max(20, (pane.height - box.height) / 3);
-  if (box.left < pane.left || box.right > pane.right) $("before").scrollLeft += box.left + box.width / 2 - pane.left - pane.width / 2;
+  if (key && (box.left < pane.left || box.right > pane.right)) $("before").scrollLeft += box.left + box.width / 2 - pane.left - pane.width / 2;
 }
 
 // Search by name, op or module path, in the view's nodes and modules.
