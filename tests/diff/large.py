@@ -125,6 +125,7 @@ def change(node: Node, reason: str, replaced: dict[str, str], inserted: tuple[st
         touched=touched,
         constants=(node.attributes,),
         erased=(),
+        exclude=(node.region,),
     )
 
 
