@@ -199,7 +199,7 @@ function exclusion(pass, globs) {
   if (!globs.length) return el("p", { class: "why" }, "Can't be left out alone: a recipe has no name that means this place and no other.");
   const asked = pass.options.where || {};
   const where = { ...asked, exclude: [...(asked.exclude || []), ...globs] };
-  const line = `- ${pass.name}: ${JSON.stringify({ ...pass.options, where })}`;
+  const line = `- ${pass.name}: ${flow({ ...pass.options, where })}`;
   const button = el("button", { class: "copy", title: line }, "copy as recipe exclusion");
   button.addEventListener("click", async () => {
     await copy(line);
@@ -207,6 +207,13 @@ function exclusion(pass, globs) {
     setTimeout(() => { button.textContent = "copy as recipe exclusion"; }, 1500);
   });
   return el("div", { class: "exclusion" }, el("code", {}, line), button);
+}
+
+// Plain data as YAML in one line, its texts quoted.
+function flow(value) {
+  if (Array.isArray(value)) return `[${value.map(flow).join(", ")}]`;
+  if (value === null || typeof value !== "object") return JSON.stringify(value);
+  return `{${Object.entries(value).map(([key, inner]) => `${key}: ${flow(inner)}`).join(", ")}}`;
 }
 
 // The clipboard interface is refused in some file:// settings; a selected text field isn't.
