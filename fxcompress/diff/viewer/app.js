@@ -180,7 +180,7 @@ function centre(fresh) {
   if (!found) return;
   const box = found.getBoundingClientRect(), pane = $("before").getBoundingClientRect();
   if (box.top < pane.top || box.bottom > pane.bottom) $("before").scrollTop += box.top - pane.top - Math.max(20, (pane.height - box.height) / 3);
-  if (key && (box.left < pane.left || box.right > pane.right)) $("before").scrollLeft += box.left + box.width / 2 - pane.left - pane.width / 2;
+  if (key && (fresh || box.left < pane.left || box.right > pane.right)) $("before").scrollLeft += box.left + box.width / 2 - pane.left - pane.width / 2;
 }
 
 // Search by name, op or module path, in the view's nodes and modules.
