@@ -116,11 +116,12 @@ def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dic
 
 
 def _site(change: Change, texts: _Texts) -> list[Any]:
-    """Node, module, reason, the globs that leave it out, and the names of all nodes that it concerns."""
+    """Node, module, reason, the globs that leave it out (0: its module), and the names of all nodes that it concerns."""
     constants = (c.replace(".", "_") for c in change.constants)  # a constant's node is named after it
     node = change.site.rpartition("(")[2].rstrip(")")
     names = {*change.replaced, *change.replaced.values(), *change.inserted, *change.touched, *change.erased, *constants} - {node}
-    return [texts(node), texts(change.module), texts(change.reason), [texts(glob) for glob in change.exclude], *sorted(map(texts, names))]
+    exclude = 0 if change.exclude == (change.module,) else [texts(glob) for glob in change.exclude]
+    return [texts(node), texts(change.module), texts(change.reason), exclude, *sorted(map(texts, names))]
 
 
 def _check(check: Check, site: int, texts: _Texts) -> list[Any]:

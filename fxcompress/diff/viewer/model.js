@@ -52,7 +52,8 @@ const VERDICTS = ["held", "broken", "unverified"];
 const passes = data.passes.map((pass) => ({
   ...pass,
   declined: pass.declined.map(([site, module, reason]) => ({ site, module, reason })),
-  sites: pass.sites.map(([node, module, reason, exclude, ...names], index) => ({ index, node, module, reason, exclude: exclude.map(text), names })),
+  sites: pass.sites.map(([node, module, reason, exclude, ...names], index) =>
+    ({ index, node, module, reason, exclude: exclude === 0 ? [text(module)] : exclude.map(text), names })),
   checks: pass.checks.map(([site, value, figure, limit, verdict, why, ...histogram]) => ({
     site, value, figure, limit, verdict: VERDICTS[verdict], why: text(why), histogram: histogram.length ? histogram : null })),
 }));
