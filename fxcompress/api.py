@@ -30,6 +30,7 @@ from fxcompress.capture import Dynamic, capture
 from fxcompress.checkpoint import Checkpoint, opened
 from fxcompress.diff import Diff, Run, between, of_run
 from fxcompress.diff.read import HISTORY, PAGE, REPORT, is_run, run_at, run_in, run_of
+from fxcompress.diff.text import measured
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
 from fxcompress.generation import generating
 from fxcompress.history import History
@@ -38,9 +39,9 @@ from fxcompress.interpret import run
 from fxcompress.loss import losses
 from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight_bytes
 from fxcompress.program import Program, Value
-from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, load_recipe, options_error
+from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, load_recipe, options_error, step_options
 from fxcompress.regions import regions
-from fxcompress.report import BackendReport, Change, PassReport, Report, as_tensor
+from fxcompress.report import BackendReport, Change, Check, PassReport, Report, as_tensor
 from fxcompress.rewrite import Pass
 from fxcompress.signature import Inputs, Signature, check_sizes
 from fxcompress.sources import Loaded, resolve
@@ -151,7 +152,7 @@ def _opened(
         "check": check,
         "target": runner.target.model_dump(mode="json"),
         "feed": feed and feed.digest,
-        "passes": [{s.use: _step_options(s, p)} for s, p in passes],
+        "passes": [{s.use: step_options(s, p)} for s, p in passes],
     }
     return opened(folder, run, captured)
 
@@ -160,6 +161,7 @@ def _run(manager: Manager, passes: Sequence[tuple[Step, Pass]], kept: Checkpoint
     """Run the passes that the checkpoint hasn't finished, and keep the program after each."""
     if kept and kept.program:
         manager.program, manager.done, manager.history = kept.program, list(kept.done), History.from_json(kept.history)
+        manager.gave = {fact for _, item in passes[: len(kept.done)] for fact in item.gives}
         manager.history.resume(manager.program)
     finished = len(manager.done)
     keep = (lambda: kept.save(manager.program, manager.done, manager.history.to_json())) if kept else lambda: None
@@ -371,7 +373,8 @@ class CompiledModel:
         return {"config": plain_config(self.config), "generation_config": plain_config(self.generation_config)}
 
     def diff(self, other: Any = None) -> Diff:
-        """What each pass did to the graph: `.save("diff.html")`, `.text()`. other: a compiled model or folder to compare with instead."""
+        """What each pass did to the graph: `.save("diff.html")`, `.text()`. other: a compiled model, a folder or a model to compare
+        with instead."""
         return diff(self, other)
 
     def as_module(self) -> CompiledModule:
@@ -438,11 +441,7 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
         touched = [c for c in done.changes if asked & _names(c) or _inside(c.module, name)]
         sites = {c.site for c in touched}
         rows += [{"pass": done.name, "site": c.site, "what": "changed", "why": c.reason} for c in touched]
-        rows += [
-            {"pass": done.name, "site": c.site, "what": c.verdict, "why": f"{c.figure} {done.unit}, limit {c.limit}"}
-            for c in done.checks
-            if c.site in sites
-        ]
+        rows += _verdicts(done, [c for c in done.checks if c.site in sites])
         rows += [
             {"pass": done.name, "site": d.site, "what": "declined", "why": d.reason}
             for d in done.declined
@@ -455,12 +454,27 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def diff(first: Any, second: Any = None, example_inputs: Any = None) -> Diff:
+def _verdicts(done: PassReport, checks: Sequence[Check]) -> Iterator[dict[str, Any]]:
+    """One row for each site and verdict: the worst value."""
+    groups: dict[tuple[str, str], list[Check]] = {}
+    for check in checks:
+        groups.setdefault((check.site, check.verdict), []).append(check)
+    for (site, verdict), members in groups.items():
+        known = [c for c in members if c.figure is not None]
+        ranked = sorted(known, key=lambda c: (c.figure or 0.0) - (c.limit or 0.0), reverse=done.unit != "dB")
+        worst, more = (ranked or members)[0], f", the worst of {len(members)} values" if len(members) > 1 else ""
+        place = f"{len(members)} values" if more and not worst.figure else f"{worst.value}{more}"
+        why = f"{measured(worst, done.unit)} at {place}{': ' if worst.why else ''}{worst.why}"
+        yield {"pass": done.name, "site": site, "what": verdict, "why": why}
+
+
+def diff(first: Any, second: Any = None, example_inputs: Any = None, component: str | None = None) -> Diff:
     """What each pass of a run did; of two, how what the second made differs from what the first made.
 
-    A side is the folder of an artifact or checkpoint, a CompiledModel, or anything `compile` takes as a model. Raises an FxcError.
+    A side is the folder of an artifact or checkpoint, a CompiledModel, or anything `compile` takes as a model (component= of a pipeline). A
+    model without example inputs of its own takes those of the other side. Raises an FxcError.
     """
-    runs = [_run_of(side, example_inputs) for side in (first, second) if side is not None]
+    runs = [_run_of(side, other, example_inputs, component) for side, other in ((first, second), (second, first)) if side is not None]
     return between(*runs) if len(runs) == 2 else of_run(runs[0])
 
 
@@ -475,12 +489,30 @@ def inspect(
     return Inspection(program, [forecast(program, name) for name in recipes])
 
 
-def _run_of(side: Any, example_inputs: Any) -> Run:
+def _run_of(side: Any, other: Any, example_inputs: Any, component: str | None) -> Run:
     if isinstance(side, CompiledModel):
         return run_in(side.folder)
     if isinstance(side, str | Path) and is_run(Path(side)):
         return run_at(Path(side))
-    return run_of(program_of(side, example_inputs))
+    if isinstance(side, Program):
+        return run_of(side)
+    loaded = resolve(side, component)
+    called = _called(other) if example_inputs is None and loaded.example is None else None
+    return run_of(_captured(loaded, *(called or (example_inputs, None))))
+
+
+def _called(side: Any) -> tuple[Inputs, Dynamic] | None:
+    """Example inputs of a run or program, and whether any size of them is dynamic; None of anything else."""
+    if isinstance(side, str | Path) and (Path(side) / artifact.MANIFEST).is_file():
+        artifact.read_manifest(Path(side))
+        (signature, inputs, symbols), example = store.load_signature(Path(side)), store.load_example(Path(side))
+    elif isinstance(side, CompiledModel):
+        signature, inputs, symbols, example = side.signature, side.inputs, side.symbols, store.load_example(side.folder)
+    elif isinstance(side, Program):
+        signature, inputs, symbols, example = side.signature, side.inputs, dict(side.symbols), list(side.example)
+    else:
+        return None
+    return cached.whole_call(signature, inputs, example), None if symbols else False
 
 
 def bench(folder: str | Path, runs: int = 10, threads: int = 1) -> dict[str, Any]:
@@ -563,12 +595,7 @@ def _chosen(runner: Backend) -> dict[str, Any]:
 
 
 def _lock(recipe: Recipe, runner: Backend) -> str:
-    steps = [{s.use: _step_options(s, p)} for s, p in build(recipe)]
+    steps = [{s.use: step_options(s, p)} for s, p in build(recipe)]
     chosen = {runner.name: runner.options.model_dump(mode="json")}
     data = {"name": recipe.name, "description": recipe.description, "passes": steps, "backend": chosen}
     return "# versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()) + "\n" + yaml.safe_dump(data, sort_keys=False)
-
-
-def _step_options(step: Any, item: Any) -> dict[str, Any]:
-    reserved = step.model_dump(mode="json", exclude={"use", "options"}, exclude_defaults=True)
-    return {**item.options.model_dump(mode="json"), **reserved}

@@ -193,6 +193,18 @@ def _given_pairs(cache: Any, inputs: Sequence[Any], batch: int) -> Pairs:
     return tuple(zip(empty[::2], empty[1::2], strict=True))
 
 
+def whole_call(signature: Signature, inputs: Sequence[Any], tensors: Sequence[Tensor]) -> Inputs:
+    """A call that is captured as the one with these flat inputs was: of a language model with as many tokens as cache and call hold together,
+    which `second_call` cuts."""
+    item = signature.item(tensors)
+    roles = {v.name: v.role for v in inputs if v.role not in ("input", "state")}
+    if not keeps(inputs):
+        return Inputs(*item.args, roles=roles, **item.kwargs)
+    ids, total = item.kwargs[IDS], item.kwargs[IDS].shape[1] + pytree.tree_leaves(item.kwargs[CACHE])[0].shape[2]
+    rest = {n: v for n, v in item.kwargs.items() if n not in (IDS, MASK, POSITIONS, CACHE, SWITCH)}
+    return Inputs(roles=roles, **{IDS: ids[:, torch.arange(total) % ids.shape[1]]}, **rest)
+
+
 def closed(result: Any, signature: Signature, item: Inputs) -> Any:
     """The result as the model gives it: its cache is the object that came in, now longer, or a new one; None for use_cache=False."""
     given = bind(signature.parameters, item)

@@ -25,6 +25,7 @@ from fxcompress.sources import call_function
 app = typer.Typer(help="Makes generative and vision models small and fast, and proves every rewrite on your own model.", no_args_is_help=True)
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
+UNCUT = 100_000  # columns, where nobody looks: what reads a pipe or a file wants whole lines
 MOST = 20  # declined sites that are printed
 ENDINGS = {"html": "html", "text": "txt", "dot": "dot", "model-explorer": "json"}
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
@@ -38,6 +39,11 @@ def setup() -> None:
     """Modules of the working directory can be named, as with `python -m`."""
     if "" not in sys.path:
         sys.path.insert(0, "")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding shows "\\u2192" for an arrow
+    if not out.is_terminal:
+        out.width = UNCUT
 
 
 @app.command()
@@ -77,14 +83,16 @@ def inspect(
 ) -> None:
     """Capture a model and list its modules with nodes, parameters and costs, and what each recipe would do to it."""
     from fxcompress import api
+    from fxcompress.diff.text import grouped
     from fxcompress.recipe import shipped
 
     with failing(as_json):
         found = api.inspect(model, example_inputs(example) if example else None, component, shipped() if recipes else ())
         facts = found.facts()
         saved = found.save(output) if output else None
-    parts = [table("region", facts["regions"]), *([table("recipe", facts["recipes"])] if recipes else [])]
-    declined = [f"{f.recipe}: {name} would decline {d.module or d.site}: {d.reason}" for f in found.forecasts for name, d in f.declined[:MOST]]
+    regions = [{**r, "path": r["path"] or "<root>"} for r in facts["regions"]]
+    parts = [table("path", regions), *([table("recipe", facts["recipes"])] if recipes else [])]
+    declined = grouped(f"{f.recipe}: {name} would decline {d.module or d.site}: {d.reason}" for f in found.forecasts for name, d in f.declined)
     show(facts, as_json, lambda: [*_facts(facts), *parts, *declined, *([f"{saved}"] if saved else [])])
 
 
@@ -125,6 +133,7 @@ def diff(
     as_text: Annotated[bool, typer.Option("--text", help="print text that is the same for the same runs")] = False,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the file to write")] = None,
     format: Annotated[str, typer.Option(help="html, text, dot or model-explorer")] = "html",
+    component: Component = None,
     example: Example = None,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +145,7 @@ def diff(
     if as_text and (output or format != "html"):
         raise typer.BadParameter("it prints; leave out -o and --format, or ask for --format text", param_hint="--text")
     with failing(as_json):
-        found = api.diff(first, second, example_inputs(example) if example else None)
+        found = api.diff(first, second, example_inputs(example) if example else None, component)
         wanted = None if as_text or (as_json and output is None) else output or Path(f"diff.{ENDINGS[format]}")
         saved = found.save(wanted, format) if wanted else None  # type: ignore[arg-type]
     if as_text and not as_json:
@@ -244,10 +253,12 @@ def number(value: float | None) -> str:
 
 
 def table(key: str, rows: list[dict[str, Any]]) -> Table:
-    """Rows of one form as a table; `key` is the column that isn't wrapped."""
+    """Rows of one form as a table; `key` is the column that is wrapped last. Nothing is cut."""
     grid = Table()
     for name in rows[0] if rows else [key]:
-        grid.add_column(name, no_wrap=name == key, justify="right" if rows and isinstance(rows[0][name], int | float) else "left")
+        longest = max((len(str(row[name])) for row in rows), default=0) if name == key else 0
+        right = bool(rows) and isinstance(rows[0][name], int | float)
+        grid.add_column(name, min_width=min(longest, 40), overflow="fold", justify="right" if right else "left")
     for row in rows:
         grid.add_row(*(f"{v:,}" if isinstance(v, int) else escape(str(v)) for v in row.values()))
     return grid

@@ -7,9 +7,12 @@ moves, gathers or fills costs none: roofline figures, not a clock.
 
 from __future__ import annotations
 
+import ast
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import prod
+from fractions import Fraction
+from math import ceil, floor, prod
 from typing import Any, NamedTuple
 
 import sympy
@@ -82,6 +85,62 @@ class Costs:
             named = expression.xreplace(self._names)
             self._sizes[expression] = named if self._formulas and not named.is_number else self.bound(named)
         return self._sizes[expression]
+
+
+def at_sizes(formula: str, sizes: Mapping[str, int]) -> int:
+    """A formula that was written as text, at these sizes. It may come from a file, so it is read as arithmetic and never run.
+
+    A size that is not among them counts as 1, as one that only the data decides. ValueError for what isn't arithmetic of whole numbers.
+    """
+    try:
+        return int(_arithmetic(ast.parse(formula, mode="eval").body, sizes))
+    except (SyntaxError, TypeError, LookupError, ArithmeticError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{formula[:80]!r} can't be computed: {type(error).__name__}") from None
+
+
+_OPERATORS: Mapping[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: lambda a, b: Fraction(a) / b,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.USub: operator.neg,
+}
+_CALLED: Mapping[str, Callable[..., Any]] = {
+    **dict.fromkeys(("floor", "FloorToInt"), floor),
+    **dict.fromkeys(("ceiling", "CeilToInt"), ceil),
+    **dict.fromkeys(("FloorDiv", "CleanDiv"), operator.floordiv),
+    **dict.fromkeys(("Mod", "PythonMod"), operator.mod),
+    "Max": max,
+    "Min": min,
+    "Abs": abs,
+}
+_POWERS, _GREATEST = range(17), 1 << 256  # a file may ask for numbers that no memory holds
+
+
+def _arithmetic(node: ast.AST, sizes: Mapping[str, int]) -> Any:
+    value = _value(node, sizes)
+    if abs(value) > _GREATEST:
+        raise OverflowError
+    return value
+
+
+def _value(node: ast.AST, sizes: Mapping[str, int]) -> Any:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.Name):
+        return sizes.get(node.id, 1)
+    if isinstance(node, ast.UnaryOp):
+        return _OPERATORS[type(node.op)](_arithmetic(node.operand, sizes))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        return _CALLED[node.func.id](*(_arithmetic(a, sizes) for a in node.args))
+    if not isinstance(node, ast.BinOp):
+        raise TypeError(ast.dump(node))
+    left, right = _arithmetic(node.left, sizes), _arithmetic(node.right, sizes)
+    if isinstance(node.op, ast.Pow):
+        return left ** _POWERS[right]
+    return _OPERATORS[type(node.op)](left, right)
 
 
 def symbol_names(program: Program) -> dict[sympy.Symbol, sympy.Symbol]:

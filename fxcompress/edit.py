@@ -34,6 +34,7 @@ class Site:
     carried: list[fx.Node] = field(default_factory=list)  # old nodes that compute as before, from or to values that carry a change
     constants: list[str] = field(default_factory=list)
     erased: list[str] = field(default_factory=list)
+    places: list[fx.Node] | None = None  # what a recipe leaves out to leave this site alone: all of these; [] where it can't. None: its node
 
 
 def site_name(node: fx.Node) -> str:

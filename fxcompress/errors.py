@@ -65,7 +65,7 @@ class ArtifactError(FxcError):
 
 def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
     """A sentence for an unknown name: the nearest known ones if any is near, else all of them, or the first where they are many."""
-    names = sorted(known)
+    names = sorted(n for n in known if n)  # the root module has no name
     if close := difflib.get_close_matches(name, names, n=most, cutoff=0.6):
         return f"did you mean {' or '.join(map(repr, close))}?"
     listed = ", ".join(names[:LISTED]) + (f", … ({len(names)} in all)" if len(names) > LISTED else "")

@@ -7,25 +7,29 @@ drops and adds to the one before. A node keeps its name through all passes, so t
 from __future__ import annotations
 
 import math
+import os
 import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxcompress.cost import CONTRACTIONS, Costs, symbol_names
+from fxcompress.cost import CONTRACTIONS, Costs, example_sizes, symbol_names
 from fxcompress.program import Program
 from fxcompress.regions import regions
 
 VERSION = 1
 FIXED = 7  # fields of a node that are always written: its texts
 DEFAULTS: tuple[Any, ...] = (0, 0, (), 0)  # of the others
+GREATEST = 10**24  # of a count in a file
 DEQUANTIZE = "fxc.dequantize.default"
 SOURCE = "source"  # meta of a node that was restored without its stack trace: the line that it came from
+_HERE = f"{Path(__file__).parent}{os.sep}"
 _FRAME = re.compile(r'File "([^"]*)", line (\d+), in \S+\n\s*(.*)')
 
 
@@ -36,7 +40,8 @@ class Node:
     op: "input", "constant", "output", or the op's name. inputs: the nodes it reads, in the order of its arguments. attributes: its arguments
     with % where those stand; of a constant its name in the model. region: the module path it belongs to. shape: dtype and sizes. source:
     file, line and code of the model that it came from. flops, stored: operations at the sizes of the example, bytes of a constant. statistics:
-    least, greatest, mean, standard deviation and checksum of a constant. revision: how often a constant's content was changed.
+    least, greatest, mean, standard deviation and checksum of a constant. revision: how often a constant's content was changed. formula: the
+    operations in the dynamic sizes; "" where they depend on none.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Node:
     stored: int = 0
     statistics: tuple[float | None, ...] = ()
     revision: int = 0
+    formula: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,17 +96,19 @@ class History:
     """graphs[0] is the captured one, graphs[i] the one after the i-th pass.
 
     recast: values that carry a change since a pass, such as a scale that a weight makes good. sqnr: how far the values of the last graph are
-    from those of the captured one on the probe, in dB; None: equal.
+    from those of the captured one on the probe, in dB; None: equal. sizes: what each dynamic size is in the example.
     """
 
     graphs: list[Graph] = field(default_factory=list)
     recast: set[str] = field(default_factory=set)
     sqnr: dict[str, float | None] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def record(self, program: Program, changed: Collection[str] = (), recast: Collection[str] = ()) -> None:
         """Append the program as it is. changed: names of the constants whose content was changed since the last record."""
         self.graphs.append(graph_of(program, self.graphs[-1] if self.graphs else None, changed))
         self.recast.update(recast)
+        self.sizes = {str(name): size for name, size in example_sizes(program).items()}
 
     def resume(self, program: Program) -> None:
         """Tell the nodes of a restored program where they came from, so that what is made of them says so too."""
@@ -109,17 +117,19 @@ class History:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        return {**_written(self.graphs), "recast": sorted(self.recast), "sqnr": self.sqnr}
+        return {**_written(self.graphs), "recast": sorted(self.recast), "sqnr": self.sqnr, "sizes": self.sizes}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> History:
-        """The inverse. ValueError, LookupError or TypeError for what isn't of that form."""
-        return cls(list(_read(data)), set(data["recast"]), dict(data["sqnr"]))
+        """The inverse. ValueError, LookupError, TypeError or AttributeError for what isn't of that form, or says what can't be."""
+        history = cls(list(_read(data)), set(data["recast"]), dict(data["sqnr"]), dict(data.get("sizes", {})))
+        _check(history)
+        return history
 
 
 def graph_of(program: Program, last: Graph | None = None, changed: Collection[str] = ()) -> Graph:
     """The program's graph as plain data; what is as in the last one is taken from there."""
-    costs, places, kinds, parents = Costs(program, formulas=False), dict[fx.Node, str](), dict[str, str](), dict[str, str]()
+    costs, places, kinds, parents = Costs(program), dict[fx.Node, str](), dict[str, str](), dict[str, str]()
     for region in regions(program).walk():
         kinds[region.path] = region.kind
         for child in region.children:
@@ -152,7 +162,8 @@ def _node(node: fx.Node, region: str, sizes: dict[Any, str]) -> Node:
 def _measured(made: Node, node: fx.Node, program: Program, costs: Costs, revision: int) -> Node:
     cost = costs.of(node)
     statistics = _statistics(program.constants[str(node.target)]) if node.op == "get_attr" else ()
-    return replace(made, flops=int(cost.flops), stored=int(cost.weights), statistics=statistics, revision=revision)
+    flops, formula = costs.bound(cost.flops), str(cost.flops) if getattr(cost.flops, "free_symbols", ()) else ""
+    return replace(made, flops=flops, stored=int(cost.weights), statistics=statistics, revision=revision, formula=formula)
 
 
 def _op_name(target: Any) -> str:
@@ -186,10 +197,11 @@ def _size(size: Any, sizes: dict[Any, str]) -> str:
 
 
 def _source(node: fx.Node) -> str:
-    """The innermost frame that isn't torch's own, without the folders above the last one."""
+    """The innermost frame that isn't torch's own, without the folders above the last one; of a model made of torch's layers alone theirs. The
+    frames of whoever called the model are not its code."""
     if SOURCE in node.meta:
         return str(node.meta[SOURCE])
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if not f[0].startswith(_HERE)]
     own = [f for f in frames if "/torch/" not in f[0].replace("\\", "/")] or frames
     if not own:
         return ""
@@ -212,14 +224,19 @@ def _statistics(tensor: Tensor) -> tuple[float | None, ...]:
 def _written(graphs: Sequence[Graph]) -> dict[str, Any]:
     texts: dict[str, int] = {}
     versions: dict[Node, int] = {}
+    formulas: dict[str, list[int]] = {}
     steps, last = [], list[int]()
     for graph in graphs:
         order = [versions.setdefault(n, len(versions)) for n in graph.nodes.values()]
         steps.append(_step(last, order))
         last = order
+    for node, number in versions.items():
+        if node.formula:
+            formulas.setdefault(node.formula, []).append(number)
     kinds = [[[_interned(texts, v) for v in (path, kind, g.parents.get(path, ""))] for path, kind in g.kinds.items()] for g in graphs]
     shared = [k if i == 0 or k != kinds[i - 1] else None for i, k in enumerate(kinds)]
-    return {"version": VERSION, "nodes": _rows(versions, texts), "steps": steps, "regions": shared, "texts": list(texts)}
+    rows = _rows(versions, texts)
+    return {"version": VERSION, "nodes": rows, "steps": steps, "regions": shared, "texts": list(texts), "formulas": formulas}
 
 
 def _rows(versions: Iterable[Node], texts: dict[str, int]) -> list[Any]:
@@ -227,7 +244,7 @@ def _rows(versions: Iterable[Node], texts: dict[str, int]) -> list[Any]:
     rows: list[Any] = []
     known: dict[str, tuple[int, list[Any]]] = {}
     for number, node in enumerate(versions):
-        row = [_interned(texts, v) for v in astuple(node)]
+        row = [_interned(texts, v) for v in astuple(node)[:-1]]
         if node.name in known:
             of, old = known[node.name]
             rows.append({"of": of, **{str(i): v for i, (v, w) in enumerate(zip(row, old, strict=True)) if v != w}})
@@ -265,38 +282,107 @@ def _step(old: Sequence[int], new: Sequence[int]) -> dict[str, list[Any]]:
 
 
 def applied(old: Sequence[int], step: Mapping[str, Any]) -> list[int]:
-    """The order of versions after a step."""
+    """The order of versions after a step. ValueError for a step that doesn't fit."""
     dropped = set(accumulate(step["drop"]))
     kept = iter([v for i, v in enumerate(old) if i not in dropped])
     put = dict(zip(accumulate(step["put"][::2]), accumulate(step["put"][1::2]), strict=True))
-    return [put[place] if place in put else next(kept) for place in range(len(old) - len(dropped) + len(put))]
+    order = [put[place] if place in put else next(kept, None) for place in range(len(old) - len(dropped) + len(put))]
+    made = [v for v in order if v is not None]
+    if len(made) < len(order) or next(kept, None) is not None:
+        raise ValueError("a step doesn't fit the graph before it")
+    return made
 
 
 def _read(data: Mapping[str, Any]) -> Iterator[Graph]:
     if data["version"] != VERSION:
         raise ValueError(f"version {data['version']}, this one reads {VERSION}")
     texts: list[str] = data["texts"]
-    nodes = _nodes_from(data["nodes"], texts)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a text is none")
+    nodes = _nodes_from(data["nodes"], texts, data.get("formulas", {}))
     order: list[int] = []
     kinds: Iterable[Any] = ()
     for step, rows in zip(data["steps"], data["regions"], strict=True):
         order = applied(order, step)
         kinds = kinds if rows is None else [[texts[i] for i in row] for row in rows]
         parents = {path: parent for path, _, parent in kinds if path}
-        yield Graph({nodes[i].name: nodes[i] for i in order}, {path: kind for path, kind, _ in kinds}, parents)
+        if order and min(order) < 0:
+            raise ValueError("a graph names a node that isn't there")
+        graph = Graph({nodes[i].name: nodes[i] for i in order}, {path: kind for path, kind, _ in kinds}, parents)
+        if len(graph.nodes) < len(order):
+            raise ValueError("two nodes of a graph have one name")
+        yield graph
 
 
-def _nodes_from(rows: Iterable[Any], texts: Sequence[str]) -> list[Node]:
+def _nodes_from(rows: Iterable[Any], texts: Sequence[str], formulas: Mapping[str, Sequence[int]]) -> list[Node]:
+    of = {number: formula for formula, numbers in formulas.items() for number in numbers}
     full: list[list[Any]] = []
     for row in rows:
         if isinstance(row, dict):
             full.append([row.get(str(i), v) for i, v in enumerate(full[row["of"]])])
         else:
             full.append([*row, *DEFAULTS[len(row) - FIXED :]])
-    return [_node_from(row, texts) for row in full]
+    return [_node_from(row, texts, of.get(number, "")) for number, row in enumerate(full)]
 
 
-def _node_from(row: Sequence[Any], texts: Sequence[str]) -> Node:
+def _node_from(row: Sequence[Any], texts: Sequence[str], formula: str) -> Node:
     name, op, inputs, attributes, region, shape, source, flops, stored, statistics, revision = row
     told = (texts[i] for i in inputs), texts[attributes], texts[region], texts[shape], texts[source]
-    return Node(texts[name], texts[op], tuple(told[0]), *told[1:], flops, stored, tuple(statistics), revision)
+    return Node(texts[name], texts[op], tuple(told[0]), *told[1:], flops, stored, tuple(statistics), revision, formula)
+
+
+def _check(history: History) -> None:
+    """ValueError for a history that no run can have."""
+    if not history.graphs:
+        raise ValueError("it holds no graph")
+    if not all(isinstance(name, str) for name in history.recast):
+        raise ValueError("a value that carries a change has no name")
+    for name, figure in history.sqnr.items():
+        if figure is not None and not _is_figure(figure):
+            raise ValueError(f"the SQNR at {name} is {figure!r}")
+    for name, size in history.sizes.items():
+        if type(size) is not int or not 0 <= size <= GREATEST:
+            raise ValueError(f"the size {name} is {size!r}")
+    checked: set[int] = set()
+    for graph in history.graphs:
+        _check_modules(graph)
+        _check_order(graph, checked)
+
+
+def _check_modules(graph: Graph) -> None:
+    if "" not in graph.kinds:
+        raise ValueError("a graph has no root module")
+    for path in graph.kinds:
+        above, seen = path, set[str]()
+        while above:
+            if above in seen or above not in graph.kinds:
+                raise ValueError(f"the module {path!r} is in none")
+            seen.add(above)
+            above = graph.parents.get(above, "")
+
+
+def _check_order(graph: Graph, checked: set[int]) -> None:
+    seen: set[str] = set()
+    for node in graph.nodes.values():
+        if missing := set(node.inputs) - seen:
+            raise ValueError(f"{node.name} reads {min(missing)!r}, which no node before it computes")
+        if node.region and node.region not in graph.kinds:
+            raise ValueError(f"{node.name} is in the module {node.region!r}, which isn't there")
+        if id(node) not in checked:
+            _check_figures(node)
+            checked.add(id(node))
+        seen.add(node.name)
+
+
+def _check_figures(node: Node) -> None:
+    counts = node.flops, node.stored, node.revision
+    if not all(type(v) is int and 0 <= v <= GREATEST for v in counts) or not isinstance(node.formula, str):
+        raise ValueError(f"{node.name} has the figures {counts}")
+    if len(node.statistics) not in (0, 5) or not all(v is None or _is_figure(v) for v in node.statistics):
+        raise ValueError(f"{node.name} has the statistics {node.statistics}")
+    if node.statistics and type(node.statistics[4]) is not int:
+        raise ValueError(f"{node.name} has the checksum {node.statistics[4]!r}")
+
+
+def _is_figure(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

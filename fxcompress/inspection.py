@@ -6,13 +6,14 @@ without lowering: sites, declines and bytes are those of a compilation, numbers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import sympy
+from torch import fx
 
 from fxcompress import registry
 from fxcompress.calibrate.statistics import Statistics
@@ -43,8 +44,8 @@ class Forecast:
 
     @property
     def sites(self) -> int:
-        """Sites changed by all passes."""
-        return sum(p.fired for p in self.passes)
+        """Places that some pass changes, each once."""
+        return len({c.site for p in self.passes for c in p.changes})
 
     @property
     def declined(self) -> list[tuple[str, Declined]]:
@@ -85,9 +86,10 @@ class Inspection:
 
     @cached_property
     def costs(self) -> list[tuple[Region, Cost]]:
-        """Every module with its cost as formulas in the dynamic sizes."""
+        """Every module with its cost as formulas in the dynamic sizes, in the order in which they run."""
         costs = Costs(self.program)
-        return [(r, costs.total(r.all_nodes())) for r in regions(self.program).walk()]
+        places = {n: place for place, n in enumerate(self.program.graph.nodes) if n.op != "get_attr"}
+        return [(r, costs.total(r.all_nodes())) for r in _in_order(regions(self.program), places)]
 
     def facts(self) -> dict[str, Any]:
         """All of it as plain data; sizes are those of the example inputs, formulas text."""
@@ -137,6 +139,14 @@ class Inspection:
             for r in facts["regions"]
         ]
         yield {"title": "Modules", "head": ["path", "class", "nodes", "parameters", "operations", "bytes moved"], "rows": rows}
+
+
+def _in_order(region: Region, places: Mapping[fx.Node, int]) -> Iterator[Region]:
+    """A region and all inside it; a constant stands at the head of the graph and says nothing about where its module runs."""
+    yield region
+    first = {c.path: min((places[n] for n in c.all_nodes() if n in places), default=len(places)) for c in region.children}
+    for child in sorted(region.children, key=lambda c: first[c.path]):
+        yield from _in_order(child, places)
 
 
 def formula(value: Any) -> str:

@@ -20,7 +20,7 @@ from fxcompress.history import History
 from fxcompress.interpret import run
 from fxcompress.numerics.noise import sqnr
 from fxcompress.program import Program, module_path
-from fxcompress.recipe import Step, check_step
+from fxcompress.recipe import Step, check_step, exclusions, step_options
 from fxcompress.report import Change, Check, Declined, PassReport
 from fxcompress.rewrite import Context, Match, Pass, Reject, Rewrite, Transform
 from fxcompress.target import Target
@@ -48,6 +48,7 @@ class Manager:
         self.reference = run(program, self.probe) if check != "off" else []  # what the end-to-end figures compare with
         self.done: list[PassReport] = []
         self.history = History()
+        self.gave: set[str] = set()  # facts about the program that finished passes gave
 
     def run(
         self, passes: Sequence[tuple[Step, Pass]], progress: Progress = lambda *_: None, keep: Callable[[], None] = lambda: None
@@ -60,6 +61,7 @@ class Manager:
             progress(item.name, number, len(passes))
             report, recast = self._step(step, item)
             self.done.append(report)
+            self.gave |= item.gives
             self.history.record(self.program, {name for change in report.changes for name in change.constants}, recast)
             keep()
         progress("", len(passes), len(passes))
@@ -78,7 +80,7 @@ class Manager:
             found = self._apply(step, item, edit, notes)
             checks = self._checked(step, item, edit)
             verify(self.program)
-            sites = list(edit.sites)
+            sites, excluded = list(edit.sites), self._excluded(item, edit.sites)
             recast = [n.name for n in (*edit.changes, *edit.loose)]
             edit.commit()
         except BaseException as error:
@@ -89,7 +91,7 @@ class Manager:
         exact = isinstance(item.contract, Exact)
         report = PassReport(
             name=item.name,
-            options=item.options.model_dump(mode="json"),
+            options=step_options(step, item),
             cpu_seconds=round(time.process_time() - start, 3),
             fired=len(sites),
             legal=len(sites) + found.excluded,
@@ -103,10 +105,20 @@ class Manager:
             bytes_after=weight_bytes(self.program),
             nodes_before=nodes_before,
             nodes_after=len(self.program.graph.nodes),
-            changes=tuple(as_change(s) for s in sites),
+            changes=tuple(as_change(s, globs) for s, globs in zip(sites, excluded, strict=True)),
             notes=tuple(notes),
+            whole=item.whole,
         )
         return report, recast
+
+    def _excluded(self, item: Pass, sites: Sequence[Site]) -> list[tuple[str, ...]]:
+        """Per site the globs that would leave it alone. A recipe is checked on the captured program, so it can name nodes that a pass made only
+        behind a pass of which that is said."""
+        if item.whole:
+            return [()] * len(sites)
+        captured, nodes = self.history.graphs[0].nodes, {n.name: n for n in self.program.graph.nodes}
+        places = [[nodes[s.node]] if s.places is None else s.places for s in sites]
+        return exclusions(places, lambda node: "opened" in self.gave or node.name in captured)
 
     def _apply(self, step: Step, item: Pass, edit: Edit, notes: list[str]) -> Found:
         context = Context(self.program, self.target, self.probe, step.where.admits, note=notes.append)
@@ -138,9 +150,11 @@ def apply_rewrite(item: Rewrite, context: Context, edit: Edit, step: Step) -> Fo
     declined: list[Declined] = []
     excluded = 0
     for node in candidates(context.program.graph, item):
-        answer = item.match(node, context)
+        answer, known = item.match(node, context), len(edit.sites)
         if isinstance(answer, Match) and all(step.where.admits(n) for n in answer.places):
             item.apply(answer, edit)
+            for site in edit.sites[known:]:
+                site.places = [answer.places[0]]  # one is enough: the recipe has to admit all
         elif isinstance(answer, Match):
             excluded += 1
         elif isinstance(answer, Reject) and step.where.admits(_place(node)):
@@ -183,7 +197,7 @@ def as_check(measured: Measured) -> Check:
     return Check(**{**{f: getattr(measured, f) for f in Check.model_fields}, "histogram": spread})
 
 
-def as_change(site: Site) -> Change:
+def as_change(site: Site, exclude: tuple[str, ...] = ()) -> Change:
     """A site of an edit as it stands in the journal."""
     return Change(
         site=site.name,
@@ -194,6 +208,7 @@ def as_change(site: Site) -> Change:
         touched=tuple(n.name for n in site.touched),
         constants=tuple(site.constants),
         erased=tuple(site.erased),
+        exclude=exclude,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
@@ -189,6 +190,12 @@ def _built(step: Step, number: int) -> Pass:
     return item
 
 
+def step_options(step: Step, item: Pass) -> dict[str, Any]:
+    """All options of a step, defaults too, and what the recipe says beside them."""
+    reserved = step.model_dump(mode="json", exclude={"use", "options"}, exclude_defaults=True)
+    return {**item.options.model_dump(mode="json"), **reserved}
+
+
 def _check_order(recipe: Recipe, passes: Sequence[Pass]) -> None:
     facts: set[str] = set()
     unmet = []
@@ -229,6 +236,30 @@ def check_step(step: Step, program: Program, where: str, later: bool = False) ->
 
 
 def _hit(globs: Sequence[str], node: fx.Node) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs for name in _names(node))
+
+
+def _names(node: fx.Node) -> list[str]:
     target = str(node.target)
-    names = [*node.meta.get("module", ()), module_path(node), node.name, target, target.rsplit(".", 1)[0]]
-    return any(fnmatchcase(name, glob) for glob in globs for name in names)
+    return [*node.meta.get("module", ()), module_path(node), node.name, target, target.rsplit(".", 1)[0]]
+
+
+def exclusions(sites: Sequence[Sequence[fx.Node]], is_named: Callable[[fx.Node], bool]) -> list[tuple[str, ...]]:
+    """Per site the globs that hit all its nodes and those of no other: module paths where they do, else names of nodes, if recipes may use
+    them (is_named). () where nothing does."""
+    hit: dict[str, set[fx.Node]] = {}
+    for node in {n for nodes in sites for n in nodes}:
+        for name in _names(node):
+            hit.setdefault(name, set()).add(node)
+    return [_globs([_narrowest(n, hit, {*nodes}, is_named) for n in nodes]) for nodes in sites]
+
+
+def _narrowest(node: fx.Node, hit: Mapping[str, set[fx.Node]], own: set[fx.Node], is_named: Callable[[fx.Node], bool]) -> str | None:
+    names = [module_path(node)] * bool(module_path(node)) + [node.name] * is_named(node)
+    return next((name for name in names if hit[name] <= own), None)
+
+
+def _globs(names: Sequence[str | None]) -> tuple[str, ...]:
+    """The names as globs that mean them alone; none where one is missing."""
+    known = [name for name in dict.fromkeys(names) if name is not None]
+    return tuple(re.sub(r"([*?[])", r"[\1]", name) for name in known) if None not in names else ()

@@ -48,7 +48,8 @@ class Declined(Frozen):
 
 
 class Change(Frozen):
-    """One site of the journal: nodes before and after, constants changed."""
+    """One site of the journal: nodes before and after, constants changed. exclude: globs of a recipe that leave this site alone; () where none
+    do."""
 
     site: str
     module: str
@@ -58,6 +59,7 @@ class Change(Frozen):
     touched: tuple[str, ...]
     constants: tuple[str, ...]
     erased: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
 
 
 class Histogram(Frozen):
@@ -83,8 +85,9 @@ class Check(Frozen):
 
 
 class PassReport(Frozen):
-    """One finished pass. legal = fired + excluded by the recipe; notes: what the pass
-    has to say beside its sites; output_sqnr: lowest over the outputs against the captured model, in dB."""
+    """One finished pass. options: as the recipe says them, `where` and `limit` with them. legal = fired + excluded by the recipe; notes: what
+    the pass has to say beside its sites; output_sqnr: lowest over the outputs against the captured model, in dB; whole: why single places
+    can't be left out, "" where they can."""
 
     name: str
     options: dict[str, Any]
@@ -103,6 +106,7 @@ class PassReport(Frozen):
     nodes_after: int
     changes: tuple[Change, ...]
     notes: tuple[str, ...] = ()
+    whole: str = ""
 
 
 class FloatSite(Frozen):

@@ -77,7 +77,8 @@ class Reject:
 
 
 class Pass(ABC):
-    """Base of both kinds. needs, gives, breaks, excludes: facts about the program ("quantised", "finalised") that order is checked with."""
+    """Base of both kinds. needs, gives, breaks, excludes: facts about the program ("quantised", "finalised") that order is checked with.
+    whole: why a recipe can't leave single places out, and what to do instead; "" where it can."""
 
     name: ClassVar[str]
     contract: ClassVar[Contract]
@@ -86,6 +87,7 @@ class Pass(ABC):
     gives: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
     excludes: ClassVar[frozenset[str]] = frozenset()
+    whole: ClassVar[str] = ""
 
     def __init__(self, options: Any = None) -> None:
         self.options: Any = self.Options() if options is None else options

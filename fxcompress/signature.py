@@ -121,6 +121,19 @@ class Signature:
                     raise _misfit(name, template, given[name])
         return tensors
 
+    def item(self, tensors: Sequence[Tensor]) -> Inputs:
+        """The inverse of `flatten`: a call that has these tensors, in the order of the program's inputs."""
+        values = iter(tensors)
+        leaves = [next(values) if leaf is INPUT else leaf.value if isinstance(leaf, Bound) else leaf for leaf in self.leaves]
+        given: dict[str, Any] = pytree.tree_unflatten(leaves, self.spec)
+        args: list[Any] = []
+        for name, parameter in self.parameters.parameters.items():
+            if name in given and parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+                args.append(given.pop(name))
+            elif name in given and parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                args.extend(given.pop(name))
+        return Inputs(*args, **given)
+
     def unflatten(self, results: Sequence[Any]) -> Any:
         """The model's own output from the program's flat results."""
         values = iter(results)

@@ -685,7 +685,7 @@ def test_explain(mlp: fxc.CompiledModel, tmp_path: Path) -> None:
     assert [(r["pass"], r["what"]) for r in by_module] == [(p, w) for p in ("quant.weight_only", "quant.finalize") for w in ("changed", "held")]
     assert by_module[0] == {"pass": "quant.weight_only", "site": "fc1  (linear)", "what": "changed", "why": "int8 in blocks of [1, -1]"}
     check = mlp.report.passes[0].checks[0]
-    assert by_module[1]["why"] == f"{check.figure} dB, limit {check.limit}"
+    assert by_module[1]["why"] == f"{check.figure:.3g} >= {check.limit:.3g} dB at {check.value}"
     assert api.explain(folder, "fc1.weight")[0] == by_module[0], "by the weight"
     assert api.explain(folder, "fc1.weight.scale")[0] == by_module[0], "by a constant it made"
     assert api.explain(folder, "dequantize_default")[0] == by_module[0], "by a node it made"

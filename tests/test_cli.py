@@ -304,9 +304,18 @@ def test_diff_of_two(out: Path) -> None:
     assert "unpack_default" in found["steps"][0]["removed"] and "fc1_weight" in found["steps"][0]["added"]
     assert (out.parent / "two.dot").read_text().startswith("digraph {")
     assert as_json("diff", WITH_EXAMPLE, WITH_EXAMPLE)["steps"][0] == {
-        "name": "cli_models:with_example → cli_models:with_example",
+        "name": "comparison",
         **{s: [] for s in ("added", "removed", "changed", "moved")},
     }
+
+
+def test_diff_with_a_model_alone(out: Path) -> None:
+    """It takes the artifact's example inputs."""
+    assert "unpack_default" in as_json("diff", "out", "cli_models:alone")["steps"][0]["removed"]
+
+
+def test_diff_of_a_pipeline_s_component(place: Path) -> None:
+    assert as_json("diff", WITH_EXAMPLE, "--component", "unet", code=1)["what"] == "component='unet' has no meaning here"
 
 
 def test_diff_of_nothing(place: Path) -> None:
@@ -335,6 +344,45 @@ def test_bench(out: Path) -> None:
     assert (facts["runs"], facts["threads"], facts["inputs"]) == (2, 1, {"x": [2, 8]})
     assert 0 < facts["least_ms"] <= facts["median_ms"]
     assert "median_ms" in text("bench", "out", "--runs", 1)
+
+
+def test_explain_tells_the_worst_of_each_site(out: Path) -> None:
+    """In three digits, with its limit and the value."""
+    report = json.loads((out / "report.json").read_text())
+    (check,) = report["passes"][0]["checks"]
+    held = [r["why"] for r in as_json("explain", "out", "fc1")["found"] if r["what"] == "held"]
+    assert held[0] == f"{check['figure']:.3g} >= {check['limit']:.3g} dB at {check['value']}"
+
+
+def test_an_unknown_name_is_told_the_known_ones(out: Path) -> None:
+    """The root module has no name to be listed."""
+    assert ": ," not in as_json("explain", "out", "zzzzzzzz", code=1)["why"]
+
+
+LONG = "a_module_whose_name_is_so_long_that_no_terminal_of_eighty_columns_can_show_it_in_a_single_line_together_with_the_rest"
+
+
+def test_nothing_is_cut_in_a_pipe(place: Path) -> None:
+    """Neither a name nor a sentence, whatever the columns; a terminal of 80 columns wraps them."""
+    (place / "cli_models.py").write_text(MODELS.replace("self.fc1", f"self.{LONG}").replace("self.fc1, ", f"self.{LONG}, "))
+    text("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "long")
+    for command in (["inspect", WITH_EXAMPLE], ["explain", "long", LONG]):
+        shown = text(*command)
+        assert LONG in shown and "…" not in shown
+        narrow = cli.Console(highlight=False, width=80, force_terminal=True, color_system=None)
+        with pytest.MonkeyPatch.context() as patch, narrow.capture() as captured:
+            patch.setattr(cli, "out", narrow)
+            call(*command)
+        lines = captured.get().splitlines()
+        assert max(map(len, lines)) <= 80 and "…" not in captured.get()
+
+
+@pytest.mark.slow
+def test_another_encoding_stops_nothing(out: Path) -> None:
+    command = [sys.executable, "-c", "from fxcompress.cli import app; app()", "diff", "out", "out", "--text"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=out.parent, capture_output=True, text=True, env=environment, timeout=120, check=True)
+    assert done.stdout.startswith("out: cli_models:with_example, mine \\u2192 out: cli_models:with_example, mine\n")
 
 
 @pytest.mark.parametrize("command", [["bench", "nowhere"], ["explain", "nowhere", "x"]])

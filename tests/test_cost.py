@@ -6,7 +6,7 @@ import pytest
 import sympy
 from torch import nn
 
-from fxcompress.cost import Costs
+from fxcompress.cost import Costs, at_sizes
 from tests.passes.helpers import captured, function, node, seeded, zoo
 
 BATCH = sympy.Symbol("batch")
@@ -31,6 +31,45 @@ def test_formulas_give_the_numbers(name: str) -> None:
     for each in program.graph.nodes:
         assert tuple(map(formulas.bound, formulas.of(each))) == tuple(map(int, numbers.of(each))), each.name
     assert numbers.total(program.graph.nodes).flops > 0
+
+
+@pytest.mark.parametrize("name", ["unet2d_cond", "llama"])
+def test_formulas_survive_as_text(name: str) -> None:
+    program = zoo(name)
+    costs = Costs(program)
+    sizes = {str(k): v for k, v in costs.example.items()}
+    for each in program.graph.nodes:
+        flops = costs.of(each).flops
+        assert at_sizes(str(flops), sizes) == costs.bound(flops), each.name
+    assert len(sizes) > 1
+
+
+@pytest.mark.parametrize(
+    ("formula", "value"),
+    [
+        ("2*batch*(length + 1)**2", 2 * 3 * 64),
+        ("-floor(length/2) + ceiling(length/2)", 1),
+        ("Max(batch, length)*Mod(length, 4)", 7 * 3),
+        ("FloorDiv(length, 2)*u0", 3),
+        ("(length//2) - Min(1, batch)", 2),
+    ],
+)
+def test_formulas_as_text(formula: str, value: int) -> None:
+    """u0 isn't known: it counts as 1."""
+    assert at_sizes(formula, {"batch": 3, "length": 7}) == value
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        *("__import__('os').system('true')", "().__class__", "batch.real", "[1][0]", "open('x')", "Max(*[1])", "Max(a=1)"),
+        *("1e300", "'a'*9", "1/0", "2**batch", "9**9**9", "((2**16)**16)**16", "(" * 400 + "1" + ")" * 400),
+        *("", "1,", "1 if batch else 2", "batch := 1"),
+    ],
+)
+def test_what_is_no_arithmetic_is_never_run(formula: str) -> None:
+    with pytest.raises(ValueError, match="can't be computed"):
+        at_sizes(formula, {"batch": 30})
 
 
 def test_moves_are_free_and_attention_is_not() -> None:

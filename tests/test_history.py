@@ -86,6 +86,14 @@ def test_sources_are_the_models_own_lines() -> None:
     assert graph_of(program).nodes["linear"].source == "models/unet.py:12  x = self.fc(x)"
 
 
+def test_a_model_of_torch_s_layers_alone_has_their_lines() -> None:
+    """And not ours, though capture is what called it."""
+    graph = graph_of(captured(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU()), seeded(2, 2)))
+    sources = {n.op: n.source for n in graph.nodes.values() if n.source}
+    assert sources["aten.linear.default"].startswith("modules/linear.py:") and "F.linear" in sources["aten.linear.default"]
+    assert sources["aten.gelu.default"].startswith("modules/activation.py:")
+
+
 def test_a_restored_program_knows_its_sources() -> None:
     built = Builder(x=seeded(2, 2))
     program = built.program(built.op(aten.relu.default, built.x, module="act"))

@@ -51,6 +51,13 @@ def test_modules_cost_what_their_formulas_say(program: fxc.Program) -> None:
     assert "operations of all steps" not in facts["cost"]
 
 
+def test_modules_are_listed_in_the_order_in_which_they_run() -> None:
+    """Not that of their parameters, which those without any would come behind."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Tanh(), nn.Linear(4, 4)), nn.Sigmoid()).eval()
+    rows = fxc.inspect(model, (seeded(2, 4),)).facts()["regions"]
+    assert [r["path"] for r in rows] == ["", "0", "1", "2", "2.0", "2.1", "3"]
+
+
 def test_a_diffusion_model_has_steps() -> None:
     model = nn.Linear(4, 4)
 

@@ -163,4 +163,5 @@ def test_figures_are_those_of_the_run(compiled: fxc.CompiledModel) -> None:
     assert [(t.name, t.shape, t.dtype, t.role) for t in report.inputs] == [("x", ("batch", 8), "float32", "input")]
     assert [t.dtype for t in report.outputs] == ["float32", "bool", "float32"]
     assert report.recipe["passes"][0]["options"] == {"weights": "int4/group:4"}
-    assert quantise.options == {"weights": "int4/group:4", "embeddings": None, "symmetric": True, "range": "mse", "storage": False}
+    own = {"weights": "int4/group:4", "embeddings": None, "symmetric": True, "range": "mse", "storage": False}
+    assert quantise.options == {**own, "where": {"exclude": ["0"]}}, "what the recipe says beside the pass's own options is there too"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fxcompress import artifact
-from fxcompress.diff.matching import Aligned, aligned
+from fxcompress.diff.matching import PRIME, Aligned, aligned
+from fxcompress.diff.sizes import at_one_size
 from fxcompress.diff.states import State, alike, merged, states
 from fxcompress.errors import ArtifactError, InputError
 from fxcompress.history import Graph, History, Node
@@ -24,12 +25,20 @@ Format = Literal["html", "text", "dot", "model-explorer"]
 
 @dataclass(frozen=True)
 class Run:
-    """One side of a diff: a title, the graphs of its run, the reports of its passes, and the whole report where it is finished."""
+    """One side of a diff: a title, the graphs of its run, the reports of its passes, and the whole report where it is finished. folder: where
+    it was read from."""
 
     title: str
     history: History
     passes: Sequence[PassReport] = ()
     report: Report | None = None
+    folder: str = ""
+
+    @property
+    def sqnr(self) -> float | None:
+        """The lowest output SQNR: as shipped where the run is finished, else after its last pass; None where it isn't known."""
+        known = [p.output_sqnr for p in self.passes if p.output_sqnr is not None]
+        return self.report.output_sqnr if self.report else known[-1] if known else None
 
 
 @dataclass(frozen=True)
@@ -54,28 +63,49 @@ class Step:
     @property
     def folded(self) -> dict[str, str]:
         """Numbered module -> the first of its siblings that is the same in whole."""
-        return alike(self.nodes, self.parents, self.states, changes_only=False)
+        return alike(self.before, self.after, self.states, changes_only=False)
 
     @property
     def changed_alike(self) -> dict[str, str]:
         """Numbered module -> the first of its siblings in which the same changed."""
-        return alike(self.nodes, self.parents, self.states, changes_only=True)
+        return alike(self.before, self.after, self.states, changes_only=True)
 
 
 @dataclass(frozen=True, repr=False)
 class Diff:
     """The steps of a run in order, and all of them as one. runs: the run, or the two that are compared. was: names that are other ones in the
-    second, of nodes and modules."""
+    second, of nodes and modules. sizes: at which sizes the operations of the two are, in words."""
 
-    title: str
     steps: Sequence[Step]
     whole: Step
     runs: Sequence[Run]
     was: Mapping[str, str] = field(default_factory=dict)
+    sizes: str = ""
 
     def __repr__(self) -> str:
         """The title."""
         return f"<Diff {self.title}>"
+
+    @property
+    def labels(self) -> list[str]:
+        """What the runs are called: their titles, with the folders in front where two are compared, as much as tells them apart."""
+        parts = [Path(r.folder).parts for r in self.runs] if len(self.runs) > 1 else [()]
+        same = 1
+        while len({p[-same:] for p in parts}) < len({*parts}):
+            same += 1
+        return [f"{'/'.join(p[-same:])}: {r.title}" if p else r.title for p, r in zip(parts, self.runs, strict=True)]
+
+    @property
+    def title(self) -> str:
+        """The runs' names."""
+        return " → ".join(self.labels)
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Module path -> what it was called in the second, for modules whose own name differs, not only that of one around them."""
+        parents, was = self.whole.parents, self.was
+        names = {path: (_local(path, above), _local(was[path], was.get(above, above))) for path, above in parents.items() if path in was}
+        return {path: was[path] for path, (name, other) in names.items() if name.rstrip(PRIME) != other}
 
     def text(self) -> str:
         """For a terminal and for git: stable, without times."""
@@ -85,7 +115,8 @@ class Diff:
 
     def summary(self) -> dict[str, Any]:
         """Per step the names of the nodes in each state, as plain data."""
-        return {"title": self.title, "steps": [{"name": s.name, **_by_state(s)} for s in self.steps], "renamed": dict(self.was)}
+        steps = [{"name": s.name, **_by_state(s)} for s in self.steps]
+        return {"title": self.title, "steps": steps, "renamed": dict(self.was), "sizes": self.sizes}
 
     def html(self) -> str:
         """One self-contained file."""
@@ -120,17 +151,26 @@ def of_run(run: Run) -> Diff:
     triples = zip(run.passes, graphs[:-1], graphs[1:], replaced, strict=True)
     steps = [Step(p.name, a, b, states(a, b, r)) for p, a, b, r in triples]
     whole = Step("all passes", graphs[0], graphs[-1], states(graphs[0], graphs[-1], stand_ins(graphs[0].nodes, replaced)))
-    return Diff(run.title, steps, whole, [run])
+    return Diff(steps, whole, [run])
 
 
 def between(first: Run, second: Run) -> Diff:
     """How what the second run made differs from what the first made."""
-    captured = first.history.graphs[0]
-    shared = captured.nodes.keys() if captured == second.history.graphs[0] else ()
-    found: Aligned = aligned(first.history.graphs[-1], second.history.graphs[-1], shared)
-    old, title = first.history.graphs[-1], f"{first.title} → {second.title}"
-    step = Step(title, old, found.graph, states(old, found.graph, {}))
-    return Diff(title, [step], step, [first, second], {**found.regions, **found.nodes})
+    shared = first.history.graphs[0].nodes.keys() if _one_capture(first.history, second.history) else ()
+    old, new, sizes = at_one_size(first.history, second.history)
+    found: Aligned = aligned(old, new, shared)
+    step = Step("comparison", old, found.graph, states(old, found.graph, {}))
+    return Diff([step], step, [first, second], {**found.regions, **found.nodes}, sizes)
+
+
+def _one_capture(first: History, second: History) -> bool:
+    """Whether both started from the same graph; which sizes the examples had makes no difference."""
+    one, other = ([replace(n, flops=0) for n in h.graphs[0].nodes.values()] for h in (first, second))
+    return one == other and first.graphs[0].parents == second.graphs[0].parents
+
+
+def _local(path: str, parent: str) -> str:
+    return path.removeprefix(f"{parent}.")
 
 
 def _by_state(step: Step) -> dict[str, list[str]]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from fxcompress.history import Graph, Node
 
+PRIME = "′"  # behind a name of the second graph that the first has for something else
 Key = Callable[[Node], Hashable]
 T = TypeVar("T")
 
@@ -43,24 +45,76 @@ def aligned(first: Graph, second: Graph, captured: Collection[str] = ()) -> Alig
 
 
 def match_regions(first: Graph, second: Graph) -> dict[str, str]:
-    """Module path of the second graph -> that of the first: by its own name within its parent's counterpart, else by class and content."""
-    contents = [_contents(first), _contents(second)]
-    children = [_children(first), _children(second)]
+    """Module path of the second graph -> that of the first, within its parent's counterpart: by name and class, else by class and content.
+
+    Content is first what the weights hold, then the ops and what stands before and behind. A number as a name is a place in a list, so there
+    the content goes first: a block put in front leaves the others what they were.
+    """
+    sides = _Modules(first), _Modules(second)
     found, queue = {"": ""}, [("", "")]
     while queue:
         old, new = queue.pop(0)
-        olds, news = list(children[0].get(old, ())), list(children[1].get(new, ()))
-        ranks: tuple[tuple[Callable[[str], Hashable], Callable[[str], Hashable]], ...] = (
-            (lambda path, at=old: _local(path, at), lambda path, at=new: _local(path, at)),  # type: ignore[misc]
-            (lambda path: (first.kinds[path], contents[0][path]), lambda path: (second.kinds[path], contents[1][path])),
-            (lambda path: first.kinds[path], lambda path: second.kinds[path]),
-        )
-        for of_old, of_new in ranks:
-            pairs = _zipped(olds, news, of_old, of_new)
+        olds, news = sides[0].inside(old), sides[1].inside(new)
+        for rank in _RANKS:
+            pairs = _zipped(olds, news, partial(rank, sides[0]), partial(rank, sides[1]))
             found.update((b, a) for a, b in pairs)
             queue.extend(pairs)
-            olds, news = [a for a in olds if a not in found.values()], [b for b in news if b not in found]
+            taken = {a for a, _ in pairs}
+            olds, news = [a for a in olds if a not in taken], [b for b in news if b not in found]
     return found
+
+
+class _Modules:
+    """The modules of one graph, with what tells them apart."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.kinds, self.parents = graph.kinds, graph.parents
+        self._places = {path: place for place, path in enumerate(dict.fromkeys(_in_order(graph)))}
+        self.ops = _gathered(graph, {n.name: n.op for n in graph.nodes.values()})
+        self.weights = _gathered(graph, {n.name: (n.shape, n.statistics) for n in graph.nodes.values() if n.statistics})
+        self.before, self.behind = (
+            _gathered(graph, {n.name: number for n, number in walk(graph.nodes) if n.op != "constant"}) for walk in (_upward, _downward)
+        )
+        self._children: dict[str, list[str]] = {}
+        for path, parent in graph.parents.items():
+            self._children.setdefault(parent, []).append(path)
+
+    def inside(self, path: str) -> list[str]:
+        """The modules directly in one, in the order in which they run: that of registration may be another."""
+        return sorted(self._children.get(path, ()), key=lambda p: self._places.get(p, len(self._places)))
+
+    def name(self, path: str) -> str:
+        """Its own."""
+        return path.removeprefix(f"{self.parents[path]}.")
+
+    def is_numbered(self, path: str) -> bool:
+        """Whether its name is its place in a list."""
+        return path.rpartition(".")[2].isdecimal()
+
+
+def _weighed(modules: _Modules, path: str) -> Hashable:
+    """Class, ops and weights, where there are any."""
+    return (modules.kinds[path], modules.ops[path], modules.weights[path]) if modules.weights[path] else object()
+
+
+def _listed(rank: Callable[[_Modules, str], Hashable]) -> Callable[[_Modules, str], Hashable]:
+    """For modules of a list alone."""
+    return lambda modules, path: rank(modules, path) if modules.is_numbered(path) else object()
+
+
+_RANKS: tuple[Callable[[_Modules, str], Hashable], ...] = (
+    lambda m, path: (m.name(path), _weighed(m, path)),
+    _listed(_weighed),
+    _listed(lambda m, path: (m.kinds[path], m.ops[path], m.before[path], m.behind[path])),
+    _listed(lambda m, path: (m.kinds[path], m.ops[path], m.behind[path])),
+    _listed(lambda m, path: (m.kinds[path], m.ops[path], m.before[path])),
+    lambda m, path: (m.name(path), m.kinds[path]),
+    _weighed,
+    lambda m, path: (m.kinds[path], m.ops[path], m.before[path], m.behind[path]),
+    lambda m, path: (m.kinds[path], m.ops[path]),
+    lambda m, path: m.name(path),
+    lambda m, path: m.kinds[path],
+)
 
 
 def match_nodes(first: Mapping[str, Node], second: Mapping[str, Node], captured: Collection[str] = ()) -> dict[str, str]:
@@ -79,11 +133,12 @@ def match_nodes(first: Mapping[str, Node], second: Mapping[str, Node], captured:
         lambda n: (n.region, n.op, n.shape) if n.op != "constant" else id(n),
         lambda n: (n.region, n.op, attributes(n)),
         lambda n: (n.region, n.op) if n.op != "constant" else id(n),
+        lambda n: (n.region, n.op, n.shape, downs[id(n)]),  # a scale named after a value
         lambda n: (alike(n), ups[id(n)], downs[id(n)]),
         lambda n: (alike(n), ups[id(n)]),
         lambda n: (alike(n), downs[id(n)]),
     ]
-    olds, news = ([n for n in nodes.values() if n.name not in captured] for nodes in (first, second))
+    olds, news = ([n for n in nodes.values() if n.name not in found] for nodes in (first, second))
     for key in levels:
         pairs = _zipped(olds, news, key, key)
         found.update((b.name, a.name) for a, b in pairs)
@@ -132,26 +187,28 @@ def _downward(nodes: Mapping[str, Node]) -> Iterable[tuple[Node, int]]:
         yield node, own
 
 
-def _contents(graph: Graph) -> dict[str, Hashable]:
-    """Per module path the ops in it and in all inside it, with how often."""
-    found: dict[str, Counter[str]] = {path: Counter() for path in graph.kinds}
+def _in_order(graph: Graph) -> Iterable[str]:
+    """Module paths in the order of their first op; constants stand at the head of the graph and say nothing about that."""
     for node in graph.nodes.values():
-        path: str | None = node.region
-        while path is not None:
-            found[path][node.op] += 1
-            path = graph.parents.get(path)
-    return {path: frozenset(ops.items()) for path, ops in found.items()}
+        if node.op != "constant":
+            yield from _around(node, graph)
 
 
-def _children(graph: Graph) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for path, parent in graph.parents.items():
-        found.setdefault(parent, []).append(path)
-    return found
+def _around(node: Node, graph: Graph) -> Iterable[str]:
+    """The modules a node is in, innermost first, without the root."""
+    path = node.region
+    while path:
+        yield path
+        path = graph.parents.get(path, "")
 
 
-def _local(path: str, parent: str) -> str:
-    return path.removeprefix(f"{parent}.") if parent else path
+def _gathered(graph: Graph, facts: Mapping[str, Hashable]) -> dict[str, Hashable]:
+    """Per module path what is known of the nodes in it and in all inside it, with how often."""
+    found: dict[str, Counter[Hashable]] = {path: Counter() for path in graph.kinds}
+    for name, fact in facts.items():
+        for path in _around(graph.nodes[name], graph):
+            found[path][fact] += 1
+    return {path: frozenset(facts.items()) for path, facts in found.items()}
 
 
 def _named(matched: Mapping[str, str], names: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
@@ -161,7 +218,7 @@ def _named(matched: Mapping[str, str], names: Iterable[str], taken: Iterable[str
         if name not in found:
             own = name
             while own in used:
-                own += "′"
+                own += PRIME
             used.add(own)
             found[name] = own
     return found

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from fxcompress.diff import Diff, Run, Step
-from fxcompress.diff.text import figure, quantity
+from fxcompress.diff.text import change, figure, quantity, sqnr
 from fxcompress.history import Graph, History, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
 
@@ -66,7 +66,7 @@ def _data(diff: Diff) -> dict[str, Any]:
     whole = _view(diff.whole, "all", 0, len(graphs) - 1, None, texts)
     views = [_view(s, str(i + 1), i, i + 1, i, texts) for i, s in enumerate(diff.steps)] if is_run else []
     passes = [_pass(p, a, b, texts) for p, a, b in zip(run.passes, graphs[:-1], graphs[1:], strict=True)] if is_run else []
-    sqnr = [[texts(name), figure] for name, figure in run.history.sqnr.items() if name in graphs[-1].nodes] if is_run else []
+    losses = [[texts(name), loss] for name, loss in run.history.sqnr.items() if name in graphs[-1].nodes] if is_run else []
     was = [[texts(name), texts(other)] for name, other in diff.was.items()]
     return {
         "title": diff.title,
@@ -77,10 +77,11 @@ def _data(diff: Diff) -> dict[str, Any]:
         "regions": written["regions"],
         "views": [*views, {**whole, "name": "the graph" if len(graphs) == 1 else whole["name"]}],
         "passes": passes,
-        "sqnr": sqnr,
+        "sqnr": losses,
         "was": was,
+        "renamed": [texts(path) for path in diff.renamed],
         "tiles": _tiles(diff),
-        "tables": [t for r in diff.runs for t in _tables(r, f"{r.title}: " if not is_run else "")],
+        "tables": [*_tables(run)] if is_run else [*_compared(diff)],
         "texts": list(texts.numbers),
     }
 
@@ -107,18 +108,20 @@ def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dic
         "flops": [before.flops, after.flops],
         "nodes": [len(before.nodes), len(after.nodes)],
         "notes": list(report.notes),
+        "whole": report.whole,
         "declined": [[texts(d.site), texts(d.module), texts(d.reason)] for d in report.declined],
         "sites": [_site(c, texts) for c in report.changes],
         "checks": [_check(c, sites.get(c.site, -1), texts) for c in report.checks],
     }
 
 
-def _site(change: Change, texts: _Texts) -> list[int]:
-    """Node, module, reason, and the names of all nodes that it concerns."""
+def _site(change: Change, texts: _Texts) -> list[Any]:
+    """Node, module, reason, the globs that leave it out (0: its module), and the names of all nodes that it concerns."""
     constants = (c.replace(".", "_") for c in change.constants)  # a constant's node is named after it
     node = change.site.rpartition("(")[2].rstrip(")")
     names = {*change.replaced, *change.replaced.values(), *change.inserted, *change.touched, *change.erased, *constants} - {node}
-    return [texts(node), texts(change.module), texts(change.reason), *sorted(map(texts, names))]
+    exclude = 0 if change.exclude == (change.module,) else [texts(glob) for glob in change.exclude]
+    return [texts(node), texts(change.module), texts(change.reason), exclude, *sorted(map(texts, names))]
 
 
 def _check(check: Check, site: int, texts: _Texts) -> list[Any]:
@@ -141,60 +144,91 @@ def _histogram(given: Histogram) -> list[Any]:
 def _tiles(diff: Diff) -> list[list[str]]:
     """The headline: [name, figure, note] each."""
     before, after, report = diff.whole.before, diff.whole.after, diff.runs[-1].report
-    same = before is after
+    weights = f"{after.stored / before.stored:.3f} of before" if before is not after and before.stored else ""
+    counted = f"{len(diff.whole.states)} differ" if before is not after else ""
     found = [
-        [
-            "Weights",
-            _pair(before.stored, after.stored, "B"),
-            "" if same or not before.stored else f"{after.stored / before.stored:.3f} of before",
-        ],
-        ["Operations a call", _pair(before.flops, after.flops, ""), "at the example's sizes"],
-        ["Nodes", _pair(len(before.nodes), len(after.nodes), ""), f"{sum(1 for _ in diff.whole.states)} differ" if not same else ""],
+        ["Weights", change(before.stored, after.stored, "B", "→"), weights],
+        ["Operations a call", change(before.flops, after.flops, "", "→"), diff.sizes or "at the example's sizes"],
+        ["Nodes", f"{len(before.nodes)} → {len(after.nodes)}" if before is not after else str(len(before.nodes)), counted],
     ]
-    if report is not None and len(diff.runs) == 1:
-        sqnr = "–" if report.output_sqnr is None else f"{report.output_sqnr:.1f} dB"
-        found.append(["Output SQNR", sqnr, "lowest output, on the backend"])
-        if report.backend is not None and report.backend.integer_share is not None:
-            found.append(["In integer kernels", f"{report.backend.integer_share:.1%}", "of all multiply-accumulates"])
+    if any(r.sqnr is not None for r in diff.runs):
+        place = "lowest output, on the backend" if all(r.report for r in diff.runs) else "lowest output"
+        found.append(["Output SQNR", " → ".join(sqnr(r) for r in diff.runs), place])
+    if len(diff.runs) == 1 and report and report.backend and report.backend.integer_share is not None:
+        found.append(["In integer kernels", f"{report.backend.integer_share:.1%}", "of all multiply-accumulates"])
     return found
 
 
-def _pair(before: float, after: float, unit: str) -> str:
-    a, b = (quantity(v, unit).strip() if v >= 10_000 or unit else str(v) for v in (before, after))
-    return a if a == b else f"{a} → {b}"
-
-
-def _tables(run: Run, prefix: str) -> Iterator[dict[str, Any]]:
-    if prefix and run.passes:
-        head = ["pass", "contract", "sites", "declined", "measured"]
-        rows = [[p.name, p.contract, str(p.fired), str(len(p.declined)), figure(p)] for p in run.passes]
-        yield {"title": f"{prefix}passes", "head": head, "rows": rows}
+def _tables(run: Run) -> Iterator[dict[str, Any]]:
+    """What the report of a run says beside its passes."""
     report = run.report
     if report is None:
         return
     if backend := report.backend:
         rows = [row for row in _predicted(backend, report.weight_bytes, run.history.graphs[-1]) if row[2]]
-        yield {"title": f"{prefix}Predicted and measured on {backend.name}", "head": ["", "predicted", "measured"], "rows": rows}
-        rows = [row for row in _measured(backend) if row[1]]
-        yield {"title": f"{prefix}Measured on {backend.name}", "head": ["", "figure"], "rows": rows}
-        if backend.in_float:
-            sites = [[s.module or s.site, f"{quantity(s.macs, '')}", s.reason] for s in backend.in_float]
-            yield {"title": f"{prefix}Sites that run in float", "head": ["place", "multiply-accumulates", "reason"], "rows": sites}
+        yield {"title": f"Predicted and measured on {backend.name}", "head": ["", "predicted", "measured"], "rows": rows}
+        rows = [[*row] for row in _measured(backend) if row[1]]
+        yield {"title": f"Measured on {backend.name}", "head": ["", "figure"], "rows": rows}
+        yield from _in_float(run, "")
     if guard := report.guard:
         metrics = [
             ["float", f"{guard.float_metric:.6g}"],
             ["all sites quantised", f"{guard.quantised_metric:.6g}"],
             ["as shipped", f"{guard.metric:.6g}"],
         ]
-        yield {
-            "title": f"{prefix}The metric, and what went back to float for it",
-            "head": ["", "metric"],
-            "rows": [*metrics, *([n, "float"] for n in guard.given_back)],
-        }
+        title = "The metric, and what went back to float for it"
+        yield {"title": title, "head": ["", "metric"], "rows": [*metrics, *([n, "float"] for n in guard.given_back)]}
     widths = [[k, quantity(v, "B")] for k, v in report.bytes_by_width.items()]
-    yield {"title": f"{prefix}Weights by width", "head": ["stored as", "bytes"], "rows": widths}
+    yield {"title": "Weights by width", "head": ["stored as", "bytes"], "rows": widths}
     if report.notes:
-        yield {"title": f"{prefix}Notes of capture", "head": ["what capture fixed or left out"], "rows": [[n] for n in report.notes]}
+        yield {"title": "Notes of capture", "head": ["what capture fixed or left out"], "rows": [[n] for n in report.notes]}
+
+
+def _in_float(run: Run, of: str) -> Iterator[dict[str, Any]]:
+    if run.report and run.report.backend and run.report.backend.in_float:
+        sites = [[s.module or s.site, quantity(s.macs, "").strip(), s.reason] for s in run.report.backend.in_float]
+        yield {"title": f"Sites that run in float{of}", "head": ["place", "multiply-accumulates", "reason"], "rows": sites}
+
+
+def _compared(diff: Diff) -> Iterator[dict[str, Any]]:
+    """The figures of two runs beside each other, then the passes of each."""
+    names = _short(diff)
+    columns = [dict(_facts(run, step)) for run, step in zip(diff.runs, (diff.whole.before, diff.whole.after), strict=True)]
+    rows = [[key, *(c.get(key, "–") for c in columns)] for key in dict.fromkeys([*columns[0], *columns[1]])]
+    yield {"title": "Side by side", "head": ["", *names], "rows": rows}
+    for run, name in zip(diff.runs, names, strict=True):
+        if run.passes:
+            head = ["pass", "contract", "sites", "declined", "measured"]
+            rows = [[p.name, p.contract, str(p.fired), str(len(p.declined)), figure(p)] for p in run.passes]
+            yield {"title": f"Passes of {name}", "head": head, "rows": rows}
+        yield from _in_float(run, f" in {name}")
+
+
+def _short(diff: Diff) -> list[str]:
+    """The folders' names where those tell the two apart, else all that is known."""
+    heads = [label.partition(": ")[0] if run.folder else label for run, label in zip(diff.runs, diff.labels, strict=True)]
+    return heads if heads[0] != heads[1] else [f"the first, {heads[0]}", f"the second, {heads[1]}"]
+
+
+def _facts(run: Run, graph: Graph) -> Iterator[tuple[str, str]]:
+    """Name and figure of what two runs are compared by."""
+    report, backend = run.report, run.report and run.report.backend
+    if report:
+        yield "model", report.origin or graph.kinds.get("") or "–"
+        yield "recipe", str(report.recipe.get("name") or "unnamed")
+        yield "contracts checked", report.check
+    yield "weights", quantity(graph.stored, "B")
+    yield "operations a call", quantity(graph.flops, "").strip()
+    yield "multiply-accumulates on quantised values", f"{quantised_share(graph):.1%}"
+    yield "output SQNR", sqnr(run)
+    if report and backend:
+        yield "backend", backend.name
+        kernels = [
+            ("files", _shown(backend.file_bytes, lambda v: quantity(v, "B"))),
+            ("in integer kernels", _shown(backend.integer_share, "{:.1%}".format)),
+        ]
+        yield from ((name, shown) for name, shown in (*kernels, *_measured(backend)) if shown)
+        yield from ((f"weights as {width}", quantity(v, "B")) for width, v in report.bytes_by_width.items())
 
 
 def _predicted(backend: BackendReport, weight_bytes: int, last: Graph) -> list[list[str]]:
@@ -206,13 +240,13 @@ def _predicted(backend: BackendReport, weight_bytes: int, last: Graph) -> list[l
     ]
 
 
-def _measured(backend: BackendReport) -> list[list[str]]:
+def _measured(backend: BackendReport) -> list[tuple[str, str]]:
     return [
-        ["quantised sites in integer kernels, share of their work", _shown(backend.quantised_share, "{:.1%}".format)],
-        ["greatest relative error against the interpreter", _shown(backend.parity, "{:.2g}".format)],
-        ["the same of one site on its own input", _shown(backend.site_parity, "{:.2g}".format)],
-        ["codes one step off, worst quantiser", _shown(backend.code_flips, "{:.2%}".format)],
-        ["SQNR of rounding inside the kernels", _shown(backend.rounding_sqnr, "{:.1f} dB".format)],
+        ("quantised sites in integer kernels, share of their work", _shown(backend.quantised_share, "{:.1%}".format)),
+        ("greatest relative error against the interpreter", _shown(backend.parity, "{:.2g}".format)),
+        ("the same of one site on its own input", _shown(backend.site_parity, "{:.2g}".format)),
+        ("codes one step off, worst quantiser", _shown(backend.code_flips, "{:.2%}".format)),
+        ("SQNR of rounding inside the kernels", _shown(backend.rounding_sqnr, "{:.1f} dB".format)),
     ]
 
 

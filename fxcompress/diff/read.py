@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +27,24 @@ def is_run(path: Path) -> bool:
 def run_at(path: Path) -> Run:
     """The run of an artifact or checkpoint. ArtifactError if it is damaged, or was saved without its history."""
     if (path / checkpoint.STATE).is_file() and not (path / artifact.MANIFEST).is_file():
-        state = checkpoint.stored_state(path)
-        passes = [PassReport.model_validate(r) for r in state["reports"]]
-        return Run(path.name, _history(state["history"], path), passes)
+        with _readable(path / checkpoint.STATE):
+            state = checkpoint.stored_state(path)
+            passes = [PassReport.model_validate(r) for r in state["reports"]]
+            run = _run("", state["history"], passes, path)
+            return replace(run, title=f"{run.history.graphs[0].kinds[''] or 'model'}, checkpoint")
     artifact.read_manifest(path)
-    return run_in(path)
+    return replace(run_in(path), folder=str(path.resolve()))
 
 
 def run_in(folder: Path) -> Run:
     """The run whose report and history lie in a folder, which isn't checked."""
-    try:
+    with _readable(folder / REPORT):
         report = Report.model_validate_json((folder / REPORT).read_bytes())
+    with _readable(folder / HISTORY):
         data = json.loads((folder / HISTORY).read_bytes())
-    except (OSError, ValueError) as error:
-        do = "compile and save the model again"
-        raise ArtifactError("the artifact's history can't be read", where=str(folder), why=str(error), do=do) from error
-    history = _history(data, folder)
-    model = report.origin or history.graphs[0].kinds.get("", "") or "model"
-    return Run(f"{model}, {report.recipe['name'] or 'unnamed recipe'}", history, report.passes, report)
+        run = _run("", data, report.passes)
+    model = report.origin or run.history.graphs[0].kinds.get("", "") or "model"
+    return replace(run, title=f"{model}, {report.recipe.get('name') or 'unnamed recipe'}", report=report)
 
 
 def run_of(program: Program) -> Run:
@@ -52,9 +54,18 @@ def run_of(program: Program) -> Run:
     return Run(program.origin or history.graphs[0].kinds.get("", "") or "model", history)
 
 
-def _history(data: Mapping[str, Any], path: Path) -> History:
+def _run(title: str, history: Mapping[str, Any], passes: Sequence[PassReport], folder: Path | None = None) -> Run:
+    read = History.from_json(history)
+    if len(read.graphs) != len(passes) + 1:
+        raise ValueError(f"it holds {len(read.graphs)} graphs, and the report {len(passes)} passes, which lie between them")
+    return Run(title, read, passes, folder=str(folder.resolve()) if folder else "")
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """ArtifactError for whatever can't be read, or isn't what a run writes."""
     try:
-        return History.from_json(data)
-    except store.UNREADABLE as error:
+        yield
+    except (*store.UNREADABLE, RecursionError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise ArtifactError("the history can't be read", where=str(path), why=why, do="compile and save the model again") from error
+        raise ArtifactError("the history of the run can't be read", where=str(file), why=why, do="compile and save the model again") from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fxcompress.diff.matching import attributes
 from fxcompress.history import Graph, Node
 
 State = Literal["added", "removed", "changed", "moved"]
-_NUMBERED = re.compile(r"(.*?)([0-9]+)$", re.DOTALL)
+_NUMBERED = re.compile(r"(.*\.|)([0-9]+)", re.DOTALL)  # "layers.3", not "conv2"
 
 
 def states(before: Graph, after: Graph, replaced: Mapping[str, str]) -> dict[str, State]:
@@ -58,29 +59,59 @@ def _stands(old: str, new: str, replaced: Mapping[str, str]) -> bool:
     return old == new
 
 
-def alike(nodes: Mapping[str, Node], parents: Mapping[str, str], found: Mapping[str, State], changes_only: bool) -> dict[str, str]:
+def alike(before: Graph, after: Graph, found: Mapping[str, State], changes_only: bool) -> dict[str, str]:
     """Numbered module -> the first of its siblings that is the same, states included: "layers.3" -> "layers.0".
 
-    changes_only: the same in what changed. Modules inside a folded one aren't listed.
+    The same: ops, arguments, shapes, states and what reads what; what constants and nodes are called doesn't count. changes_only: the same in
+    what changed. Modules inside a folded one aren't listed.
     """
-    signatures: dict[str, list[object]] = {}
-    for node in nodes.values():
+    parents = {**before.parents, **after.parents}
+    blocks: dict[str, _Block] = {}
+    for node in merged(before, after).values():
         if changes_only and node.name not in found:
             continue
+        old = before.nodes.get(node.name) if found.get(node.name) == "changed" else None
         path: str | None = node.region
         while path:
-            own = node.attributes.removeprefix(f"{path}.") if node.op == "constant" else node.attributes
-            line = (found.get(node.name), node.op, own, node.shape, node.region.removeprefix(path))
-            signatures.setdefault(path, []).append(line)
+            blocks.setdefault(path, _Block(path)).add(node, old, found.get(node.name))
             path = parents.get(path)
     first: dict[object, str] = {}
     folded: dict[str, str] = {}
-    for path in sorted(signatures, key=_order):
+    for path in sorted(blocks, key=_order):
         if (numbered := _NUMBERED.fullmatch(path)) is not None:
-            key = (parents.get(path, ""), numbered[1], tuple(signatures[path]))
+            key = (parents.get(path, ""), numbered[1], blocks[path].structure())
             if first.setdefault(key, path) != path:
                 folded[path] = first[key]
     return {path: to for path, to in folded.items() if not _inside(path, folded, parents)}
+
+
+@dataclass
+class _Block:
+    """The nodes of a module without their names: an input is the number of a node inside, or of a value from outside."""
+
+    path: str
+    lines: list[object] = field(default_factory=list)
+    constants: list[tuple[str, str, str]] = field(default_factory=list)
+    inside: dict[str, object] = field(default_factory=dict)
+    outside: dict[str, int] = field(default_factory=dict)
+
+    def add(self, node: Node, old: Node | None, state: State | None) -> None:
+        """The next node; old: what it was, where it has changed."""
+        place = node.region.removeprefix(self.path)
+        if node.op == "constant":
+            self.constants.append((state or "", node.shape, place))
+            self.inside[node.name] = self.constants[-1]
+            return
+        was = old and (old.op, old.attributes, old.shape, self._read(old))
+        self.lines.append((state, node.op, node.attributes, node.shape, place, self._read(node), was))
+        self.inside[node.name] = len(self.lines)
+
+    def _read(self, node: Node) -> tuple[object, ...]:
+        return tuple(self.inside[i] if i in self.inside else -1 - self.outside.setdefault(i, len(self.outside)) for i in node.inputs)
+
+    def structure(self) -> object:
+        """Equal for blocks that are the same."""
+        return tuple(self.lines), tuple(sorted(self.constants))
 
 
 def _inside(path: str, folded: Mapping[str, str], parents: Mapping[str, str]) -> bool:

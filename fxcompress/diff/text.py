@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from fxcompress.diff import Diff, Step
+from fxcompress.diff import Diff, Run, Step
 from fxcompress.diff.matching import attributes
 from fxcompress.diff.states import State
 from fxcompress.history import Graph, Node
-from fxcompress.report import PassReport
+from fxcompress.report import Check, PassReport
 
 SIGNS: Mapping[State, str] = {"added": "+", "removed": "-", "changed": "~", "moved": ">"}
 
@@ -17,13 +17,28 @@ SIGNS: Mapping[State, str] = {"added": "+", "removed": "-", "changed": "~", "mov
 def text(diff: Diff) -> str:
     """The whole diff."""
     lines = [diff.title]
-    for run in diff.runs:
-        lines += _passes(run.passes, run.history.graphs, f"{run.title}: " if len(diff.runs) > 1 else "")
-    lines += ["", f"in all  {_sizes(diff.whole.before, diff.whole.after)}"]
+    for run, label in zip(diff.runs, diff.labels, strict=True):
+        lines += ["", *[f"of {label}"] * (len(diff.runs) > 1), *_passes(run.passes, run.history.graphs)] if run.passes else []
+    lines += ["", f"in all  {_sizes(diff.whole.before, diff.whole.after)}", *_both(diff)]
     for number, step in enumerate(diff.steps, 1):
         if step.states:
             lines += ["", f"{number}  {step.name}: {counted(step.states)}", *_changes(step, diff.was)]
     return "\n".join(lines) + "\n"
+
+
+def _both(diff: Diff) -> Iterator[str]:
+    """What is to be said of two runs beside their graphs."""
+    if len(diff.runs) < 2:
+        return
+    yield f"operations {diff.sizes}"
+    if any(r.sqnr is not None for r in diff.runs):
+        yield f"output SQNR {' -> '.join(sqnr(r) for r in diff.runs)}"
+    yield from grouped(f"renamed {other} -> {name}" for name, other in diff.renamed.items())
+
+
+def sqnr(run: Run) -> str:
+    """The lowest output SQNR of a run: as shipped where it is finished, else after its last pass; a dash where nothing was measured."""
+    return "-" if run.sqnr is None else f"{run.sqnr:.1f} dB"
 
 
 def counted(states: Mapping[str, State]) -> str:
@@ -32,24 +47,42 @@ def counted(states: Mapping[str, State]) -> str:
     return ", ".join(f"{n} {s}" for s, n in counts.items() if n) or "nothing changed"
 
 
-def quantity(value: float, unit: str) -> str:
-    """A figure in three digits with a prefix: 1.23 MB."""
+def quantity(value: float, unit: str, digits: int = 3) -> str:
+    """A figure in that many digits with a prefix: 1.23 MB."""
     for prefix in ("", "k", "M", "G", "T"):
         if abs(value) < 1000 or prefix == "T":
-            return f"{value:.3g} {prefix}{unit}"
+            text = f"{value:.3g}" if digits == 3 else f"{value:#.{digits}g}".rstrip(".")
+            return f"{text} {prefix}{unit}"
         value /= 1000
     raise AssertionError(value)
 
 
+def change(before: int, after: int, unit: str, arrow: str = "->") -> str:
+    """Two figures, in four digits where three don't tell them apart: "2.810 MB -> 2.812 MB". What four don't either is told by its size:
+    "2.81 MB +12 B"."""
+    if before == after:
+        return quantity(before, unit).strip()
+    for digits in (3, 4):
+        one, other = (quantity(v, unit, digits).strip() for v in (before, after))
+        if one != other:
+            return f"{one} {arrow} {other}"
+    return f"{quantity(before, unit).strip()} {'+' if after > before else '-'}{quantity(abs(after - before), unit).strip()}"
+
+
 def figure(report: PassReport) -> str:
     """The measured figure nearest its limit, or that there is none."""
-    worst = report.worst
-    if worst is None:
+    if report.worst is None:
         return "nothing to measure" if not report.fired else "not measured"
-    sign = "<=" if report.unit != "dB" else ">="
-    limit = "" if worst.limit is None else f" {sign} {worst.limit:.3g}"
-    value = "equal" if worst.figure is None or worst.figure == 0 else f"{worst.figure:.3g}{limit}"
-    return value if value == "equal" else f"{value} {report.unit}"
+    return measured(report.worst, report.unit)
+
+
+def measured(check: Check, unit: str) -> str:
+    """A figure with its limit: 2.46e-06 <= 0.0001 relative error."""
+    if check.figure is None or check.figure == 0:
+        return "equal"
+    sign = "<=" if unit != "dB" else ">="
+    limit = "" if check.limit is None else f" {sign} {check.limit:.3g}"
+    return f"{check.figure:.3g}{limit} {unit}"
 
 
 def written(node: Node) -> str:
@@ -61,13 +94,13 @@ def written(node: Node) -> str:
     return f"{node.name} = {node.op.removeprefix('aten.').removesuffix('.default')}({given})  {node.shape}".rstrip()
 
 
-def _passes(passes: Sequence[PassReport], graphs: Sequence[Graph], prefix: str) -> Iterator[str]:
+def _passes(passes: Sequence[PassReport], graphs: Sequence[Graph]) -> Iterator[str]:
     for number, (report, before, after) in enumerate(zip(passes, graphs[:-1], graphs[1:], strict=True), 1):
         of = f" of {report.legal}" if report.legal != report.fired else ""
         sites = f"{report.fired}{of} site{'s' * (report.legal != 1)}"
         sqnr = "" if report.output_sqnr is None else f"  output {report.output_sqnr:.1f} dB"
-        yield ""
-        yield f"{prefix}{number}  {report.name}  {sites}, {len(report.declined)} declined"
+        yield from [""] * (number > 1)
+        yield f"{number}  {report.name}  {sites}, {len(report.declined)} declined"
         yield f"   {report.contract}: {figure(report)}{sqnr}"
         yield f"   {_sizes(before, after)}"
         yield from (f"   note: {n}" for n in report.notes)
@@ -75,28 +108,31 @@ def _passes(passes: Sequence[PassReport], graphs: Sequence[Graph], prefix: str) 
 
 
 def _sizes(before: Graph, after: Graph) -> str:
-    pairs = ((before.stored, after.stored, "B"), (before.flops, after.flops, "FLOP"))
-    sizes = [quantity(a, unit) if a == b else f"{quantity(a, unit)} -> {quantity(b, unit)}" for a, b, unit in pairs]
+    sizes = change(before.stored, after.stored, "B"), change(before.flops, after.flops, "FLOP")
     return f"{', '.join(sizes)}, {len(before.nodes)} -> {len(after.nodes)} nodes"
 
 
 def _declined(report: PassReport) -> Iterator[str]:
-    """One line for each reason; sites whose names and reasons differ in numbers alone are counted."""
+    yield from grouped(f"{d.module or d.site}: {d.reason}" for d in report.declined)
+
+
+def grouped(lines: Iterable[str]) -> Iterator[str]:
+    """The lines, those that differ in numbers alone counted."""
     groups: dict[str, list[str]] = {}
-    for declined in report.declined:
-        line = f"{declined.module or declined.site}: {declined.reason}"
+    for line in lines:
         groups.setdefault(re.sub(r"\d+", "#", line), []).append(line)
-    for lines in groups.values():
-        yield lines[0] + (f"  (and {len(lines) - 1} alike)" if len(lines) > 1 else "")
+    for alike in groups.values():
+        yield alike[0] + (f"  (and {len(alike) - 1} alike)" if len(alike) > 1 else "")
 
 
 def _changes(step: Step, was: Mapping[str, str]) -> Iterator[str]:
-    """Changed nodes by module; modules in which the same changed stand under the first of them."""
+    """Changed nodes by module, in the order in which they run; modules in which the same changed stand under the first of them."""
     folded, parents, nodes = step.changed_alike, step.parents, step.nodes
     regions: dict[str, list[Node]] = {}
     for name in step.states:
         regions.setdefault(nodes[name].region, []).append(nodes[name])
-    for path, members in regions.items():
+    places = {n.region: place for place, n in reversed([*enumerate(nodes.values())]) if n.op != "constant"}
+    for path, members in sorted(regions.items(), key=lambda item: places.get(item[0], -1)):
         if _is_folded(path, folded, parents):
             continue
         others = [p for p, first in folded.items() if first == path or path.startswith(f"{first}.")]

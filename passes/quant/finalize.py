@@ -30,6 +30,7 @@ class Finalize(Rewrite):
     targets = (torch.ops.fxc.quantize.default,)
     needs = frozenset({"quantised"})
     gives = frozenset({"finalised"})
+    whole = "codes are stored for every quantised weight or the program can't run: leave the place out of the pass that quantised it"
 
     def match(self, node: fx.Node, on: Context) -> Match | None:
         """A quantiser of a constant; one of an activation stays in the graph."""

@@ -115,8 +115,10 @@ class Insert(Transform):
         sites = _kept(
             sites, lambda s: None if s.family == "product" or s.node in covered or not self._values(s, on) else _uncovered(s), declined
         )
+        wanted = [(s.node, self._values(s, on)) for s in sites]
         for value, readers in self._readers(sites, on).items():
             self._insert(value, readers, grids.get(value), edit)
+            edit.sites[-1].places = [node for node, values in wanted if value in values]
         for match in weights:
             self._weight_only.apply(match, edit)
         for site in sites:

@@ -55,7 +55,8 @@ class Ranges(Transform):
             if isinstance(grid, Reject):
                 declined[node.name] = grid
                 continue
-            with edit.site(node, f"{float(grid.lo):.4g} to {float(grid.hi):.4g}"):
+            with edit.site(node, f"{float(grid.lo):.4g} to {float(grid.hi):.4g}") as site:
+                site.places = [node, *(u for d in node.users for u in d.users)]
                 _store(scale, grid.scale, edit)
                 if zero is not None and grid.zero_point is not None:
                     _store(zero, grid.zero_point, edit)

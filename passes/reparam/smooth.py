@@ -118,7 +118,8 @@ class Smooth(Transform):
             elif (vector := self._vector(site, known, on.program)) is None:
                 declined[first.node.name] = Reject("no factors lower the predicted noise of {}", first.x)
             else:
-                plan.apply(edit, vector, f"factors {float(vector.min()):.2g} to {float(vector.max()):.2g}", at=first.node)
+                made = plan.apply(edit, vector, f"factors {float(vector.min()):.2g} to {float(vector.max()):.2g}", at=first.node)
+                made.places = [y.node for y in layers if y.x is first.x]
                 known.update({key: known[key].divided(s) for key, s in site.divisors(vector).items()})
         return declined
 

@@ -67,10 +67,12 @@ class Residual(Transform):
                 edit.rollback()
                 streams = [old if old[1].is_whole else new for old, new in zip(streams, freed, strict=True)]
         for norm, plan in streams:
-            _turn(plan, norm.node, edit, declined, self.options.seed)
+            read = [n.node for n in norms(on.program) if n.x in plan.values]
+            _turn(plan, norm.node, read, edit, declined, self.options.seed)
         if self.options.values:
             for attention, plan in _values(on):
-                _turn(plan, attention, edit, declined, self.options.seed)
+                read = [n for n in on.program.graph.nodes if _value_of(n) in plan.values]
+                _turn(plan, attention, read, edit, declined, self.options.seed)
         return declined
 
 
@@ -87,7 +89,8 @@ def free_tied_heads(program: Program, edit: Edit) -> bool:
     for head, _ in heads:
         x = head.args[0]
         assert isinstance(x, fx.Node)
-        with edit.site(head, "a layer before the tied head"):
+        with edit.site(head, "a layer before the tied head") as site:
+            site.places = []  # it is there for the streams
             layer = insert(edit, x, Kind.ROTATE, readers=[head])
         engine = Transport(program)
         for norm in [n for n in norms(program) if n.gain is not None and not is_gain_free(program, n)]:
@@ -97,9 +100,10 @@ def free_tied_heads(program: Program, edit: Edit) -> bool:
     return bool(heads)
 
 
-def _turn(plan: Plan, site: fx.Node, edit: Edit, declined: dict[str, Reject], seed: int) -> None:
+def _turn(plan: Plan, site: fx.Node, read: list[fx.Node], edit: Edit, declined: dict[str, Reject], seed: int) -> None:
+    """Turn what these nodes read."""
     if plan.is_whole:
-        plan.apply(edit, rotations(plan, seed), f"turned in {plan.blocks.max() + 1} blocks", at=site)
+        plan.apply(edit, rotations(plan, seed), f"turned in {plan.blocks.max() + 1} blocks", at=site).places = read
         edit.mark(plan.values, TURNED)
     else:
         declined[site.name] = _refused(plan)

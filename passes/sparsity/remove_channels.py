@@ -76,7 +76,8 @@ def remove(engine: Transport, use: WeightUse, side: str, edit: Edit) -> Reject |
         return Reject("no channel would be left")
     edit.nulls.update(nulls.values())  # what reads them may have weights there
     try:
-        plan.apply(edit, keep.numpy(), f"{int((~keep).sum())} of {len(keep)} channels are read by nobody", at=use.node)
+        site = plan.apply(edit, keep.numpy(), f"{int((~keep).sum())} of {len(keep)} channels are read by nobody", at=use.node)
+        site.places = []  # every layer that shares the channels would do it
     except ValueError as error:  # the form without them can't be written down
         return Reject("{}", error)
     return None

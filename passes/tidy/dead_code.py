@@ -20,6 +20,7 @@ class DeadCode(Transform):
     """Erase what no output depends on."""
 
     name = "tidy.dead_code"
+    whole = "what nobody reads makes no difference"
     contract = Exact(limit=0.0)
 
     def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:

@@ -47,7 +47,7 @@ def add_linear(nodes: dict[str, Node], kinds: dict[str, str], parents: dict[str,
     kinds[path], parents[path] = "Linear", at
     stem = path.replace(".", "_")
     for kind, shape in (("weight", "float32[576, 576]"), ("bias", "float32[576]")):
-        statistics = (-0.51, 0.49, 0.0012, 0.083)
+        statistics = (-0.51, 0.49, 0.0012, 0.083, len(nodes) * 2654435761 % 2**32)
         nodes[f"{stem}_{kind}"] = Node(f"{stem}_{kind}", "constant", (), f"{path}.{kind}", path, shape, "", 0, 1327104, statistics)
     number, source = len(nodes), f"models/large.py:{len(linear) * 11}  x = self.{linear}(x)"
     made = f"linear_{number}"
@@ -77,7 +77,16 @@ def quantised(before: Graph, number: int) -> tuple[Graph, list[Change], list[Che
             scale, codes, back = f"{node.name}_scale", f"quantize_{node.name}", f"dequantize_{node.name}"
             told = "'int8', [1, -1]"
             nodes[scale] = Node(
-                scale, "constant", (), f"{node.attributes}.scale", node.region, "float32[576, 1]", "", 0, 2304, (0.001, 0.004, 0.002, 0.0007)
+                scale,
+                "constant",
+                (),
+                f"{node.attributes}.scale",
+                node.region,
+                "float32[576, 1]",
+                "",
+                0,
+                2304,
+                (0.001, 0.004, 0.002, 0.0007, len(nodes) * 2654435761 % 2**32),
             )
             nodes[codes] = Node(codes, "fxc.quantize.default", (node.name, scale), f"%, %, None, {told}", node.region, "int8[576, 576]")
             nodes[back] = Node(back, "fxc.dequantize.default", (codes, scale), f"%, %, None, {told}", node.region, "float32[576, 576]")
@@ -96,7 +105,7 @@ def folded(before: Graph, number: int) -> tuple[Graph, list[Change], list[Check]
     changes, checks = [], []
     for node in before.nodes.values():
         if node.name.endswith("_bias") and int(node.region.split(".")[2]) % 10 == number % 10:
-            statistics = (-0.4 - number / 100, 0.4, 0.001 * number, 0.08)
+            statistics = (-0.4 - number / 100, 0.4, 0.001 * number, 0.08, len(nodes) * number)
             nodes[node.name] = replace(node, revision=node.revision + 1, statistics=statistics)
             changes.append(change(node, f"its scale is folded, step {number}", {}, ()))
             figure = 1e-6 * (1 + len(changes) % 9)
@@ -116,6 +125,7 @@ def change(node: Node, reason: str, replaced: dict[str, str], inserted: tuple[st
         touched=touched,
         constants=(node.attributes,),
         erased=(),
+        exclude=(node.region,),
     )
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import fxcompress as fxc
 from fxcompress.diff import Run, Step, between, of_run
 from fxcompress.diff.matching import aligned, match_regions
 from fxcompress.diff.read import run_of
 from fxcompress.diff.states import alike, states
-from fxcompress.history import Graph, History, graph_of
+from fxcompress.history import Graph, History, Node, graph_of
 from tests.passes.helpers import captured, run, seeded, zoo
 from tests.zoo import ZOO
 
@@ -74,6 +77,58 @@ def test_a_renamed_module_is_the_same_place(names: dict[str, str]) -> None:
     blocks, inner = names.get("blocks", "blocks"), names.get("inner", "fc2")
     assert regions[f"{blocks}.2.{inner}"] == "blocks.2.fc2"
     assert set(aligned(first, second).regions.values()) <= set(second.kinds)
+
+
+class Attention(nn.Module):
+    """Three layers of one shape and a fourth. names: what they are called; order: in which they are registered."""
+
+    def __init__(self, names: str = "qkvo", order: str = "qkvo", seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        made = {role: nn.Linear(8, 8) for role in "qkvo"}
+        self.names = dict(zip("qkvo", names, strict=True))
+        for role in order:
+            self.add_module(self.names[role], made[role])
+
+    def forward(self, x):
+        q, k, v = (getattr(self, self.names[role])(x) for role in "qkv")
+        return getattr(self, self.names["o"])(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("order", ["vkqo", "okvq"])
+@pytest.mark.parametrize("names", ["qkvo", "abcd", "dcba"])
+def test_siblings_registered_in_another_order(names: str, order: str, seed: int) -> None:
+    """By name, else by weights, else (seed 1: other weights) by what they read and what reads them."""
+    sides = [graph_of(captured(Attention(*given), seeded(2, 3, 8))) for given in (("qkvo", "qkvo", 0), (names, order, seed))]
+    assert match_regions(*sides) == {"": "", **dict(zip(names, "qkvo", strict=True))}
+    found = differences(*sides)
+    assert set(found.values()) == ({"changed"} if seed else set())
+    assert all(sides[0].nodes[n].op == "constant" for n in found)
+
+
+def test_names_go_before_weights() -> None:
+    """Two layers that were given each other's weights are still themselves."""
+    model, other = Attention(), Attention()
+    other.q.weight, other.k.weight = other.k.weight, other.q.weight  # type: ignore[union-attr]
+    found = differences(*(graph_of(captured(m, seeded(2, 3, 8))) for m in (model, other)))
+    assert found == {"q_weight": "changed", "k_weight": "changed"}
+
+
+def listed(*layers: nn.Module) -> Graph:
+    return graph_of(captured(nn.Sequential(*layers), seeded(2, 4)))
+
+
+def test_a_layer_put_in_front_leaves_the_others_what_they_were() -> None:
+    """The numbers of a list are places: 1 is now what 0 was."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)]
+    first, second = listed(*layers), listed(nn.Linear(4, 4), nn.Tanh(), *layers)
+    assert match_regions(first, second) == {"": "", **{str(i + 2): str(i) for i in range(5)}}
+    found = differences(first, second)
+    assert sorted(found.values()) == ["added"] * 4 + ["changed"], "a layer and a tanh more, and what reads them"
+    diff = between(Run("a", History([first])), Run("b", History([second])))
+    assert diff.renamed == {str(i): str(i + 2) for i in range(5)}
 
 
 def test_one_more_op_leaves_the_rest_matched() -> None:
@@ -142,7 +197,68 @@ def test_blocks_in_which_the_same_changed_are_folded() -> None:
 def test_a_block_with_one_more_change_isn_t_folded() -> None:
     first = graph()
     found = {"blocks_1_fc1_weight": "changed"}
-    assert alike(first.nodes, first.parents, found, changes_only=False) == {"blocks.2": "blocks.0"}  # type: ignore[arg-type]
+    assert alike(first, first, found, changes_only=False) == {"blocks.2": "blocks.0"}  # type: ignore[arg-type]
+
+
+def test_blocks_of_a_static_run_are_folded() -> None:
+    """Scales are named after the values of each block: what they are called makes no difference."""
+    program = captured(Net(), seeded(2, 4))
+    feed = [tuple(seeded(2, 4, seed=i) for _ in range(1)) for i in range(3)]
+    history = fxc.compile(program, {"passes": ["quant.insert", "quant.finalize"]}, calibration=feed, backend="reference").diff()
+    names = {n for n in history.whole.after.nodes if n.endswith("_scale")}
+    assert {"relu_scale", "relu_1_scale", "relu_2_scale"} <= names
+    for step in (*history.steps, history.whole):
+        assert step.changed_alike == step.folded == {"blocks.1": "blocks.0", "blocks.2": "blocks.0"}, step.name
+
+
+def swapped(nodes: dict[str, Node], name: str) -> None:
+    nodes[name] = replace(nodes[name], inputs=nodes[name].inputs[::-1])
+
+
+def reshaped(nodes: dict[str, Node], name: str) -> None:
+    nodes[name] = replace(nodes[name], shape="float16[batch, 4]")
+
+
+def rewired(nodes: dict[str, Node], name: str) -> None:
+    nodes[name] = replace(nodes[name], inputs=(nodes[name].inputs[1],) * 2)
+
+
+@pytest.mark.parametrize("change", [swapped, reshaped, rewired])
+def test_a_block_of_another_structure_isn_t_folded(change: Callable[[dict[str, Node], str], None]) -> None:
+    """The same ops, one of which reads or makes something else."""
+    first = graph()
+    nodes = dict(first.nodes)
+    change(nodes, "add_1")
+    second = Graph(nodes, first.kinds, first.parents)
+    assert alike(first, first, {}, changes_only=False) == {"blocks.1": "blocks.0", "blocks.2": "blocks.0"}
+    assert alike(second, second, {}, changes_only=False) == {"blocks.2": "blocks.0"}
+
+
+def test_what_changed_alike_came_from_the_same() -> None:
+    """add -> mul in the first block, sub -> mul in the second."""
+    before, after = dict(graph().nodes), dict(graph().nodes)
+    for name, op in (("add", "aten.add.Tensor"), ("add_1", "aten.sub.Tensor"), ("add_2", "aten.add.Tensor")):
+        before[name] = replace(before[name], op=op)
+        after[name] = replace(after[name], op="aten.mul.Tensor")
+    sides = [Graph(nodes, graph().kinds, graph().parents) for nodes in (before, after)]
+    found = states(*sides, {})
+    assert set(found.values()) == {"changed"}
+    assert alike(*sides, found, changes_only=True) == {"blocks.2": "blocks.0"}
+
+
+def test_two_layers_in_a_row_are_no_repeated_blocks() -> None:
+    """conv1 and conv2 are told apart by more than a place in a list."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc2(self.fc1(x))
+
+    first = graph_of(captured(Two(), seeded(2, 4)))
+    assert alike(first, first, {}, changes_only=False) == {}
 
 
 def test_two_results_of_one_run_are_matched_by_name() -> None:
@@ -162,6 +278,22 @@ def test_two_results_of_one_run_are_matched_by_name() -> None:
     assert between(sides[0], sides[0]).whole.states == {}
 
 
+def test_what_a_pass_replaced_is_matched_with_what_it_was() -> None:
+    """A convolution with its norm folded in is the convolution, on other weights: one of the two has a name that the other run never had."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.uniform_(0.1, 1)  # type: ignore[union-attr]
+    program = captured(nn.Sequential(nn.Conv2d(2, 3, 1), norm).eval(), seeded(2, 2, 4, 4))
+    history = History()
+    history.record(program)
+    after, report = run(program, "tidy.fold_batch_norm")
+    folded = History([*history.graphs])
+    folded.record(after)
+    for sides in ((Run("a", history), Run("b", folded, [report])), (Run("b", folded, [report]), Run("a", history))):
+        found = between(*sides).whole
+        assert [(found.nodes[n].op, s) for n, s in found.states.items() if "conv" in found.nodes[n].op] == [("aten.conv2d.default", "changed")]
+
+
 def test_a_weight_s_quantiser_is_not_taken_for_an_activation_s() -> None:
     """Both are dequantize nodes of one module; what tells them apart is the shape."""
     program = captured(Net(), seeded(2, 4))
@@ -177,3 +309,5 @@ def test_programs_are_runs_without_passes() -> None:
     found = between(run_of(captured(Net(), seeded(2, 4))), run_of(captured(Net(blocks="layers"), seeded(2, 4))))
     assert found.whole.states == {}
     assert found.was["blocks.0"] == "layers.0"
+    assert found.renamed == {f"blocks.{i}": f"layers.{i}" for i in range(3)}, "and not what is inside"
+    assert "renamed layers.0 -> blocks.0  (and 2 alike)\n" in found.text()

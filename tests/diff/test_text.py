@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import nn
 
 import fxcompress as fxc
 from fxcompress import api
+from fxcompress.diff import Run, between
 from fxcompress.diff.exports import as_dot, as_model_explorer
-from fxcompress.diff.read import run_at
-from fxcompress.diff.text import quantity
+from fxcompress.diff.read import run_at, run_of
+from fxcompress.diff.text import change, quantity
+from fxcompress.history import Graph
 from tests.passes.helpers import lines, seeded
 
 PASSES: list[Any] = ["tidy.fold_constants", {"quant.weight_only": {"weights": "int8/channel"}}, "quant.finalize"]
@@ -95,6 +98,23 @@ def test_the_whole_text(model: fxc.CompiledModel) -> None:
     )
 
 
+def test_modules_stand_in_the_order_in_which_they_run() -> None:
+    """Constants stand at the head of a graph, in the order of registration."""
+
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.first = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    torch.manual_seed(0)
+    model = Backwards().eval()
+    text = api.diff(model, Backwards().eval(), (seeded(2, 4),)).text()
+    assert text.index("\n  first\n") < text.index("\n  last\n")
+
+
 def test_two_runs_give_the_same_text(model: fxc.CompiledModel) -> None:
     assert model.diff().text() == compiled().diff().text()
 
@@ -122,6 +142,22 @@ def test_quantities(value: float, text: str) -> None:
     assert quantity(value, "B") == text
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        (2_810_123, 2_812_456, "2.810 MB -> 2.812 MB"),
+        (999, 1001, "999 B -> 1 kB"),
+        (999, 998, "999 B -> 998 B"),
+        (6_661_000, 6_661_053, "6.66 MB +53 B"),
+        (10**18, 10**18 - 1000, "1e+06 TB -1 kB"),
+        (5, 5, "5 B"),
+        (0, 7, "0 B -> 7 B"),
+    ],
+)
+def test_unequal_figures_look_unequal(before: int, after: int, text: str) -> None:
+    assert change(before, after, "B") == text
+
+
 # where the sides come from
 
 
@@ -144,6 +180,8 @@ def test_checkpoints_of_a_run(tmp_path: Path, model: fxc.CompiledModel) -> None:
     fxc.compile(program, {"passes": PASSES}, checkpoint=tmp_path / "late", **options)
     fxc.compile(program, {"passes": PASSES[:1]}, checkpoint=tmp_path / "early", **options)
     assert [p.name for p in run_at(tmp_path / "early").passes] == ["tidy.fold_constants"]
+    assert run_at(tmp_path / "early").title == "Net, checkpoint"
+    assert api.diff(tmp_path / "early", tmp_path / "late").title == "early: Net, checkpoint → late: Net, checkpoint"
     found = api.diff(tmp_path / "early", tmp_path / "late")
     assert found.was == {}
     assert {found.whole.nodes[n].op for n in found.whole.states} == {
@@ -158,7 +196,28 @@ def test_checkpoints_of_a_run(tmp_path: Path, model: fxc.CompiledModel) -> None:
 def test_two_programs() -> None:
     found = api.diff(fxc.capture(Net().eval(), (seeded(2, 4),)), Net().eval(), (seeded(2, 4),))
     assert found.whole.states == {}
-    assert found.text() == "Net → Net\n\nin all  256 B, 328 FLOP, 17 -> 17 nodes\n"
+    assert found.text() == "Net → Net\n\nin all  256 B, 328 FLOP, 17 -> 17 nodes\noperations at batch 2\n"
+
+
+@pytest.mark.parametrize(("a", "b"), [((2, True), (6, True)), ((6, True), (2, True)), ((2, False), (6, True)), ((6, True), (2, False))])
+def test_examples_of_other_sizes_save_nothing(a: tuple[int, bool], b: tuple[int, bool]) -> None:
+    """Operations are compared at one size: the first one's, or the one that a side is fixed to."""
+    sides = [fxc.capture(Net().eval(), (seeded(batch, 4),), dynamic=None if dynamic else False) for batch, dynamic in (a, b)]
+    found = api.diff(*sides)
+    fixed = next((batch for batch, dynamic in (a, b) if not dynamic), a[0])
+    assert found.whole.before.flops == found.whole.after.flops == (4 * 32 + 4 * 4 + 4) * fixed + 16 + 16
+    assert "FLOP ->" not in found.text()
+
+
+def test_sizes_that_cannot_be_the_same_are_told() -> None:
+    sides = [fxc.capture(Net().eval(), (seeded(batch, 4),), dynamic=False) for batch in (2, 6)]
+    assert api.diff(*sides).sizes == "each at the sizes of its own example: an input is [2, 4] and [6, 4]"
+    run = run_of(fxc.capture(Net().eval(), (seeded(2, 4),)))
+    old = Run("old", replace(run.history, sizes={}))
+    assert between(old, old).sizes == "each at the sizes of its own example: nothing says what batch was"
+    graph = run.history.graphs[0]
+    bad = Graph({n: replace(v, formula="__import__('os')" if v.formula else "") for n, v in graph.nodes.items()}, graph.kinds, graph.parents)
+    assert "can't be computed" in between(run, Run("bad", replace(run.history, graphs=[bad]))).sizes
 
 
 def test_a_compiled_model_and_another(model: fxc.CompiledModel) -> None:
@@ -166,6 +225,47 @@ def test_a_compiled_model_and_another(model: fxc.CompiledModel) -> None:
     found = model.diff(other)
     assert set(found.whole.states.values()) == {"changed"}
     assert any("'int4'" in line and line.startswith("    ~") for line in found.text().splitlines())
+
+
+def test_folders_are_named_as_far_as_they_differ(model: fxc.CompiledModel, tmp_path: Path) -> None:
+    places = [model.save(tmp_path / name) for name in ("a/out", "b/out", "a/other")]
+    titles = [api.diff(places[i], places[j]).title for i, j in ((0, 1), (0, 2), (0, 0))]
+    assert titles == [
+        "a/out: Net, mine → b/out: Net, mine",
+        "out: Net, mine → other: Net, mine",
+        "out: Net, mine → out: Net, mine",
+    ]
+    assert api.diff(places[0]).title == "Net, mine", "a run's page is the same wherever it lies"
+    assert api.diff(places[0], places[1]).text().count("\nof ") == 2
+
+
+def test_a_model_takes_the_example_of_what_it_is_compared_with(model: fxc.CompiledModel, tmp_path: Path) -> None:
+    """Of a compiled model, an artifact and a program, on either side."""
+    folder = model.save(tmp_path / "out")
+    program = fxc.capture(Net().eval(), (seeded(2, 4),), dynamic=False)
+    for other in (model, folder, program):
+        found, back = api.diff(other, Net().eval()), api.diff(Net().eval(), other)
+        assert found.sizes.startswith("at ")
+        assert {"added": "removed", "removed": "added"}.get(back.whole.states.get("unpack_default", "")) == found.whole.states.get(
+            "unpack_default"
+        )
+    assert api.diff(program, Net().eval()).whole.states == {}, "fixed where that is"
+    assert model.diff(Net().eval()).whole.states == api.diff(model, Net().eval()).whole.states != {}
+    with pytest.raises(fxc.InputError, match="no example inputs"):
+        api.diff(Net().eval(), Net().eval())
+
+
+@pytest.mark.parametrize("name", ["llama", "unet2d_cond"])
+def test_a_real_model_is_captured_as_the_compiled_one_was(name: str) -> None:
+    """Cache, roles and arguments by name included: nothing differs."""
+    from tests.passes.helpers import zoo
+    from tests.zoo import ZOO
+
+    program, (module, _) = zoo(name), ZOO[name]()
+    assert program.symbols
+    found = api.diff(program, module)
+    assert found.whole.states == {}
+    assert found.sizes == f"at {', '.join(f'{k} {v}' for k, v in run_of(program).history.sizes.items())}"
 
 
 def test_a_place_that_cannot_be_written(model: fxc.CompiledModel, tmp_path: Path) -> None:

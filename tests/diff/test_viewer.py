@@ -225,6 +225,16 @@ def test_the_exclusion_is_copied_and_is_a_recipe_line(at: Any, model: fxc.Compil
     assert "blocks.0.up" not in {c.module for c in again.report.passes[0].changes}
 
 
+def test_where_no_exclusion_would_compile_it_says_why(at: Any) -> None:
+    """Of quant.finalize none does, neither of a node nor of a module."""
+    browser = at("#pass=3&node=unpack_default")
+    assert browser.run("[...document.querySelectorAll('#card .exclusion')].length") == 0
+    assert "Can't be left out alone: codes are stored for every quantised weight" in text(browser, "#card")
+    browser = at("#pass=2&module=blocks.0")
+    assert browser.run("[...document.querySelectorAll('#card .exclusion')].length") == 1, "of quant.weight_only"
+    assert "Can't be left out alone" in text(browser, "#card")
+
+
 def test_copying_works_without_the_clipboard_s_interface(at: Any) -> None:
     browser = at("#pass=quant.weight_only&node=dequantize_default")
     browser.run("navigator.clipboard.writeText = () => Promise.reject(new Error('refused'))")
@@ -245,10 +255,23 @@ def test_deep_links_open_the_way_to_the_node(at: Any) -> None:
     assert browser.run("document.querySelector('#before .selected').dataset.key") == "n:dequantize_default_5"
 
 
-@pytest.mark.parametrize("fragment", ["#pass=99", "#node=nothing", "#pass=2&node=nothing", "#pass=2&module=nothing", "#%E0%A4%A"])
-def test_wrong_links_do_no_harm(fragment: str, at: Any) -> None:
+@pytest.mark.parametrize(
+    ("fragment", "words"),
+    [
+        ("#pass=99", "No pass here is called “99”."),
+        ("#node=nothing", "No pass here is called “node=nothing”."),
+        ("#pass=2&node=nothing", "No node here is called “nothing”."),
+        ("#pass=2&module=nothing", "No module here is called “nothing”."),
+        ("#%E0%A4%A", "No pass here is called “%E0%A4%A”."),
+    ],
+)
+def test_wrong_links_do_no_harm_and_are_told(fragment: str, words: str, at: Any) -> None:
     browser = at(fragment)
     assert shown(browser, "#graph" if "pass=2" in fragment else "#overview")
+    assert text(browser, "#notice") == words
+    browser.click("#home")
+    browser.wait("document.getElementById('notice').hidden")
+    assert not shown(at(""), "#notice") and not shown(at("#pass=2&node=head_weight"), "#notice")
 
 
 def test_search_by_name_op_and_module(at: Any) -> None:
@@ -379,6 +402,44 @@ CONTRAST = """((faults) => {
 })([])"""
 
 
+OUTLINES = """((faults) => {
+  const rgb = (c) => c.match(/[\\d.]+/g).map(Number);
+  const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+  const check = (what, line, ...grounds) => {
+    for (const g of grounds) if (ratio(rgb(line), rgb(g)) < 3) faults.push([what, ratio(rgb(line), rgb(g)).toFixed(2)]);
+  };
+  const page = getComputedStyle(document.body).backgroundColor;
+  for (const item of document.querySelectorAll('#before .item:not(.absent)')) {
+    const box = getComputedStyle(item.querySelector('.box')), around = item.parentElement.closest('.item');
+    check(item.dataset.key, box.stroke, box.fill, around ? getComputedStyle(around.querySelector('.box')).fill : page);
+  }
+  for (const control of document.querySelectorAll('#tools button, #tools select, header button, header input')) {
+    const style = getComputedStyle(control), isBox = control.type === 'checkbox';
+    if (control.checkVisibility() && !control.disabled && !isBox) check(control.id, style.borderTopColor, style.backgroundColor);
+  }
+  return faults;
+})([])"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("fragment", ["#pass=2", "#pass=3&node=unpack_default", "#pass=all&module=blocks.0"])
+def test_outlines_are_seen(scheme: str, fragment: str, at: Any) -> None:
+    """WCAG AA asks 3 : 1 of what tells a control or a figure from its ground."""
+    browser = at(fragment)
+    browser.scheme(scheme)
+    assert browser.run(OUTLINES) == []
+
+
+def test_the_check_of_outlines_bites(at: Any) -> None:
+    browser = at("#pass=2")
+    browser.run(
+        "document.documentElement.style.setProperty('--outline', getComputedStyle(document.documentElement).getPropertyValue('--line'))"
+    )
+    assert len(browser.run(OUTLINES)) > 3
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("fragment", ["", "#pass=2", "#pass=3&node=quantize_default", "#pass=all&module=blocks.0"])
 def test_contrast_is_that_of_wcag_aa(scheme: str, fragment: str, at: Any) -> None:
@@ -412,12 +473,99 @@ def test_at_1280_nothing_is_cut_off(at: Any) -> None:
     assert browser.run("[...document.querySelectorAll('.scroll')].every((e) => e.scrollWidth <= e.clientWidth + 1)")
 
 
+# comparisons
+
+
+class Renamed(Net):
+    """The same under other names, with one linear more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stages, self.last = nn.ModuleList([Block() for _ in range(4)]), nn.Linear(16, 8)
+        self.more = nn.Linear(8, 8)
+        del self.blocks, self.head
+
+    def forward(self, x):
+        for block in self.stages:
+            x = block(x)
+        return self.more(self.last(x) + (self.last.weight + x.mean()).sum())
+
+
+@pytest.fixture(scope="module")
+def compared(model: fxc.CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantised artifact against another of the renamed model."""
+    folder = tmp_path_factory.mktemp("compared")
+    passes: list[Any] = [{"quant.weight_only": {"weights": "int8/channel"}}, "quant.finalize"]
+    other = fxc.compile(Renamed().eval(), {"name": "other", "passes": passes}, (seeded(4, 16),), backend="reference")
+    return fxc.load(model.save(folder / "old")).diff(other.save(folder / "new")).save(folder / "diff.html")
+
+
+def test_a_comparison_says_what_it_compares(browser: Browser, compared: Path) -> None:
+    """Folders, SQNR of both sides, the sizes of the operations, and a size that can be read."""
+    browser.open(compared)
+    title = browser.run("document.title")
+    assert title.endswith("new: Renamed, other") and "Net, mine → " in title
+    assert re.fullmatch(r"[\d.]+ dB → [\d.]+ dB", browser.run("[...document.querySelectorAll('.tiles li')].at(-1).children[1].innerText"))
+    assert "at batch 4" in text(browser, ".tiles")
+    rows = browser.run("[...document.querySelector('section').querySelectorAll('tbody tr')].map((r) => [...r.cells].map((c) => c.innerText))")
+    assert ["recipe", "mine", "other"] in rows and ["model", "Net", "Renamed"] in rows
+    browser.open(compared, "#pass=all")
+    assert browser.run("state.zoom") >= 0.85
+    assert "dB" in text(browser, "#card")
+    assert browser.errors == []
+
+
+def test_renamed_modules_are_listed_and_found_by_either_name(browser: Browser, compared: Path) -> None:
+    browser.open(compared, "#pass=all")
+    assert browser.run("[...document.querySelectorAll('#card summary')].map((e) => e.innerText)")[0] == "5 renamed modules"
+    browser.run("document.querySelector('#card details').open = true")
+    assert "blocks.0 there stages.0" in text(browser, "#card") and "head there last" in text(browser, "#card")
+    for words, first in (("stages.2", "blocks.2"), ("last", "head")):
+        browser.key("/")
+        browser.run("document.activeElement.value = ''")
+        browser.write(words)
+        browser.wait(f"document.querySelector('#found button b')?.innerText === {json.dumps(first)}")
+    browser.open(compared, "#pass=all&module=stages.1.up")
+    assert text(browser, "#card h2") == "blocks.1.up" and not shown(browser, "#notice")
+    assert browser.errors == []
+
+
+OUTSIDE = """(() => {
+  const found = [];
+  for (const group of document.querySelectorAll('#before g')) {
+    const edges = [...group.children].filter((e) => e.classList.contains('edge'));
+    const holder = group.closest('.item'), outer = holder ? holder.querySelector('.box') : document.querySelector('#before svg');
+    const frame = outer.getBoundingClientRect();
+    for (const edge of edges) {
+      const box = edge.getBoundingClientRect(), wide = box.left < frame.left - 1 || box.right > frame.right + 1;
+      if (wide || box.top < frame.top - 1 || box.bottom > frame.bottom + 1) found.push(edge.getAttribute('d'));
+    }
+  }
+  return found;
+})()"""
+
+
+def test_no_edge_leaves_its_frame(browser: Browser, tmp_path: Path) -> None:
+    """Long ways past many boxes swing out beyond them, to both sides: what is drawn is as wide as its edges."""
+    names = [f"n{i}" for i in range(12)]
+    nodes = {x: Node(x, "input", (), x, "", "float32[2]") for x in "xyz"}
+    for before, name in zip(["x", *names], names, strict=False):
+        nodes[name] = Node(name, "mine.op", (before, *"xyz"), "%, %, %, %", "", "float32[2]")
+    graph = Graph(nodes, {"": "M"}, {})
+    browser.open(of_run(Run("long", History([graph]))).save(tmp_path / "long.html"), "#pass=all&node=n3")
+    browser.wait(ITEM.format("n:n11"))
+    assert browser.run(OUTSIDE) == []
+    browser.run("document.querySelector('#before .edge').setAttribute('d', 'M-900 0L0 0')")
+    assert len(browser.run(OUTSIDE)) == 1
+
+
 # other diffs
 
 
 def empty() -> Diff:
     graph = Graph({}, {"": ""}, {})
-    return Diff("nothing", [], Step("all passes", graph, graph, {}), [Run("nothing", History([graph]))])
+    return Diff([], Step("all passes", graph, graph, {}), [Run("nothing", History([graph]))])
 
 
 def test_an_empty_run(browser: Browser, tmp_path: Path) -> None:

@@ -32,18 +32,25 @@ function controls() {
     $(a).addEventListener("scroll", () => { $(b).scrollLeft = $(a).scrollLeft; $(b).scrollTop = $(a).scrollTop; });
   $("help").addEventListener("click", () => $("keys").showModal());
   if (data.single) for (const id of ["split", "fold"]) $(id).closest("label").hidden = true;
+  if (views.length === 1) for (const id of ["previous", "choice", "next"]) $(id).hidden = true;
 }
 
 // The address says what is shown, so that it can be sent: #pass=3&node=linear_4. pass: a number, a pass's name, or "all".
 function follow() {
   const asked = new URLSearchParams(location.hash.slice(1));
   const view = asked.has("pass") ? views.find((v) => [v.hash, v.name].includes(asked.get("pass"))) : undefined;
-  if (!view) return overview();
+  if (!view) {
+    overview();
+    return notice(location.hash.length > 1 ? `${passes.length ? "No pass" : "Nothing"} here is called “${asked.get("pass") ?? location.hash.slice(1)}”.` : "");
+  }
   const fresh = state.view !== view;
-  if (fresh) enter(view);
   state.split = asked.has("split");
-  state.node = asked.has("node") && view.nodes.has(asked.get("node")) ? asked.get("node") : null;
-  state.region = asked.has("module") && view.tree.has(asked.get("module")) ? asked.get("module") : null;
+  if (fresh) enter(view);
+  const named = (key, known) => [asked.get(key), now.get(asked.get(key))].find((name) => known.has(name)) ?? null;
+  state.node = named("node", view.nodes);
+  state.region = named("module", view.tree);
+  const lost = ["node", "module"].filter((key) => asked.has(key) && state[key === "node" ? "node" : "region"] === null);
+  notice(lost.map((key) => `No ${key} here is called “${asked.get(key)}”.`).join(" "));
   if (state.node) reveal(view.nodes.get(state.node).now.region);
   if (state.region) {
     state.unfolded.add("same " + state.region);
@@ -51,6 +58,12 @@ function follow() {
   }
   render();
   centre(fresh);
+}
+
+// What an address asks for and the page hasn't got.
+function notice(words) {
+  $("notice").textContent = words;
+  $("notice").hidden = !words;
 }
 
 function overview() {
@@ -62,9 +75,9 @@ function enter(view) {
   opened(view);
   Object.assign(state, { view, open: new Set([""]), unfolded: new Set(), zoom: 1 });
   openFirst(view);
-  document.body.className = "at-graph";
+  document.body.className = state.split ? "at-graph split" : "at-graph";
   const wide = layout(view, "", state).w + 40, room = $("before").clientWidth;
-  state.zoom = Math.min(1, Math.max(0.6, room / wide));
+  state.zoom = Math.min(1, Math.max(0.85, room / wide));  // smaller can't be read
 }
 
 // Open the way to the first change, as long as there is one way to go and what opens is small.
@@ -161,23 +174,25 @@ function focusOn(key) {
 }
 
 function centre(fresh) {
+  if (fresh) $("before").scrollLeft = ($("before").scrollWidth - $("before").clientWidth) / 2;
   const key = state.node ? "n:" + state.node : state.region ? "r:" + state.region : null;
   const found = key ? itemElement(key) : fresh ? document.querySelector("#before .item:is(.added, .removed, .changed, .moved)") : null;
   if (!found) return;
   const box = found.getBoundingClientRect(), pane = $("before").getBoundingClientRect();
   if (box.top < pane.top || box.bottom > pane.bottom) $("before").scrollTop += box.top - pane.top - Math.max(20, (pane.height - box.height) / 3);
-  if (box.left < pane.left || box.right > pane.right) $("before").scrollLeft += box.left + box.width / 2 - pane.left - pane.width / 2;
+  if (key && (fresh || box.left < pane.left || box.right > pane.right)) $("before").scrollLeft += box.left + box.width / 2 - pane.left - pane.width / 2;
 }
 
 // Search by name, op or module path, in the view's nodes and modules.
 function search() {
   const words = $("search").value.trim().toLowerCase().split(/\s+/).filter(Boolean);
   const view = opened(state.view || views.find((v) => v.pass === null) || views[0]);
-  const fits = (line) => words.every((w) => line.includes(w));
+  const fits = (line) => words.every((w) => line.toLowerCase().includes(w));
+  const there = (name) => (was.has(name) ? ` · there ${was.get(name)}` : "");
   const found = [];
   if (words.length) {
-    for (const region of view.tree.values()) if (region.path && fits(`${region.path} ${region.kind}`.toLowerCase())) found.push({ region: region.path, note: region.kind });
-    for (const node of view.nodes.values()) if (fits(`${node.name} ${node.now.op} ${node.now.region} ${isConstant(node) ? node.now.attributes : ""}`.toLowerCase())) found.push({ node: node.name, note: `${shortOp(node.now.op)} · ${node.now.region}` });
+    for (const region of view.tree.values()) if (region.path && fits(region.path + " " + region.kind + there(region.path))) found.push({ region: region.path, note: region.kind + there(region.path) });
+    for (const node of view.nodes.values()) if (fits(`${node.name} ${node.now.op} ${node.now.region} ${isConstant(node) ? node.now.attributes : ""}${there(node.name)}`)) found.push({ node: node.name, note: `${shortOp(node.now.op)} · ${node.now.region}${there(node.name)}` });
   }
   const choose = (f) => { closeSearch(); go({ view: view.index, ...f }); };
   $("found").replaceChildren(...found.slice(0, 60).map((f) => el("li", {}, el("button", { onclick: () => choose({ node: f.node ?? null, region: f.region ?? null }) }, el("b", {}, f.node ?? f.region), el("span", {}, f.note)))),

@@ -33,8 +33,8 @@ function passRow(pass, index, go) {
 }
 
 function change([before, after], unit) {
-  const [a, b] = [quantity(before, unit), quantity(after, unit)];
-  return a === b ? el("span", { class: "quiet" }, a) : `${a} → ${b}`;
+  const words = changeOf(before, after, unit);
+  return before === after ? el("span", { class: "quiet" }, words) : words;
 }
 
 // [verdict, "2.6e-6 ≤ 1e-4"]: the measured figure nearest its limit.
@@ -70,6 +70,7 @@ function viewCard(view, go) {
   const pass = view.pass === null ? null : passes[view.pass];
   const counts = view.tree.get("").counts;
   const parts = [el("h2", {}, view.name), el("p", { class: "chips" }, Object.keys(counts).length ? chips(counts) : "nothing changed in the graph")];
+  if (!pass) parts.push(rows(data.tiles.map(([name, value, note]) => [name[0].toLowerCase() + name.slice(1), [value, " ", el("small", {}, note)]])));
   if (pass) {
     const [verdict, figure] = measured(pass);
     parts.push(rows([
@@ -78,6 +79,7 @@ function viewCard(view, go) {
       ["sites", `${pass.fired} of ${pass.legal}`], ["weights", change(pass.stored, "B")], ["operations", change(pass.flops, "")], ["CPU time", `${pass.cpu} s`]]));
     parts.push(...pass.notes.map((n) => el("p", { class: "noted" }, n)));
   }
+  if (data.renamed.length) parts.push(more(`${data.renamed.length} renamed modules`, data.renamed.map(text), (path) => [moduleLink(view, path, go), ` there ${was.get(path)}`]));
   parts.push(...changedList(view, go));
   if (pass && pass.declined.length) parts.push(declinedList(view, pass, go));
   if (pass && Object.keys(pass.options).length) parts.push(el("h3", {}, "options"), rows(Object.entries(pass.options).map(([k, v]) => [k, el("code", {}, JSON.stringify(v))])));
@@ -171,7 +173,7 @@ function links(title, names, view, go) {
 function journal(view, node, go) {
   const parts = [];
   for (const [index, site] of sitesOf.get(node.name) || []) {
-    parts.push(el("li", {}, passLink(index), " ", text(site.reason) || "touched it", checksFor(index, node, site), exclusion(passes[index], text(site.module) || text(site.node))));
+    parts.push(el("li", {}, passLink(index), " ", text(site.reason) || "touched it", checksFor(index, node, site), exclusion(passes[index], site.exclude)));
   }
   for (const [index, declined] of declinedAt(node))
     parts.push(el("li", { class: "declined" }, passLink(index), " declined: ", text(declined.reason)));
@@ -184,16 +186,20 @@ function passLink(index) {
 
 function checksFor(index, node, site) {
   const own = [...new Set([node.name, ...site.names.map(text)])].flatMap((n) => checksOf.get(n) || []).filter(([p, c]) => p === index && c.site === site.index).map(([, c]) => c);
-  return own.slice(0, 6).map((check) => el("div", { class: "check" },
-    el("span", { class: `verdict ${check.verdict}` }, `${figureOf(check, passes[index].unit)} ${check.verdict}`), ` at ${text(check.value)}`, check.why ? el("p", {}, check.why) : "",
-    check.histogram ? histogram(check) : ""));
+  const same = own.filter((c) => c.verdict === "held" && !c.figure && !c.histogram), rest = own.filter((c) => !same.includes(c));
+  const line = (check, place) => el("div", { class: "check" },
+    el("span", { class: `verdict ${check.verdict}` }, `${figureOf(check, passes[index].unit)} ${check.verdict}`), ` at ${place}`, check.why ? el("p", {}, check.why) : "",
+    check.histogram ? histogram(check) : "");
+  return [...rest.slice(0, 6).map((c) => line(c, text(c.value))), same.length ? line(same[0], same.length > 1 ? `${same.length} values` : text(same[0].value)) : ""];
 }
 
-// The pass with its options and one place left out. A bracket of a name is no pattern.
-function exclusion(pass, place) {
+// The pass with its options and one place left out, by the globs that do so; or why that can't be.
+function exclusion(pass, globs) {
+  if (pass.whole) return el("p", { class: "why" }, `Can't be left out alone: ${pass.whole}.`);
+  if (!globs.length) return el("p", { class: "why" }, "Can't be left out alone: a recipe has no name that means this place and no other.");
   const asked = pass.options.where || {};
-  const where = { ...asked, exclude: [...(asked.exclude || []), place.replace(/[[*?]/g, "[$&]")] };
-  const line = `- ${pass.name}: ${JSON.stringify({ ...pass.options, where })}`;
+  const where = { ...asked, exclude: [...(asked.exclude || []), ...globs] };
+  const line = `- ${pass.name}: ${flow({ ...pass.options, where })}`;
   const button = el("button", { class: "copy", title: line }, "copy as recipe exclusion");
   button.addEventListener("click", async () => {
     await copy(line);
@@ -201,6 +207,13 @@ function exclusion(pass, place) {
     setTimeout(() => { button.textContent = "copy as recipe exclusion"; }, 1500);
   });
   return el("div", { class: "exclusion" }, el("code", {}, line), button);
+}
+
+// Plain data as YAML in one line, its texts quoted.
+function flow(value) {
+  if (Array.isArray(value)) return `[${value.map(flow).join(", ")}]`;
+  if (value === null || typeof value !== "object") return JSON.stringify(value);
+  return `{${Object.entries(value).map(([key, inner]) => `${key}: ${flow(inner)}`).join(", ")}}`;
 }
 
 // The clipboard interface is refused in some file:// settings; a selected text field isn't.
@@ -238,6 +251,7 @@ function moduleCard(view, path, go) {
     el("h2", {}, path || data.root), el("p", { class: "chips" }, chips(region.counts)), place,
     same.length ? el("p", {}, `The same in ${same.length} other ${same.length > 1 ? "blocks" : "block"}: ${same.join(", ")}`) : "",
     touched.length ? el("h3", {}, "what passes did here") : "",
-    el("ul", { class: "history" }, touched.map(([index, sites]) => el("li", {}, passLink(index), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`, exclusion(passes[index], path)))),
+    el("ul", { class: "history" }, touched.map(([index, sites]) => el("li", {}, passLink(index), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`,
+      exclusion(passes[index], sites.every((s) => s.exclude.length) ? [path.replace(/[[*?]/g, "[$&]")] : [])))),
   ];
 }

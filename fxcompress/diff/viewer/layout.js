@@ -141,6 +141,15 @@ function placed(items, edges) {
     item.y = at.y - item.h / 2;
   }
   for (const edge of edges) edge.points = graph.edge(edge.from, edge.to).points;
-  const { width, height } = graph.graph();
-  return { items, edges, w: items.length ? width : 60, h: items.length ? height : 10 };
+  return { items, edges, ...framed(items, edges) };
+}
+
+// Edges may swing out further than any box: all is moved to start at 0.
+function framed(items, edges) {
+  const points = edges.flatMap((e) => e.points);
+  const all = (k, size) => [...items.flatMap((i) => [i[k], i[k] + i[size]]), ...points.map((p) => p[k])];
+  const [left, right] = [Math.min(...all("x", "w")), Math.max(...all("x", "w"))];
+  if (!items.length) return { w: 60, h: 10 };
+  for (const at of [...items, ...points]) at.x -= left;
+  return { w: right - left, h: Math.max(...all("y", "h")) };
 }

@@ -47,11 +47,13 @@ function graphAt(index) {
 
 const sqnr = new Map(data.sqnr.map(([name, figure]) => [text(name), figure]));
 const was = new Map(data.was.map(([name, other]) => [text(name), text(other)]));
+const now = new Map([...was].map(([name, other]) => [other, name]));
 const VERDICTS = ["held", "broken", "unverified"];
 const passes = data.passes.map((pass) => ({
   ...pass,
   declined: pass.declined.map(([site, module, reason]) => ({ site, module, reason })),
-  sites: pass.sites.map(([node, module, reason, ...names], index) => ({ index, node, module, reason, names })),
+  sites: pass.sites.map(([node, module, reason, exclude, ...names], index) =>
+    ({ index, node, module, reason, exclude: exclude === 0 ? [text(module)] : exclude.map(text), names })),
   checks: pass.checks.map(([site, value, figure, limit, verdict, why, ...histogram]) => ({
     site, value, figure, limit, verdict: VERDICTS[verdict], why: text(why), histogram: histogram.length ? histogram : null })),
 }));
@@ -196,14 +198,24 @@ function lossIn(view, path) {
   return region.loss;
 }
 
-function quantity(value, unit) {
+function quantity(value, unit, digits = 3) {
   let size = value, prefix = "";
   for (const next of ["k", "M", "G", "T"]) {
     if (Math.abs(size) < 1000) break;
     size /= 1000;
     prefix = next;
   }
-  return `${Math.abs(size) >= 100 || Number.isInteger(size) ? Math.round(size) : size.toPrecision(3)} ${prefix}${unit}`;
+  return `${digits === 3 ? Number(size.toPrecision(3)) : size.toPrecision(digits)} ${prefix}${unit}`.trim();
+}
+
+// Two figures in four digits where three don't tell them apart; what four don't either is told by its size.
+function changeOf(before, after, unit) {
+  for (const digits of [3, 4]) {
+    const [a, b] = [quantity(before, unit, digits), quantity(after, unit, digits)];
+    if (before === after) return a;
+    if (a !== b) return `${a} → ${b}`;
+  }
+  return `${quantity(before, unit)} ${after > before ? "+" : "−"}${quantity(Math.abs(after - before), unit)}`;
 }
 
 function number(value, digits = 3) {
