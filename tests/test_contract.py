@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fxcompress import contract as contracts
-from fxcompress.contract import Bounded, Contract, Exact, Lossy, Measured, check
+from fxcompress import checker
+from fxcompress.checker import check
+from fxcompress.contract import Bounded, Contract, Exact, Lossy, Measured
 from fxcompress.edit import Edit, Step
 from fxcompress.measure import relative_error
 from fxcompress.numerics import formats, noise
@@ -312,7 +313,7 @@ def test_memory_of_the_walk_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Old values are freed, without the garbage collector, once everything that compares with them has: a layer's worth is alive."""
     made: list[weakref.ref[Tensor]] = []
     most = 0
-    evaluate = contracts._evaluate
+    evaluate = checker._evaluate
 
     def counting(step: Step, *rest: Any) -> Tensor:
         nonlocal most
@@ -323,7 +324,7 @@ def test_memory_of_the_walk_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         return value
 
     program = chain(100)
-    monkeypatch.setattr(contracts, "_evaluate", counting)
+    monkeypatch.setattr(checker, "_evaluate", counting)
     gc.disable()
     try:
         result = check(program, remade(program, lambda number, e, n: anew(e, n)), Exact(), program.example)
@@ -336,8 +337,8 @@ def test_memory_of_the_walk_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_what_the_sites_need_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    evaluate = contracts._evaluate
-    monkeypatch.setattr(contracts, "_evaluate", lambda step, *rest: seen.append(step.node.name) or evaluate(step, *rest))
+    evaluate = checker._evaluate
+    monkeypatch.setattr(checker, "_evaluate", lambda step, *rest: seen.append(step.node.name) or evaluate(step, *rest))
     program = chain(50)
     edit = remade(program, lambda number, e, n: anew(e, n) if number < 2 else n)
     edit.sites[2:] = []

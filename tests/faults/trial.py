@@ -10,7 +10,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from fxcompress.contract import Contract, check
+from fxcompress.checker import check
+from fxcompress.contract import Contract
 from fxcompress.dataflow import ancestors
 from fxcompress.edit import Edit
 from fxcompress.interpret import walk
