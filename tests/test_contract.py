@@ -409,6 +409,76 @@ def test_arguments_that_change_beside_the_edit_are_named() -> None:
     ]
 
 
+def test_a_reader_of_a_folded_constant_that_reads_another_is_named() -> None:
+    """Its site says that the constant is another, not that it reads another constant. Under any contract, since it is no matter of numbers."""
+    program = chain(2)
+    edit, leaf, reader = Edit(program), node(program, "layer_0_weight"), node(program, "linear_default")
+    with edit.site(leaf):
+        edit.fold(leaf, program.constants["layer.0.weight"].clone())
+    reader.args = (reader.args[0], node(program, "layer_1_weight"))
+    (broken,) = [m for m in check(program, edit, Lossy(), program.example) if m.verdict == "broken"]
+    assert (broken.value, broken.why) == ("linear_default", "linear_default reads layer_1_weight where layer_0_weight belongs")
+
+
+def test_an_eps_is_seen_where_operands_are_small() -> None:
+    """On the probe it is a millionth of the variance; of a thousandth of the probe it is as much."""
+    gain = torch.ones(8)
+
+    def normed(eps: float) -> Measured:
+        built = Builder(x=X)
+        program = built.program(built.op(aten.layer_norm.default, built.x, [8], built.constant("gain", gain), None, 1e-6))
+        (norm,) = program.results()
+        edit = Edit(program)
+        with edit.site(norm):
+            edit.update(norm, *norm.args[:4], eps)
+        (result,) = check(program, edit, Exact(), program.example)
+        return result
+
+    assert normed(1e-6).verdict == "held"
+    for fault in (-1e-6, 2e-6, 0.0):
+        assert normed(fault).figure < 1e-4
+        assert (normed(fault).verdict, normed(fault).why.partition("where")[2]) == (
+            "broken",
+            " its operands are 0.001 of what they are on the probe",
+        )
+
+
+def test_noise_is_no_excuse_where_the_old_way_has_none() -> None:
+    """A mask with the wrong sign makes rows that rounding alone decides; of those that it should make rounding decides nothing."""
+    hidden = torch.tensor([0.0, 0, 0, 0, -3e38, -3e38, -3e38, -3e38])
+
+    def masked(sign: float) -> Measured:
+        built = Builder(x=X)
+        mask = built.constant("mask", hidden)
+        program = built.program(built.op(aten.softmax.int, built.op(aten.add.Tensor, built.x, mask), -1))
+        (old,) = program.results()
+        edit = Edit(program)
+        with edit.site(old):
+            scores = edit.insert(aten.add.Tensor, built.x, edit.insert(aten.mul.Tensor, mask, sign, like=old), like=old)
+            edit.replace(old, edit.insert(aten.softmax.int, scores, -1, like=old))
+        (result,) = check(program, edit, Exact(), program.example)
+        return result
+
+    assert masked(-1.0).verdict == "broken"
+    assert masked(1.0).verdict != "broken"
+
+
+def test_a_stored_constant_is_known_to_a_few_roundings() -> None:
+    """Its readers may take it for the old one: the record says what it should be."""
+    for factor, verdict in ((1.0, "held"), (1 + 1e-7, "held"), (1 + 1e-5, "broken")):
+        program = chain(2)
+        edit, leaf = Edit(program), node(program, "layer_0_weight")
+        with edit.site(leaf):
+            edit.carry(leaf, lambda w: w * 1.5)
+            edit.fold(leaf, program.constants["layer.0.weight"] * 1.5 * factor)
+        assert next(m.verdict for m in check(program, edit, Lossy(), program.example) if m.value == leaf.name) == verdict
+
+
+def test_what_lends_its_form_may_change_sign() -> None:
+    program = one_op(aten.zeros_like.default, X)
+    assert measured(program, lambda e, n: e.insert(aten.full_like.default, n.args[0], 0.0, like=n), Exact()).verdict == "held"
+
+
 def test_nobody_looks_at_dead_readers() -> None:
     program, edit = two_layers()
     with program.graph.inserting_before(program.output_node):
