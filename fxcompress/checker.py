@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from fxcompress.contract import MEASURED, Bounded, Contract, Exact, Lossy, Measured
-from fxcompress.dataflow import is_read
+from fxcompress.dataflow import is_read, is_zero
 from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
 from fxcompress.measure import filled, greatest_distance, has_zeros, histograms, relative_error, rounded
@@ -206,9 +206,13 @@ class _Checker:
         return self.contract.worst_block(before, after, pair.new) if is_constant else ""  # type: ignore[union-attr]
 
     def _unseen(self, pair: Pair, env: Mapping[fx.Node, Any], before: Any, floors: Sequence[float], bound: float) -> str:
-        """Why the comparison can't bite; "" if it can."""
+        """Why the comparison can't bite; "" if it can. Zeros that stay zeros have no sign; what they multiply is seen in its own record."""
+        if is_zero(pair.old):
+            return ""
+        zeros = {n.name for n in pair.new.all_input_nodes if is_zero(n)}
+        spared = zeros | ({n.name for n in self.edit.changes if n.op == "get_attr"} if zeros else set())
         for operand, flipped in self._flips(pair.new, env):
-            if self.contract.holds(self._figure(before, flipped, floors), bound):
+            if operand not in spared and self.contract.holds(self._figure(before, flipped, floors), bound):
                 return f"{operand} could change sign unseen"
         return ""
 

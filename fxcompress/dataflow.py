@@ -130,6 +130,11 @@ def is_read(node: fx.Node, operand: fx.Node) -> bool:
     return place is None or any(a is operand for i, a in enumerate(node.args) if i != place) or operand in node.kwargs.values()
 
 
+def is_zero(node: fx.Node) -> bool:
+    """Whether the op makes zeros, whatever the inputs are."""
+    return getattr(node.target, "overloadpacket", None) in (aten.zeros, aten.zeros_like, aten.new_zeros)
+
+
 def ancestors(wanted: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.Node]] = lambda n: n.all_input_nodes) -> set[fx.Node]:
     """These nodes and everything their values depend on. inputs: what a node reads, or read once."""
     found: set[fx.Node] = set()

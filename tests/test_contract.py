@@ -479,6 +479,24 @@ def test_what_lends_its_form_may_change_sign() -> None:
     assert measured(program, lambda e, n: e.insert(aten.full_like.default, n.args[0], 0.0, like=n), Exact()).verdict == "held"
 
 
+@pytest.mark.parametrize(("made", "verdict"), [(aten.zeros_like.default, "held"), (aten.relu.default, "unverified")])
+def test_zeros_have_no_sign(made: Any, verdict: str) -> None:
+    """A layer of zeros, and of what is 0 on the probe alone, scaled against it: its weight is seen in its own record."""
+    built = Builder(x=-X.abs())
+    zeros = built.op(made, built.x)
+    program = built.program(built.op(aten.linear.default, zeros, weight := built.constant("w", seeded(5, 8)), built.constant("b", seeded(5))))
+    edit = Edit(program)
+    with edit.site(weight):
+        edit.carry(zeros, lambda z: z / 1.5)
+        edit.carry(weight, lambda w: w * 1.5)
+        edit.fold(weight, program.constants["w"] * 1.5)
+    assert {m.value: m.verdict for m in check(program, edit, Exact(), program.example)} == {
+        zeros.name: "held",
+        "w": "held",
+        "linear_default": verdict,
+    }
+
+
 def test_nobody_looks_at_dead_readers() -> None:
     program, edit = two_layers()
     with program.graph.inserting_before(program.output_node):
