@@ -1,4 +1,4 @@
-"""contract.check: what is held, broken and unverified, which site is blamed, and what the walk costs."""
+"""checker.check: what is held, broken and unverified, which site is blamed, and what the walk costs."""
 
 from __future__ import annotations
 
