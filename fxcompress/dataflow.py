@@ -96,6 +96,13 @@ VIEWS: Mapping[Any, Callable[..., Axes]] = {
 _MOVING = "to _to_copy view reshape transpose permute t expand unsqueeze squeeze flatten unflatten contiguous clone select slice mT"
 _MOVES = frozenset(getattr(torch.ops.aten, name) for name in _MOVING.split())
 
+_LENDERS = {  # per op the place of the operand of which it takes only the form
+    **dict.fromkeys((getattr(aten, f"{name}_like") for name in ("zeros", "ones", "full", "empty")), 0),
+    **dict.fromkeys((getattr(aten, f"new_{name}") for name in ("zeros", "ones", "full", "empty")), 0),
+    **dict.fromkeys((aten.view_as, aten.reshape_as, aten.expand_as, aten.type_as), 1),
+    aten.sym_size: 0,
+}
+
 _UNOPENED = "einsum bilinear _trilinear tensordot lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell mv dot addbmm cdist"
 UNOPENED = frozenset(_UNOPENED.split())  # ops that multiply by a weight in a way this table doesn't tell
 
@@ -117,15 +124,26 @@ def pads_with_zeros(node: fx.Node) -> bool:
     return is_constant and all(isinstance(n, int) and n >= 0 for n in sizes)  # type: ignore[union-attr]
 
 
-def ancestors(wanted: Iterable[fx.Node]) -> set[fx.Node]:
-    """These nodes and everything their values depend on."""
+def is_read(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether the op reads the numbers of an operand, not its form alone."""
+    place = _LENDERS.get(getattr(node.target, "overloadpacket", None))
+    return place is None or any(a is operand for i, a in enumerate(node.args) if i != place) or operand in node.kwargs.values()
+
+
+def is_zero(node: fx.Node) -> bool:
+    """Whether the op makes zeros, whatever the inputs are."""
+    return getattr(node.target, "overloadpacket", None) in (aten.zeros, aten.zeros_like, aten.new_zeros)
+
+
+def ancestors(wanted: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.Node]] = lambda n: n.all_input_nodes) -> set[fx.Node]:
+    """These nodes and everything their values depend on. inputs: what a node reads, or read once."""
     found: set[fx.Node] = set()
     stack = list(wanted)
     while stack:
         node = stack.pop()
         if node not in found:
             found.add(node)
-            stack.extend(node.all_input_nodes)
+            stack.extend(inputs(node))
     return found
 
 

@@ -64,6 +64,7 @@ class Edit:
         self.loose: dict[fx.Node, None] = {}  # old values that nothing is said about any more, and no site compares
         self.changes: dict[fx.Node, list[Callable[[Any], Any]]] = {}  # per old value what happens to it, one after the other; else nothing
         self.rewired: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}  # per reader what it was given in place of what, one after the other
+        self.updated: set[fx.Node] = set()  # old nodes that were given other arguments
         self.nulls: set[fx.Node] = set()  # values whose zeros are 0 for every input, as the pass has shown: nothing hides behind them
         self._undo: list[Callable[[], None]] = []
         self._erased: dict[fx.Node, None] = {}
@@ -145,6 +146,7 @@ class Edit:
         self._undo.append(lambda: _set(node, old_args, old_kwargs, old_op))
         _set(node, args, kwargs, op or old_op)
         self._site().touched.append(node)
+        self.updated.add(node)
 
     def reshape(self, node: fx.Node, shape: list[Any]) -> None:
         """The node's value has another shape from now on; its fake value follows."""
@@ -174,6 +176,7 @@ class Edit:
         self._undo.clear()
         self._erased.clear()
         self.rewired.clear()
+        self.updated.clear()
         self.sites.clear()
 
     def commit(self) -> list[str]:

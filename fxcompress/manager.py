@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from fxcompress import contract as contracts
+from fxcompress import checker
 from fxcompress.calibrate.statistics import Statistics
 from fxcompress.contract import Exact, Measured
 from fxcompress.edit import Edit, Site
@@ -136,7 +136,7 @@ class Manager:
         if self.check != "each" or not edit.sites:
             return []
         contract = item.contract if step.limit is None else replace(item.contract, limit=step.limit)
-        measured = contracts.check(self.program, edit, contract, self.probe)
+        measured = checker.check(self.program, edit, contract, self.probe)
         if broken := [m for m in measured if m.verdict == "broken"]:
             raise _violation(item, broken, len(edit.sites))
         unseen = [m for m in measured if m.verdict == "unverified"]

@@ -1,6 +1,7 @@
 """Who reads what in an open edit, against what the edit says.
 
-A node that no site touched reads what it read before, or what the edit put in its place: nothing else, and never what was replaced.
+A node that was given no other arguments reads what it read before, or what the edit put in its place: nothing else, and never what was
+replaced.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ class Misread(NamedTuple):
 
 
 def misreads(edit: Edit) -> Iterator[Misread]:
-    """Every old, untouched, live node whose arguments aren't the ones it had, with what `Edit.replace` put in place of some."""
-    touched = {n for site in edit.sites for n in site.touched}
+    """Every old, live node that wasn't updated and whose arguments aren't the ones it had, with what `Edit.replace` put in place of some."""
     alive = ancestors([edit.program.output_node])
     for step in edit.before:
-        if step.node in alive and step.node not in touched:
+        if step.node in alive and step.node not in edit.updated:
             wanted: Any = step.args, step.kwargs
             for old, new in edit.rewired.get(step.node, ()):
                 wanted = fx.node.map_arg(wanted, lambda n: new if n is old else n)  # noqa: B023 - called before the next one

@@ -1,4 +1,4 @@
-"""contract.check: what is held, broken and unverified, which site is blamed, and what the walk costs."""
+"""checker.check: what is held, broken and unverified, which site is blamed, and what the walk costs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fxcompress import contract as contracts
-from fxcompress.contract import Bounded, Contract, Exact, Lossy, Measured, check
+from fxcompress import checker
+from fxcompress.checker import check
+from fxcompress.contract import Bounded, Contract, Exact, Lossy, Measured
 from fxcompress.edit import Edit, Step
 from fxcompress.measure import relative_error
 from fxcompress.numerics import formats, noise
@@ -312,7 +313,7 @@ def test_memory_of_the_walk_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Old values are freed, without the garbage collector, once everything that compares with them has: a layer's worth is alive."""
     made: list[weakref.ref[Tensor]] = []
     most = 0
-    evaluate = contracts._evaluate
+    evaluate = checker._evaluate
 
     def counting(step: Step, *rest: Any) -> Tensor:
         nonlocal most
@@ -323,7 +324,7 @@ def test_memory_of_the_walk_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         return value
 
     program = chain(100)
-    monkeypatch.setattr(contracts, "_evaluate", counting)
+    monkeypatch.setattr(checker, "_evaluate", counting)
     gc.disable()
     try:
         result = check(program, remade(program, lambda number, e, n: anew(e, n)), Exact(), program.example)
@@ -336,8 +337,8 @@ def test_memory_of_the_walk_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_what_the_sites_need_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    evaluate = contracts._evaluate
-    monkeypatch.setattr(contracts, "_evaluate", lambda step, *rest: seen.append(step.node.name) or evaluate(step, *rest))
+    evaluate = checker._evaluate
+    monkeypatch.setattr(checker, "_evaluate", lambda step, *rest: seen.append(step.node.name) or evaluate(step, *rest))
     program = chain(50)
     edit = remade(program, lambda number, e, n: anew(e, n) if number < 2 else n)
     edit.sites[2:] = []
@@ -406,6 +407,94 @@ def test_arguments_that_change_beside_the_edit_are_named() -> None:
     assert the_broken(program, edit) == [
         ("layer.0  (add_tensor)", "add_tensor", "the arguments of add_tensor are others than before, and no site says so")
     ]
+
+
+def test_a_reader_of_a_folded_constant_that_reads_another_is_named() -> None:
+    """Its site says that the constant is another, not that it reads another constant. Under any contract, since it is no matter of numbers."""
+    program = chain(2)
+    edit, leaf, reader = Edit(program), node(program, "layer_0_weight"), node(program, "linear_default")
+    with edit.site(leaf):
+        edit.fold(leaf, program.constants["layer.0.weight"].clone())
+    reader.args = (reader.args[0], node(program, "layer_1_weight"))
+    (broken,) = [m for m in check(program, edit, Lossy(), program.example) if m.verdict == "broken"]
+    assert (broken.value, broken.why) == ("linear_default", "linear_default reads layer_1_weight where layer_0_weight belongs")
+
+
+def test_an_eps_is_seen_where_operands_are_small() -> None:
+    """On the probe it is a millionth of the variance; of a thousandth of the probe it is as much."""
+    gain = torch.ones(8)
+
+    def normed(eps: float) -> Measured:
+        built = Builder(x=X)
+        program = built.program(built.op(aten.layer_norm.default, built.x, [8], built.constant("gain", gain), None, 1e-6))
+        (norm,) = program.results()
+        edit = Edit(program)
+        with edit.site(norm):
+            edit.update(norm, *norm.args[:4], eps)
+        (result,) = check(program, edit, Exact(), program.example)
+        return result
+
+    assert normed(1e-6).verdict == "held"
+    for fault in (-1e-6, 2e-6, 0.0):
+        assert normed(fault).figure < 1e-4
+        assert (normed(fault).verdict, normed(fault).why.partition("where")[2]) == (
+            "broken",
+            " its operands are 0.001 of what they are on the probe",
+        )
+
+
+def test_noise_is_no_excuse_where_the_old_way_has_none() -> None:
+    """A mask with the wrong sign makes rows that rounding alone decides; of those that it should make rounding decides nothing."""
+    hidden = torch.tensor([0.0, 0, 0, 0, -3e38, -3e38, -3e38, -3e38])
+
+    def masked(sign: float) -> Measured:
+        built = Builder(x=X)
+        mask = built.constant("mask", hidden)
+        program = built.program(built.op(aten.softmax.int, built.op(aten.add.Tensor, built.x, mask), -1))
+        (old,) = program.results()
+        edit = Edit(program)
+        with edit.site(old):
+            scores = edit.insert(aten.add.Tensor, built.x, edit.insert(aten.mul.Tensor, mask, sign, like=old), like=old)
+            edit.replace(old, edit.insert(aten.softmax.int, scores, -1, like=old))
+        (result,) = check(program, edit, Exact(), program.example)
+        return result
+
+    assert masked(-1.0).verdict == "broken"
+    assert masked(1.0).verdict != "broken"
+
+
+def test_a_stored_constant_is_known_to_a_few_roundings() -> None:
+    """Its readers may take it for the old one: the record says what it should be."""
+    for factor, verdict in ((1.0, "held"), (1 + 1e-7, "held"), (1 + 1e-5, "broken")):
+        program = chain(2)
+        edit, leaf = Edit(program), node(program, "layer_0_weight")
+        with edit.site(leaf):
+            edit.carry(leaf, lambda w: w * 1.5)
+            edit.fold(leaf, program.constants["layer.0.weight"] * 1.5 * factor)
+        assert next(m.verdict for m in check(program, edit, Lossy(), program.example) if m.value == leaf.name) == verdict
+
+
+def test_what_lends_its_form_may_change_sign() -> None:
+    program = one_op(aten.zeros_like.default, X)
+    assert measured(program, lambda e, n: e.insert(aten.full_like.default, n.args[0], 0.0, like=n), Exact()).verdict == "held"
+
+
+@pytest.mark.parametrize(("made", "verdict"), [(aten.zeros_like.default, "held"), (aten.relu.default, "unverified")])
+def test_zeros_have_no_sign(made: Any, verdict: str) -> None:
+    """A layer of zeros, and of what is 0 on the probe alone, scaled against it: its weight is seen in its own record."""
+    built = Builder(x=-X.abs())
+    zeros = built.op(made, built.x)
+    program = built.program(built.op(aten.linear.default, zeros, weight := built.constant("w", seeded(5, 8)), built.constant("b", seeded(5))))
+    edit = Edit(program)
+    with edit.site(weight):
+        edit.carry(zeros, lambda z: z / 1.5)
+        edit.carry(weight, lambda w: w * 1.5)
+        edit.fold(weight, program.constants["w"] * 1.5)
+    assert {m.value: m.verdict for m in check(program, edit, Exact(), program.example)} == {
+        zeros.name: "held",
+        "w": "held",
+        "linear_default": verdict,
+    }
 
 
 def test_nobody_looks_at_dead_readers() -> None:

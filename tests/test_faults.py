@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxcompress.contract import Contract, Exact, Lossy, check
+from fxcompress.checker import check
+from fxcompress.contract import Contract, Exact, Lossy
 from fxcompress.edit import Edit
 from fxcompress.program import Program
 from fxcompress.transport import Kind, Seed, Transport

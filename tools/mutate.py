@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from fxcompress.contract import check
+from fxcompress.checker import check
 from fxcompress.edit import Edit
 from tests.faults import faults
 from tests.faults.cases import CASES, Case

@@ -56,6 +56,7 @@ class Transport:
         given, passed_over = dict(choices or {}), False
 
         def attempt(routes: Mapping[fx.Node, str], is_frugal: bool = False) -> Plan:
+            """One solve by these routes."""
             nonlocal passed_over
             solver = Solver(self.facts, Kind(kind), {**given, **routes}, shuffle, is_open, is_frugal)
             for seed in seeds:

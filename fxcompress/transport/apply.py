@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from fxcompress.edit import Edit, Site
 from fxcompress.interpret import evaluate
 from fxcompress.transport.change import Change, Elementwise, applied
+from fxcompress.transport.facts import FILLED, filling
 from fxcompress.transport.labels import Kind, Label
 from fxcompress.transport.plan import Plan
 from fxcompress.transport.resize import Resizer
@@ -84,6 +86,24 @@ class Applied:
         alpha = self.plan.facts.arguments(node).get("alpha", 1)
         kwargs = {} if alpha == 1 else {"alpha": alpha}
         return self.edit.update(node, node.args[0], vector, op=WITH_TENSOR[node.target], **kwargs)
+
+    def _filled(self, extra: Extra) -> None:
+        """One number everywhere -> a vector, repeated."""
+        node = extra.node
+        change = self.changes.get(node)
+        if change is None:
+            return None
+        if node.target not in FILLED:  # another plan has made it a vector
+            return self._rechange(node, node.args[0], lambda old: change(old.expand(np.broadcast_shapes(old.shape, extra.index.shape))))
+        given = self.plan.facts.arguments(node)
+        vector = self._constant(node, "constant", change(torch.full(self._varying(node), filling(node), dtype=torch.float64)))
+        if "size" in given:
+            return self.edit.update(node, vector, given["size"], op=aten.expand.default)
+        return self.edit.update(node, vector, given["self"], op=aten.expand_as.default)
+
+    def _varying(self, node: fx.Node) -> tuple[int, ...]:
+        """The sizes of a value, 1 along axes on which none of its labels varies."""
+        return np.broadcast_shapes(*(label.index.shape for label in self.plan.values[node]))
 
     def _bias(self, extra: Extra) -> None:
         """A bias where there was none."""

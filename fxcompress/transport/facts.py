@@ -17,6 +17,11 @@ KEEPING = (aten.expand.default, aten.expand_as.default, aten.clone.default, aten
 Dim = Any  # an int, or a sympy expression where dynamic
 Shape = tuple[Dim, ...]
 Groups = list[tuple[list[int], list[int]]]  # per group: axes before, axes after, of equal product
+FILLED: dict[Any, float | None] = {  # ops that make a value of one number; None where an argument gives it
+    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0.0),
+    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1.0),
+    **dict.fromkeys((aten.full.default, aten.full_like.default, aten.new_full.default), None),
+}
 
 
 class Facts:
@@ -101,6 +106,12 @@ def arguments(node: fx.Node) -> dict[str, Any]:
         return {str(i): a for i, a in enumerate(node.args)}
     given = {**{a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}, **node.kwargs}
     return {a.name: given.get(a.name, a.default_value) for a in schema.arguments}
+
+
+def filling(node: fx.Node) -> Any:
+    """The number, or the node that computes it, that an op of FILLED writes everywhere."""
+    number = FILLED[node.target]
+    return arguments(node)["fill_value"] if number is None else number
 
 
 def is_getitem(node: fx.Node) -> bool:

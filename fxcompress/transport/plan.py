@@ -191,10 +191,10 @@ def solved(solver: Solver) -> Plan:
     for node in solver.pending():
         relate(solver, node)
     classes = solver.classes
-    values = {n: tuple(labels) for n, labels in solver.values.items() if labels}
+    values = {n: tuple(labels) for n, labels in solver.values.items() if labels and isinstance(n, fx.Node)}
     roots = classes.parent[:-1]
     is_pinned = classes.pinned[roots] != FREE
-    raw = classes.blocks([label.index for labels in values.values() for label in labels]) if solver.kind.is_mixing else roots
+    raw = classes.blocks([label.index for labels in solver.values.values() for label in labels]) if solver.kind.is_mixing else roots
     if solver.kind == Kind.ROTATE:
         is_pinned = np.isin(raw, raw[is_pinned])
     free, number = np.unique(np.where(is_pinned, UNSET, roots), return_inverse=True)

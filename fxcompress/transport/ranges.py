@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.dataflow import WEIGHT_ARGUMENTS, is_move
-from fxcompress.transport.facts import Facts
+from fxcompress.transport.facts import FILLED, Facts, filling
 
 aten = torch.ops.aten
 Range = tuple[float, float]
@@ -39,6 +39,8 @@ def _range(facts: Facts, node: fx.Node) -> Range:
         return ANY
     if is_move(node) or node.target in FIRST:
         return range_of(facts, node.all_input_nodes[0])
+    if node.target in FILLED:
+        return range_of(facts, filling(node))
     if node.target in COMPUTING:
         return (-COMPUTED, COMPUTED)
     rule = RULES.get(node.target)
@@ -63,6 +65,7 @@ def _hull(*names: str) -> Callable[[Facts, dict[str, Any]], Range]:
     """Any of these operands."""
 
     def rule(facts: Facts, given: dict[str, Any]) -> Range:
+        """All that they span."""
         return _around([range_of(facts, given[name]) for name in names])
 
     return rule
@@ -76,6 +79,7 @@ def _sum(sign: float, is_reversed: bool = False) -> Callable[[Facts, dict[str, A
     """a + sign alpha b; reversed: b + sign alpha a."""
 
     def rule(facts: Facts, given: dict[str, Any]) -> Range:
+        """By the ends of both."""
         alpha = given.get("alpha", 1)
         first, second = (range_of(facts, given[name]) for name in (("other", "self") if is_reversed else ("self", "other")))
         if not isinstance(alpha, int | float):
@@ -111,8 +115,5 @@ RULES: Mapping[Any, Callable[[Facts, dict[str, Any]], Range]] = {
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _sum(-1)),
     **dict.fromkeys((aten.rsub.Tensor, aten.rsub.Scalar), _sum(-1, is_reversed=True)),
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _times),
-    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), lambda facts, given: (0.0, 0.0)),
-    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), lambda facts, given: (1.0, 1.0)),
-    **dict.fromkeys((aten.full.default, aten.full_like.default, aten.new_full.default), _hull("fill_value")),
     **dict.fromkeys((aten.cat.default, aten.stack.default), lambda facts, given: _around([range_of(facts, t) for t in given["tensors"]])),
 }

@@ -18,7 +18,7 @@ from fxcompress.transport.facts import Facts, outputs
 aten = torch.ops.aten
 SIZED = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default, aten.broadcast_to.default),
-    *(aten.zeros.default, aten.ones.default, aten.full.default),
+    *(aten.zeros.default, aten.ones.default, aten.full.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
 )
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
 
@@ -76,7 +76,7 @@ class Resizer:
             return self._attended(node)
         if "conv" in str(target):
             return self._convolved(node)
-        if target in (aten.roll.default, aten.index_select.default, aten.slice_scatter.default, aten.select_scatter.default):
+        if target in (aten.roll.default, aten.index_select.default, aten.index.Tensor, aten.slice_scatter.default, aten.select_scatter.default):
             return self._refused(node)
         return {"output_size": None} if target is aten.repeat_interleave.self_int and node.kwargs.get("output_size") else None
 
@@ -169,6 +169,8 @@ class Resizer:
     def _refused(self, node: fx.Node) -> Any:
         given = self.facts.arguments(node)
         dims = given.get("dims") or [given.get("dim", 0)]
+        if node.target is aten.index.Tensor:  # computed positions tell no channels apart
+            dims = [a for a, i in enumerate(given["indices"]) if i is not None and self.facts.program.constant(i) is not None]
         rank = len(self.facts.shape(given["self"]))  # type: ignore[arg-type]
         return self._refuse(node) if any(self._kept_along(given["self"], d % rank) is not None for d in dims) else None
 

@@ -28,8 +28,8 @@ class Seed:
 class Extra:
     """Something an op gains when the change is applied; index is over the operand it gains.
 
-    role "bias", "gain": a new operand; "literal": a number becomes a vector; "input": the op's input is shifted, and its bias takes W z off;
-    there the index is over the letters of `port`, the weight.
+    role "bias", "gain": a new operand; "literal": a number becomes a vector; "filled": the op made one number everywhere, and repeats a vector;
+    "input": the op's input is shifted, and its bias takes W z off; there the index is over the letters of `port`, the weight.
     """
 
     node: fx.Node
@@ -37,6 +37,20 @@ class Extra:
     index: Index
     power: float
     port: Any = None
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A value that an op computes on its way and hands to nobody. of: the op; number: which of them."""
+
+    of: fx.Node
+    number: int
+    sizes: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """The op's."""
+        return f"part of {self.of.name}"
 
 
 class Solver:
@@ -54,7 +68,7 @@ class Solver:
         self.facts, self.kind, self.is_open, self.is_frugal = facts, kind, is_open, is_frugal
         self.passed_over = False  # whether a factor that is narrower than a label could have taken it
         self.classes = Classes()
-        self.values: dict[fx.Node, list[Label]] = {}
+        self.values: dict[fx.Node | Inner, list[Label]] = {}
         self.stops: list[Stop] = []
         self.seeds: list[tuple[Seed, Index]] = []
         self.loose: dict[fx.Node, None] = {}
@@ -81,11 +95,11 @@ class Solver:
 
     def labels(self, value: Any) -> tuple[Label, ...]:
         """The labels of a value; a literal has none."""
-        return tuple(self.values.get(value, ())) if isinstance(value, fx.Node) else ()
+        return tuple(self.values.get(value, ())) if isinstance(value, fx.Node | Inner) else ()
 
     def shape(self, value: Any) -> tuple[Any, ...]:
         """The value's sizes; () for a literal."""
-        return (self.facts.shape(value) or ()) if isinstance(value, fx.Node) else ()
+        return value.sizes if isinstance(value, Inner) else (self.facts.shape(value) or ()) if isinstance(value, fx.Node) else ()
 
     def args(self, node: fx.Node) -> dict[str, Any]:
         """The op's arguments by name."""
@@ -93,23 +107,23 @@ class Solver:
 
     def put(self, value: Any, index: Index, power: float = 1.0) -> None:
         """The value carries this label: merged into what it carries already. Where the value is narrower, parameters are united."""
-        if not isinstance(value, fx.Node) or (index == UNSET).all():
+        if not isinstance(value, fx.Node | Inner) or (index == UNSET).all():
             return
-        shape = self.facts.shape(value)
+        shape = value.sizes if isinstance(value, Inner) else self.facts.shape(value)
         if shape is None:
             return self.stop(value, index, f"the form of {value.name} is not known")
         index = canon(self._fitted(index, shape))
         if index.size == 1:
             return self.stop(value, index, f"{value.name} can't tell these channels apart")
-        if not self.kind.is_mixing and not self._is_float(value):
+        if not self.kind.is_mixing and isinstance(value, fx.Node) and not self._is_float(value):
             return self.stop(value, index, f"{value.name} holds {self.facts.value(value).dtype}, which no {self.kind} fits")
         if self._merge(value, index, power if self.kind in (Kind.SCALE, Kind.SHIFT) else 1.0):
             self.queue(value)
 
-    def stop(self, node: fx.Node, index: Index, reason: str) -> None:
+    def stop(self, node: fx.Node | Inner, index: Index, reason: str) -> None:
         """Pin the classes in a label."""
         if self.classes.pin(index, len(self.stops)):
-            self.stops.append(Stop(node, reason))
+            self.stops.append(Stop(node.of if isinstance(node, Inner) else node, reason))
 
     def stop_all(self, node: fx.Node, values: Iterable[Any], reason: str) -> None:
         """Pin everything these values carry."""
@@ -133,7 +147,7 @@ class Solver:
 
     def is_flat_in_rows(self, tag: Any, value: Any, index: Index) -> bool:
         """Whether a value has one position along the last labelled axis; then channels that differ along its other axes may not mix."""
-        shape = (self.facts.distinct(value) or ()) if isinstance(value, fx.Node) else ()
+        shape = (self.facts.distinct(value) or ()) if isinstance(value, fx.Node) else self.shape(value)
         lead = index.ndim - len(shape)
         slot = [a for a, n in enumerate(index.shape) if n > 1]
         own = [a for a in slot if a >= lead and shape[a - lead] != 1]
@@ -157,9 +171,9 @@ class Solver:
         """One parameter along each of the axes."""
         return self.classes.coarsen(index, axes)
 
-    def queue(self, value: fx.Node) -> None:
+    def queue(self, value: fx.Node | Inner) -> None:
         """Ask the relations around a value again."""
-        for node in (value, *value.users):
+        for node in (value.of,) if isinstance(value, Inner) else (value, *value.users):
             at = node.args[0] if is_getitem(node) else node
             if at not in self._queued and isinstance(at, fx.Node):
                 self._queued.add(at)
@@ -187,7 +201,7 @@ class Solver:
         assert all(not isinstance(shape[a], int) or shape[a] == 1 for a in narrow), f"a label of {index.shape} on a value of {shape}"
         return self.coarsen(index, narrow)
 
-    def _merge(self, value: fx.Node, index: Index, power: float) -> bool:
+    def _merge(self, value: fx.Node | Inner, index: Index, power: float) -> bool:
         """Whether a position became known."""
         labels = self.values.setdefault(value, [])
         for label in labels:
@@ -204,7 +218,7 @@ class Solver:
         labels.append(Label(index, power))
         return True
 
-    def _without_conflict(self, value: fx.Node, label: Label, index: Index) -> Index:
+    def _without_conflict(self, value: fx.Node | Inner, label: Label, index: Index) -> Index:
         """The index without the positions where the label acts with another power; what meets there is pinned."""
         old, new = np.broadcast_arrays(label.index, index)
         both = (old != UNSET) & (new != UNSET)

@@ -61,7 +61,9 @@ def is_zeroed(program: Program, use: WeightUse, side: str) -> bool:
 
 def remove(engine: Transport, use: WeightUse, side: str, edit: Edit) -> Reject | None:
     """Remove what nobody reads among the layer's input channels, or its own. Returns why nothing can go."""
-    x = next(n for n in use.node.all_input_nodes if not engine.facts.is_constant(n)) if side == "in" else use.node
+    x = use.node if side == "out" else next((n for n in use.node.all_input_nodes if not engine.facts.is_constant(n)), None)
+    if x is None:
+        return Reject("{} reads constants only", use.node)
     plan = engine.solve(Kind.REMOVE, Seed(x, (-1 if use.family == "linear" else 1,)))
     if not plan.count:
         return Reject("{}", plan.reason())

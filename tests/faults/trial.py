@@ -10,7 +10,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from fxcompress.contract import Contract, check
+from fxcompress.checker import check
+from fxcompress.contract import Contract
 from fxcompress.dataflow import ancestors
 from fxcompress.edit import Edit
 from fxcompress.interpret import walk
@@ -85,10 +86,10 @@ class Trial:
 
 
 def kept_nodes(edit: Edit) -> set[fx.Node]:
-    """The live values that something is said about: the old ones, and those in the place of old ones."""
+    """The live values that something is said about: the old ones, and those in the place of old ones; none that nobody has written yet."""
     old = {s.node for s in edit.before if s.node.op == "call_function"}
     new = {n for site in edit.sites for n in site.replaced.values()}
-    return ancestors([edit.program.output_node]) & (old | new)
+    return {n for n in ancestors([edit.program.output_node]) & (old | new) if "empty" not in str(n.target)}
 
 
 def drawn(program: Program, seed: int) -> list[Tensor]:

@@ -61,6 +61,20 @@ def test_gain(body: Callable[..., Tensor], gain: Tensor) -> None:
     assert error(before, after) < 1e-5
 
 
+def test_gain_and_beta_go_to_products_without_a_bias() -> None:
+    """They get an addition, which stands for the product from then on."""
+    before = function(lambda x, g, b, w: nnf.layer_norm(x, (6,), g, b) @ w, X, g=G, b=B, w=W.T.contiguous(), dynamic=False)
+    after, report = run(before, folding(beta=True))
+    assert (report.fired, declined(report)) == (3, [])
+    assert text(after) == lines("""
+        layer_norm = layer_norm(x, [6], %g, None, 1e-05, False)
+        matmul_default = matmul(layer_norm, %w)
+        add_tensor = add.Tensor(matmul_default, %matmul.bias)
+        return add_tensor
+    """)
+    assert error(before, after) < 1e-5
+
+
 def test_beta_stays() -> None:
     after, report = run(layer_norm(), folding())
     assert text(after) == text(layer_norm())

@@ -161,6 +161,22 @@ def test_a_head_goes_from_a_mask_made_in_the_graph() -> None:
     assert error(before, after, [seeded(2, 5, 6, seed=8)]) < 1e-6
 
 
+def test_a_head_goes_from_a_key_of_zeros() -> None:
+    """One more key and value of zeros for every head, in a literal size, as attention that may look at nothing has them."""
+
+    def padded(x: Tensor, **weights: Tensor) -> Tensor:
+        q, k, v = (split(nnf.linear(x, weights[n])) for n in ("wq", "wk", "wv"))
+        nothing = x.new_zeros(x.shape[0], HEADS, 1, 2)
+        k, v = (torch.cat([t, nothing], 2) for t in (k, v))
+        return nnf.linear(merged(nnf.scaled_dot_product_attention(q, k, v)), weights["wo"])
+
+    before = function(padded, X, **pruned("out"))
+    after, report = run(before, RemoveChannels())
+    assert (report.fired, declined(report)) == (1, [])
+    assert after.constants["wo"].shape == (6, 4)
+    assert error(before, after, [seeded(2, 5, 6, seed=8)]) < 1e-6
+
+
 def test_the_same_channels_go_from_heads_that_must_all_stay() -> None:
     """Heads and examples in one axis: the number of heads can't change."""
 
@@ -209,11 +225,41 @@ def test_shared_keys_and_values_go_with_all_that_read_them() -> None:
     assert [tuple(after.constants[n].shape) for n in shapes] == [(4, 6), (2, 6), (2, 6), (5, 4)]
 
 
-def test_null_values_in_a_fused_weight_are_not_seen() -> None:
-    """Their class has the rows of queries and keys too, which aren't 0: declined, though they could go."""
-    before, _ = run(function(fused, X, **pruned("values")), "tidy.fold_constants")
-    _, report = run(before, RemoveChannels())
-    assert (report.fired, [reason for _, reason in declined(report)]) == (0, ["every channel is read by some layer"])
+def fused_with(zeros: tuple[str, ...], bias: Tensor) -> Program:
+    """One weight for queries, keys and values; the rows of the first head are 0 in those named, and the bias of all three is one."""
+    weights = ATTENTION | {n: ATTENTION[n] * FIRST[:, None] for n in zeros} | {"bv": bias}
+    return run(function(fused, X, **weights), "tidy.fold_constants")[0]
+
+
+def test_a_head_of_null_values_in_a_fused_weight_goes() -> None:
+    """Its queries and keys, in the same weight, aren't 0, but only weigh its values."""
+    before = fused_with(("wv",), ATTENTION["bv"] * FIRST)
+    after, report = run(before, RemoveChannels())
+    assert (report.fired, declined(report)) == (1, [])
+    assert sorted(tuple(t.shape) for t in after.constants.values() if t.dim() == 2) == [(6, 4), (12, 6)]
+    assert error(before, after, [seeded(2, 5, 6, seed=8)]) < 1e-6
+
+
+@pytest.mark.parametrize(("zeros", "bias"), [(("wq", "wk"), ATTENTION["bv"] * FIRST), (("wv",), ATTENTION["bv"])])
+def test_a_head_whose_values_are_not_null_stays(zeros: tuple[str, ...], bias: Tensor) -> None:
+    """Null queries and keys weigh all values alike; rows of zeros with a bias are the bias."""
+    _, report = run(fused_with(zeros, bias), RemoveChannels())
+    assert (report.fired, {reason for _, reason in declined(report)}) == (0, {"every channel is read by some layer"})
+
+
+@pytest.mark.parametrize(("second", "left"), [(1, 6), (0, 8)])
+def test_a_channel_that_stands_twice(second: int, left: int) -> None:
+    """Once it is 0, once nobody reads it; or in the second place too it is read."""
+
+    def twice(x: Tensor, w: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        first, other = nnf.linear(x, w), nnf.linear(x, u)
+        return nnf.linear(torch.cat([first + first.relu(), other * first.sigmoid()], -1), v)
+
+    read = torch.cat([torch.ones(8), ALIVE if second else torch.ones(8)])
+    before = function(twice, X, w=W * ALIVE[:, None], u=seeded(8, 6, seed=9), v=seeded(5, 16, seed=3) * read, dynamic=False)
+    after, report = run(before, RemoveChannels())
+    assert (after.constants["w"].shape[0], bool(report.fired)) == (left, left < 8)
+    assert error(before, after) < 1e-6
 
 
 def test_half_a_head_stays() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812 - as everybody writes it
 from torch import Tensor
 
 from fxcompress.calibrate.statistics import Statistics
-from fxcompress.contract import check
+from fxcompress.checker import check
 from fxcompress.interpret import run as interpret
 from fxcompress.manager import Manager
 from fxcompress.measure import relative_error

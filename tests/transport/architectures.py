@@ -43,7 +43,6 @@ NAMES = (
     *("llama", "qwen2", "gemma2", "mixtral", "gpt2", "opt", "bert", "t5", "vit", "swin", "sam"),
     *("dit", "pixart", "sd3", "flux", "unet2d_cond", "unet3d_cond"),
 )
-UNJUDGED = ("unet3d_cond",)  # the oracle takes too long for three dimensions
 LIMIT, OUTLIER = 1e-5, 20.0
 READ = (
     "is read by some layer",
@@ -278,7 +277,7 @@ def main() -> None:
     """Write the table."""
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     for name in sys.argv[1:] or NAMES:
-        table[name] = entry(name, judged=name not in UNJUDGED)
+        table[name] = entry(name)
         TABLE.write_text(json.dumps({n: table[n] for n in NAMES if n in table}, indent=1) + "\n")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxcompress.contract import Exact, check
+from fxcompress.checker import check
+from fxcompress.contract import Exact
 from fxcompress.edit import Edit
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
@@ -83,7 +85,8 @@ def error(before: Sequence[Any], after: Sequence[Any]) -> float:
 
 
 def proved(program: Program, plan: Plan, vector: Any) -> dict[str, float]:
-    """Apply a plan, measure outputs, audit and contract, roll back. Returns the figures; `broken` counts what the contract refuses."""
+    """Apply a plan, measure outputs, audit and contract, roll back. Returns the figures; `broken` and `unverified` count what the contract
+    refuses, and what it can't see."""
     old, before = program.copy(), run(program, program.example)
     edit = Edit(program)
     plan.apply(edit, vector)
@@ -91,8 +94,9 @@ def proved(program: Program, plan: Plan, vector: Any) -> dict[str, float]:
     audit = plan.audit(old, program, vector, program.example)
     checks = check(program, edit, Exact(limit=1e-9), program.example)
     edit.rollback()
-    broken = [m for m in checks if m.verdict == "broken"]
-    return {"output": error(before, after), "audit": max(audit.values(), default=0.0), "broken": len(broken), "checks": len(checks)}
+    verdicts = Counter(m.verdict for m in checks)
+    figures = {"output": error(before, after), "audit": max(audit.values(), default=0.0), "checks": len(checks)}
+    return {**figures, "broken": verdicts["broken"], "unverified": verdicts["unverified"]}
 
 
 def solve(program: Program, kind: Kind, *seeds: Any, **more: Any) -> Plan:

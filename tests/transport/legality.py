@@ -49,7 +49,7 @@ class Row:
 
 
 def confirm(row: Row) -> None:
-    """A landing is exact for a random vector; a refusal names its node and reason."""
+    """A landing is exact for a random vector, and checked everywhere; a refusal names its node and reason."""
     program = row.program()
     plan = row.plan(program)
     stop = next(iter(plan.pinned), None)
@@ -60,3 +60,4 @@ def confirm(row: Row) -> None:
         assert max(figures["output"], figures["audit"]) < LIMIT
         assert figures["checks"]
         assert not figures["broken"]
+        assert not figures["unverified"]

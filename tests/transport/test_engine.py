@@ -11,7 +11,8 @@ import torch
 from hypothesis import assume, given, note, settings
 from torch import Tensor, fx
 
-from fxcompress.contract import Exact, check
+from fxcompress.checker import check
+from fxcompress.contract import Exact
 from fxcompress.edit import Edit
 from fxcompress.interpret import run
 from fxcompress.program import Program

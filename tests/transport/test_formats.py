@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.export import Dim
 from torch.nn import functional as nnf
 
-from fxcompress.contract import Exact, check
+from fxcompress.checker import check
+from fxcompress.contract import Exact
 from fxcompress.edit import Edit
 from fxcompress.interpret import run
 from fxcompress.program import Program

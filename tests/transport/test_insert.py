@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fxcompress.contract import Exact, check
+from fxcompress.checker import check
+from fxcompress.contract import Exact
 from fxcompress.edit import Edit
 from fxcompress.interpret import run
 from fxcompress.transport import Kind, Seed, Transport

@@ -32,6 +32,7 @@ WEIGHTS = {n: rand(C, C, seed=i) for i, n in enumerate("abcd")} | {
     "mixed": rand(4, 2, 1, 1, seed=20),
     "flat": rand(C, C, 1, 1, seed=21),
     "step": rand(1, C, seed=22),
+    "steps": rand(2, 2 * C, seed=23),
 }
 ON_IMAGES = (1,)
 
@@ -51,6 +52,16 @@ def modulated(x: Tensor, e: Tensor, w: dict[str, Tensor], other: bool = False) -
     scale, shift = nnf.linear(e, w["times"], w["step"].repeat(1, 2)[0]).chunk(2, -1)
     y = nnf.linear(mark(nnf.layer_norm(x, (C,)) * (1 + scale[:, None]) + shift[:, None]), w["a"])
     return (y, nnf.silu(shift)) if other else y
+
+
+def modulated_twice(x: Tensor, e: Tensor, w: dict[str, Tensor]) -> Any:
+    """Norms that are spelled out; their scale and shift come from one layer for two blocks, each with a step of its own."""
+    h, made = nnf.linear(x, w["a"]), nnf.linear(e, w["times"])[:, None]
+    for number in range(2):
+        scale, shift = (made + w["steps"][number]).chunk(2, -1)
+        n = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * (1 + scale) + shift
+        h = h + nnf.linear(n if number else mark(n), w["b"])
+    return nnf.layer_norm(h, (C,))
 
 
 def embedded(x: Tensor, e: Tensor, w: dict[str, Tensor], norm: bool = False) -> Tensor:
@@ -104,6 +115,7 @@ ROWS: dict[str, tuple[Tensor, tuple[int, ...], Body, int | None]] = {
     ),
     "scale and shift": (X, (-1,), modulated, C),
     "scale and shift read elsewhere": (X, (-1,), lambda x, e, w: modulated(x, e, w, other=True), None),
+    "scale and shift of two norms spelled out": (X, (-1,), modulated_twice, C),
     "values": (X, (1, 3), lambda x, e, w: attended(x, e, w, "v"), C),
     "queries": (X, (1, 3), lambda x, e, w: attended(x, e, w, "q"), C),
     "layer norm after": (X, (-1,), lambda x, e, w: nnf.linear(nnf.layer_norm(mark(nnf.linear(x, w["a"])), (C,)), w["b"]), None),

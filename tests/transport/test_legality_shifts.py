@@ -53,6 +53,12 @@ def attended(x: Tensor, w: dict[str, Tensor], mask: Tensor | None = None, change
     return nnf.linear((weights @ mark(v)).transpose(1, 2).flatten(-2), w["d"])
 
 
+def zero_query(x: Tensor, w: dict[str, Tensor]) -> Tensor:
+    """What a decoder of objects starts with: positions are added to it for its keys, its residual is normed."""
+    q = mark(torch.zeros_like(x))
+    return nnf.layer_norm(q + nnf.linear(nnf.linear(q + x, w["a"]).tanh(), w["b"]), (C,), w["g"], w["h"])
+
+
 def from_table(x: Tensor, t: Tensor, w: dict[str, Tensor]) -> Tensor:
     """Scale and shift looked up by the step."""
     scale, shift = nnf.embedding(t, w["scales"])[:, None], nnf.embedding(t, w["table"])[:, None]
@@ -100,6 +106,7 @@ ROWS: dict[str, tuple[Tensor, tuple[int, ...], Body, int | None]] = {
         lambda x, t, w: nnf.conv2d(mark(torch.cat([nnf.conv2d(x, w["k"]), nnf.conv2d(x, w["j"])], 1)), w["deepk"]),
         2 * C,
     ),
+    "query of zeros": (X, (-1,), lambda x, t, w: zero_query(x, w), C),
     "group norm after": (IMAGE, (1,), lambda x, t, w: nnf.group_norm(mark(nnf.conv2d(x, w["k"])), 2), None),
     "grouped": (IMAGE, (1,), lambda x, t, w: nnf.conv2d(mark(nnf.conv2d(x, w["k"])), w["halves"], groups=2), C),
     "nearest": (IMAGE, (1,), lambda x, t, w: nnf.conv2d(up(mark(nnf.conv2d(x, w["k"])), "nearest"), w["flat"]), C),

@@ -74,7 +74,14 @@ def too_strict(name: str, row: Row, kind: Kind) -> Iterator[str]:
                 yield f"{name}, {kind} of {node.name} axis {axis}: {ways[0]}"
 
 
-ENTRIES = {"matmul", "bmm", "einsum ellipsis", "einsum of three"}  # a factor per batch entry, which may be the result's or the other operand's
+TWICE = "einsum of a letter twice"
+ENTRIES = {
+    "matmul",
+    "bmm",
+    "einsum ellipsis",
+    "einsum in a row",
+    TWICE,
+}  # a factor per batch entry, the result's or the other operand's
 NORMS = {"layer_norm", "layer_norm even", "layer_norm plain", "native_layer_norm", "native_layer_norm plain", "group_norm"} | {
     "native_group_norm",
     "native_group_norm plain",
@@ -85,8 +92,8 @@ KNOWN: dict[Kind, set[str]] = {
     | {"clamp", "maximum of number"}  # symmetric bounds, fmod
     | {"layer_norm plain", "native_layer_norm plain", "native_group_norm plain"},  # a sign per token
     Kind.SHIFT: NORMS | {"index_add"},  # a shift per token; of the value added to
-    Kind.PERMUTE: {"einsum of three", "sdpa", "sdpa gqa", "adaptive_avg_pool2d"},  # tokens, pixels
-    Kind.ROTATE: {"where zero", "einsum of three", "gather"},  # a mixture of examples
+    Kind.PERMUTE: {TWICE, "sdpa", "sdpa gqa", "adaptive_avg_pool2d"},  # tokens, pixels
+    Kind.ROTATE: {"where zero", TWICE, "gather"},  # a mixture of examples
 }
 
 

@@ -145,7 +145,13 @@ ROWS: dict[str, Row] = {
     "einsum ellipsis": Row(
         aten.einsum.default, "...qc,...kc->...qk", [rand(2, 2, 3, 4), rand(2, 5, 4)], lands="scale sign permute rotate remove"
     ),
-    "einsum of three": Row(aten.einsum.default, "ac,bc,dc->abd", [rand(3, 4), rand(2, 4), rand(5, 4)], lands=""),
+    "einsum of three": Row(
+        aten.einsum.default, "ac,bc,dc->abd", [rand(3, 4), rand(2, 4), rand(5, 4)], lands="scale sign permute rotate remove"
+    ),
+    "einsum in a row": Row(
+        aten.einsum.default, "bqk,bkd,dh->bqh", [rand(2, 3, 3), rand(2, 3, 4), rand(4, 5)], lands="scale sign permute rotate remove"
+    ),
+    "einsum of a letter twice": Row(aten.einsum.default, "aa,ab->ab", [rand(3, 3), rand(3, 4)], lands=""),
     "einsum of one": Row(aten.einsum.default, "nhwc->nchw", [rand(2, 3, 3, 4)], lands=EVERY),
     "conv2d": Row(aten.conv2d.default, IMAGE, rand(6, 4, 3, 3), rand(6), constants=(1, 2), lands=EVERY),
     "conv2d padded": Row(aten.conv2d.default, IMAGE, rand(6, 4, 3, 3), rand(6), [1, 1], [1, 1], constants=(1, 2), lands=EVERY),
@@ -243,11 +249,18 @@ ROWS: dict[str, Row] = {
     ),
     "embedding": Row(aten.embedding.default, rand(7, 4), torch.tensor([[1, 2], [0, 6]]), constants=(0,), lands=EVERY),
     "index": Row(aten.index.Tensor, X, [None, torch.tensor([0, 2])], lands=EVERY),
+    "index constant": Row(aten.index.Tensor, X, [None, None, torch.tensor([2, 0, -3])], constants=(1,), lands=EVERY),
+    "index one": Row(aten.index.Tensor, X, [None, torch.tensor(-1)], constants=(1,), lands=EVERY),
+    "baddbmm": Row(aten.baddbmm.default, rand(2, 3, 5), rand(2, 3, 4), rand(2, 4, 5), lands=EVERY, beta=0.5, alpha=3.0),
+    "baddbmm narrow": Row(aten.baddbmm.default, rand(2, 1, 5), rand(2, 3, 4), rand(2, 4, 5), lands=EVERY),
     "index_put": Row(aten.index_put.default, rand(5, 4), [torch.tensor([0, 2])], rand(2, 4), lands=EVERY),
     "pixel_shuffle": Row(aten.pixel_shuffle.default, rand(2, 8, 3, 2), 2, lands=EVERY),
     "pixel_unshuffle": Row(aten.pixel_unshuffle.default, rand(2, 2, 4, 6), 2, lands=EVERY),
     "zeros_like": Row(aten.zeros_like.default, X, lands=EVERY),
     "ones_like": Row(aten.ones_like.default, X, lands=EVERY),
+    "new_zeros": Row(aten.new_zeros.default, X, [2, 3, 4], lands=EVERY),
+    "new_full": Row(aten.new_full.default, X, [2, 3, 4], 2.5, lands=EVERY),
+    "full_like": Row(aten.full_like.default, X, 2.5, lands=EVERY),
     "repeat in front": Row(aten.repeat.default, X, [2, 1, 1, 2], lands=EVERY),
     "bitwise": Row(aten.bitwise_not.default, torch.tensor([[1, 2], [3, 4]]), lands=""),
     "sin": Row(aten.sin.default, X, lands="sign permute remove"),
@@ -325,6 +338,21 @@ def test_an_op_on_one_value_twice(op: Any, kind: Kind) -> None:
     built = Builder(anchor=rand(1), x=rand(3, 4))
     program = built.program(built.op(op, built.x, built.x))
     assert bool(landings(program, kind)) == (kind in ITSELF[op].split())
+
+
+@pytest.mark.parametrize("kind", [Kind.SCALE, Kind.SHIFT])
+def test_two_plans_meet_in_one_filled_value(kind: Kind) -> None:
+    """The number becomes a vector with the first and another one with the second."""
+    built = Builder(anchor=rand(1), x=rand(2, 3, 4))
+    node = built.op(aten.full_like.default, built.x, 2.5)
+    program = built.program(node)
+    plans = [Transport(program).solve(kind, Seed(node, (axis,)), is_open=True) for axis in (1, 2)]
+    vectors, edit = [vector_for(plan, seed) for seed, plan in enumerate(plans)], Edit(program)
+    for plan, vector in zip(plans, vectors, strict=True):
+        plan.apply(edit, vector)
+    (after,) = run(program, program.example)
+    down, along = vectors[0].view(-1, 1), vectors[1]
+    assert torch.allclose(after, (2.5 * down * along if kind == Kind.SCALE else 2.5 + down + along).expand(2, 3, 4), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", list(Kind))

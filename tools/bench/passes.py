@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fxcompress import contract, registry
+from fxcompress import checker, registry
 from fxcompress.contract import Exact
 from fxcompress.edit import Edit
 from fxcompress.interpret import run
@@ -47,7 +47,7 @@ def changes(program: Program) -> None:
         _timed(times, "forward", lambda: run(program, program.example))
         copy = program.copy()
         edit = _timed(times, "edit", lambda: edited(copy))  # noqa: B023
-        _timed(times, "check, its forward included", lambda: contract.check(copy, edit, Exact(), program.example))  # noqa: B023
+        _timed(times, "check, its forward included", lambda: checker.check(copy, edit, Exact(), program.example))  # noqa: B023
         _timed(times, "rollback", edit.rollback)
         edit = edited(copy)
         _timed(times, "verify", lambda: verify(copy))  # noqa: B023

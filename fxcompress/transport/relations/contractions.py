@@ -1,7 +1,8 @@
 """Products summed over axes: linear layers, matrix products, convolutions, attention, einsum.
 
-All are einsums of two operands: every axis has a letter. Letters of both operands that the result lacks are summed over; of both and the
-result, batch; of one operand and the result, free; of one value alone, windows (a kernel's extent, an image's), along which nothing can vary.
+All are einsums of two operands, or several of them one after the other: every axis has a letter. Letters of both operands that the result
+lacks are summed over; of both and the result, batch; of one operand and the result, free; of one value alone, windows (a kernel's extent, an
+image's), along which nothing can vary.
 A change of a summed letter is undone by the other operand; one of a free letter is the result's.
 """
 
@@ -19,8 +20,8 @@ from torch import Tensor, fx
 from fxcompress.transport.facts import KEEPING, Facts
 from fxcompress.transport.labels import Index, Kind, Label, canon
 from fxcompress.transport.ranges import COMPUTED, range_of
-from fxcompress.transport.relations.pointwise import is_flat
-from fxcompress.transport.solver import Solver
+from fxcompress.transport.relations.pointwise import is_flat, spread_over, triple
+from fxcompress.transport.solver import Inner, Solver
 
 aten = torch.ops.aten
 
@@ -79,7 +80,8 @@ class Port:
 
 @dataclass(frozen=True)
 class Product:
-    """out[lo] = sum over letters of a[la] b[lb] + bias. no_shift: why a shift of an input can't become a bias."""
+    """out[lo] = sum over letters of a[la] b[lb] + bias. no_shift: why a shift of an input can't become a bias. is_result: whether what the op
+    hands out is the product, or the product with something added."""
 
     node: fx.Node
     a: Port
@@ -89,6 +91,7 @@ class Product:
     bias_letters: tuple[str, ...] = ()
     bias_split: int | None = None
     no_shift: str = ""
+    is_result: bool = True
     roles: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -159,7 +162,7 @@ def _shifted_input(s: Solver, product: Product, port: Port, partner: Port, label
 
 def _averaged(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
     """A shift of the values of attention is one of the result, since the weights of a row sum to one."""
-    if port is product.b and _is_softmax(partner.node, len(partner.letters)):
+    if port is product.b and _is_softmax(s, partner.node):
         return product.out.put(s, _moved(label.index, port, product.out), label.power)
     return s.stop(product.node, label.index, f"{product.node.name}: rows of {partner.node.name} aren't known to sum to one")
 
@@ -203,7 +206,7 @@ def _shifted_result(s: Solver, product: Product, side: Port, label: Label) -> No
         return _put_bias(s, product, label)
     if product.bias_letters and side is product.b and s.facts.is_constant(side.node):
         return _new_bias(s, product, label)
-    if side is product.b and _is_softmax(other.node, len(other.letters)):
+    if side is product.b and _is_softmax(s, other.node):
         return side.put(s, _moved(label.index, product.out, side), label.power)
     return s.stop(product.node, label.index, f"{product.node.name} has no bias, and rows of {other.node.name} aren't known to sum to one")
 
@@ -384,16 +387,23 @@ def _padding(node: fx.Node, given: Mapping[str, Any], transposed: bool) -> str:
     return f"{node.name} pads with zeros, which a shift would have to change" if zeros else ""
 
 
-def einsum_product(facts: Facts, node: fx.Node) -> Product | None:
-    """Two operands by their equation; None for any other number."""
-    equation, operands = _spelled(facts, node), node.args[1]
-    assert isinstance(operands, list | tuple)
-    terms, _, result = equation.partition("->")
+def einsum_products(facts: Facts, node: fx.Node) -> list[Product]:
+    """The products, two operands at a time from the left, that an equation spells; none for one operand, and where a letter stands twice."""
+    operands: Any = node.args[1]
+    terms, arrow, result = _spelled(facts, node).partition("->")
     parts = terms.split(",")
-    if len(parts) != 2 or not _ or any(len(set(p)) != len(p) for p in (*parts, result)):
-        return None
-    a, b = (Port(x, tuple(p)) for x, p in zip(operands, parts, strict=True))
-    return Product(node, a, b, Port(node, tuple(result)))
+    if len(parts) < 2 or not arrow or any(len(set(p)) != len(p) for p in (*parts, result)):
+        return []
+    sizes = {letter: size for x, part in zip(operands, parts, strict=True) for letter, size in zip(part, facts.shape(x) or (), strict=True)}
+    left, products = Port(operands[0], tuple(parts[0])), list[Product]()
+    for number in range(1, len(parts)):
+        wanted = set(result).union(*parts[number + 1 :])
+        letters = tuple(dict.fromkeys(x for x in (*left.letters, *parts[number]) if x in wanted))
+        is_last = number == len(parts) - 1
+        out = Port(node, tuple(result)) if is_last else Port(Inner(node, number, tuple(sizes[x] for x in letters)), letters)
+        products.append(Product(node, left, Port(operands[number], tuple(parts[number])), out, is_result=is_last))
+        left = out
+    return products
 
 
 def _spelled(facts: Facts, node: fx.Node) -> str:
@@ -410,7 +420,7 @@ def _spelled(facts: Facts, node: fx.Node) -> str:
 
 
 def einsum(s: Solver, node: fx.Node) -> None:
-    """Two operands: a product. One: its axes in another order, if none is summed."""
+    """Several operands: products, one after the other. One: its axes in another order, if none is summed."""
     equation, operands = _spelled(s.facts, node), node.args[1]
     assert isinstance(operands, list | tuple)
     terms, arrow, result = equation.partition("->")
@@ -420,16 +430,17 @@ def einsum(s: Solver, node: fx.Node) -> None:
             for label in s.labels(port.node):
                 s.put(other.node, _moved(label.index, port, other), label.power)
         return None
-    product = einsum_product(s.facts, node)
-    if product is None:
-        return s.stop_all(node, [*operands, node], f"{node.name}: unknown op, an einsum {equation}")
-    return contract(s, product)
+    products = einsum_products(s.facts, node)
+    for product in products:
+        contract(s, product)
+    return None if products else s.stop_all(node, [*operands, node], f"{node.name}: unknown op, an einsum {equation}")
 
 
 def simple(of: Any) -> Any:
     """The relation of an op that is one product."""
 
     def relation(s: Solver, node: fx.Node) -> None:
+        """Of the product that `of` makes of a node."""
         contract(s, of(s, node))
 
     return relation
@@ -546,15 +557,15 @@ def _masked(s: Solver, node: fx.Node, mask: Any, query: Port) -> None:
 
 def _until_softmax(s: Solver, node: fx.Node, product: Product) -> list[fx.Node]:
     """The scores, if they go nowhere but into a softmax over their last axis, on a way that keeps a shift of whole rows whole; else none."""
-    if not product.out.letters or product.out.letters[-1] != "out":
+    if not product.is_result or not product.out.letters or product.out.letters[-1] != "out":
         return []
-    stack, rank, scores = [node], len(s.shape(node)), [node]
+    stack, scores = [node], [node]
     while stack:
         value = stack.pop()
         for user in value.users:
-            if user.target in SOFTMAX and s.args(user)["dim"] % rank == rank - 1:
+            if _is_over_rows(s, user):
                 continue
-            if not _keeps_rows(s, value, user, rank):
+            if not _keeps_rows(s, value, user):
                 return []
             stack.append(user)
             scores.append(user)
@@ -563,26 +574,41 @@ def _until_softmax(s: Solver, node: fx.Node, product: Product) -> list[fx.Node]:
     return scores
 
 
-def _keeps_rows(s: Solver, value: fx.Node, user: fx.Node, rank: int) -> bool:
-    if len(s.shape(user)) != rank:
+def _is_over_rows(s: Solver, node: fx.Node) -> bool:
+    """Whether a node is a softmax over the last axis."""
+    rank = len(s.shape(node))
+    return node.target in SOFTMAX and bool(s.args(node)["dim"] % rank == rank - 1)
+
+
+def _is_reshaped(s: Solver, node: fx.Node) -> bool:
+    """Whether a node arranges all axes but the last anew."""
+    if node.target not in RESHAPES:
+        return False
+    ends = [[len(s.shape(v)) - 1] for v in (node.args[0], node)]
+    return tuple(ends) in s.facts.groups(node, node.args[0])  # type: ignore[arg-type]
+
+
+def _keeps_rows(s: Solver, value: fx.Node, user: fx.Node) -> bool:
+    if _is_reshaped(s, user):
+        return True
+    if len(s.shape(user)) != len(s.shape(value)):
         return False
     if user.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
         other = user.args[1] if user.args[0] is value else user.args[0]
         return user.args[0] is value and (not isinstance(other, fx.Node) or (s.shape(other) or (1,))[-1] == 1)
     if user.target in (aten.add.Tensor, aten.sub.Tensor):
         return user.args[0] is value or user.target is aten.add.Tensor
-    return user.target in (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.dropout.default)
+    return user.target in COPIES
 
 
-def _is_softmax(value: Any, rank: int) -> bool:
+def _is_softmax(s: Solver, value: Any) -> bool:
     """Whether a value is a softmax over its last axis."""
     while isinstance(value, fx.Node):
         if value.target in SOFTMAX:
-            dim = value.args[1]
-            return isinstance(dim, int) and dim % rank == rank - 1
+            return _is_over_rows(s, value)
         if value.target is aten.dropout.default and value.args[2]:
             return False
-        if value.target not in (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.dropout.default):
+        if value.target not in COPIES and not _is_reshaped(s, value):
             return False
         value = value.args[0]
     return False
@@ -594,7 +620,20 @@ def outer(s: Solver, node: fx.Node) -> None:
     contract(s, Product(node, Port(given["self"], ("row",)), Port(given["vec2"], ("out",)), Port(node, ("row", "out"))))
 
 
+def baddbmm(s: Solver, node: fx.Node) -> None:
+    """beta self + alpha a b, entry by entry."""
+    given = s.args(node)
+    lead, inner = _lead(1), Inner(node, 0, s.shape(node))
+    a, b = Port(given["batch1"], (*lead, "row", "in")), Port(given["batch2"], (*lead, "in", "out"))
+    contract(s, Product(node, a, b, Port(inner, (*lead, "row", "out"))))
+    if s.kind == Kind.SHIFT:
+        return triple(s, node, (given["self"], inner), (float(given["beta"]), float(given["alpha"])))
+    return spread_over(s, [given["self"], inner, node])
+
+
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+COPIES = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.dropout.default)
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int)
 _CONVS = (
     *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
     *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.convolution.default),
@@ -611,4 +650,5 @@ TABLE: Mapping[Any, Any] = {
     aten.einsum.default: einsum,
     aten.scaled_dot_product_attention.default: attention,
     aten.outer.default: outer,
+    aten.baddbmm.default: baddbmm,
 }

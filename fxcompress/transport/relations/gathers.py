@@ -246,6 +246,7 @@ def _reordered(s: Solver, node: fx.Node, orders: Mapping[int, Any]) -> None:
     rank = len(s.shape(node))
 
     def moved(index: Index, inverse: bool) -> Index:
+        """In the new order, or back."""
         for dim, order in orders.items():
             if index.shape[dim % rank] > 1:
                 places = order(index.shape[dim % rank])

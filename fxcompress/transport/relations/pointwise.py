@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxcompress.transport.facts import FILLED, filling
 from fxcompress.transport.labels import KINDS, Index, Kind, Label
 from fxcompress.transport.policy import rank
-from fxcompress.transport.solver import Solver
+from fxcompress.transport.solver import Inner, Solver
 
 aten = torch.ops.aten
 
@@ -246,7 +247,7 @@ def _paired(route: str) -> tuple[str, str, str]:
 
 def _balance(s: Solver, node: fx.Node, source: tuple[Any, float], target: tuple[Any, float]) -> None:
     labels = s.labels(source[0])
-    if len(labels) > 1 and not isinstance(target[0], fx.Node):
+    if len(labels) > 1 and not isinstance(target[0], fx.Node | Inner):
         return s.stop_all(node, [source[0]], f"{node.name}: two changes of {source[0].name} would meet in one number")
     for label in labels:
         _balance_one(s, node, label, source, target)
@@ -261,7 +262,7 @@ def _odd_one(s: Solver, node: fx.Node, label: Label, which: str, ports: Mapping[
 
 def _balance_one(s: Solver, node: fx.Node, label: Label, source: tuple[Any, float], target: tuple[Any, float]) -> None:
     power = -label.power * source[1] / target[1]
-    if isinstance(target[0], fx.Node):
+    if isinstance(target[0], fx.Node | Inner):
         s.put(target[0], label.index, power)
     else:
         s.extra(node, "literal", label.index, power)
@@ -393,24 +394,21 @@ def blind(s: Solver, node: fx.Node) -> None:
 
 
 def generated(s: Solver, node: fx.Node) -> None:
-    """Values made in the graph: zeros take any scale and rotation, one number any order, and a size that is written down any other."""
-    is_filled = node.target in FILLED
-    if s.kind == Kind.REMOVE and is_filled and "self" not in s.args(node):
+    """Values made in the graph. One number everywhere takes any order, a size that is written down any other; zeros any scale and rotation too;
+    for what else changes them the op becomes a vector that is repeated."""
+    number = filling(node) if node.target in FILLED else None
+    if number is not None and (s.kind == Kind.PERMUTE or (s.kind == Kind.REMOVE and "size" in s.args(node))):
         return
-    if is_filled and (s.kind == Kind.PERMUTE or (FILLED[node.target] == 0 and s.kind in (Kind.SCALE, Kind.SIGN, Kind.ROTATE))):
-        return
-    s.stop_all(node, [node], f"{node.name} makes its values in the graph: fold constants first")
+    if not isinstance(number, int | float) or s.kind == Kind.REMOVE or not s.facts.value(node).is_floating_point():
+        return s.stop_all(node, [node], f"{node.name} makes its values in the graph: fold constants first")
+    for label in s.labels(node) if number or s.kind == Kind.SHIFT else ():
+        s.extra(node, "filled", label.index, label.power)
 
 
 SUBTRACTIONS = (aten.sub.Tensor, aten.sub.Scalar)
 REVERSED = (aten.rsub.Tensor, aten.rsub.Scalar)
 QUOTIENTS = (aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode)
-FILLED: Mapping[Any, float | None] = {
-    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0),
-    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1),
-    **dict.fromkeys((aten.full.default, aten.full_like.default, aten.new_full.default), None),
-    **dict.fromkeys((aten.empty_like.default, aten.new_empty.default, aten.empty.memory_format), None),
-}
+EMPTY = (aten.empty_like.default, aten.new_empty.default, aten.empty.memory_format)
 LIKE = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default)
 
 UNARY: Mapping[Any, Any] = {
@@ -469,7 +467,7 @@ TABLE: Mapping[Any, Relation] = {
     aten.prelu.default: prelu,
     **dict.fromkeys((aten.dropout.default, aten.feature_dropout.default), _dropout),
     **dict.fromkeys((*_COMPARISONS, *_LOGIC), moves_only),
-    **dict.fromkeys(FILLED, generated),
+    **dict.fromkeys((*FILLED, *EMPTY), generated),
     **dict.fromkeys((*LIKE, aten.sym_size.int), blind),  # zeros_like and its like stand in both: they read a form too
     **dict.fromkeys((aten.arange.default, aten.arange.start, aten.arange.start_step), generated),
     aten.copy.default: _copied,

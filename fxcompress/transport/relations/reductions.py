@@ -11,6 +11,7 @@ from torch import fx
 
 from fxcompress.transport.facts import outputs
 from fxcompress.transport.labels import Index, Kind
+from fxcompress.transport.relations.gathers import gathered
 from fxcompress.transport.relations.pointwise import spread_over
 from fxcompress.transport.solver import Solver
 
@@ -226,10 +227,13 @@ def cumulated(s: Solver, node: fx.Node) -> None:
 
 
 def index(s: Solver, node: fx.Node) -> None:
-    """x[..., i, j, ...] with computed positions: along those axes one parameter acts everywhere."""
+    """x[..., i, j, ...]: constant positions are picked as by index_select; along the axes of computed ones one parameter acts everywhere."""
     x: Any = node.args[0]
     picked = list(s.args(node)["indices"])
     at = [a for a, i in enumerate(picked) if i is not None]
+    known = s.facts.program.constant(picked[at[0]]) if len(at) == 1 else None
+    if known is not None and known.dtype == torch.long and known.dim() < 2 and isinstance(size := s.shape(x)[at[0]], int):
+        return gathered(s, node, [x], [(node, known.reshape(-1).numpy() % size)], at[0], drop=not known.dim())
     if at != list(range(at[0], at[-1] + 1)) or any(_is_mask(s, picked[a]) for a in at):
         return s.stop_all(node, [x, node], f"{node.name} picks by a mask or along separated axes")
     rank, result = len(s.shape(x)), len(s.shape(node))

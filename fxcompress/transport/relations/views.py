@@ -95,11 +95,13 @@ def shuffle(s: Solver, node: fx.Node) -> None:
     whole = s.kind == Kind.REMOVE  # the factor stays: all r r go or none
 
     def forth(i: Index) -> Index:
+        """From deep to wide."""
         i = reshaped(s, i, grouped(before, parted), before, parted)
         i = (s.coarsen(i, (rank, rank + 1)) if whole else i).transpose(order)
         return reshaped(s, i, grouped(mixed, after), mixed, after)
 
     def back(i: Index) -> Index:
+        """From wide to deep."""
         i = reshaped(s, i, grouped(after, mixed), after, mixed).transpose(np.argsort(order))
         i = s.coarsen(i, (rank, rank + 1)) if whole else i
         return reshaped(s, i, grouped(parted, before), parted, before)

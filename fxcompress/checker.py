@@ -1,0 +1,343 @@
+"""How contracts are measured: the old graph is walked once on the probe, and every new value compared with the old one as soon as all it needs
+has been seen. See `contract` for what is checked."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from fxcompress.contract import MEASURED, Bounded, Contract, Exact, Lossy, Measured
+from fxcompress.dataflow import is_read, is_zero
+from fxcompress.edit import Edit, Step
+from fxcompress.interpret import evaluate
+from fxcompress.measure import filled, greatest_distance, has_zeros, histograms, relative_error, rounded
+from fxcompress.pairs import Pair, Pairs
+from fxcompress.program import Program
+from fxcompress.wiring import misreads
+
+HALF = 0.501  # of a step, with a little for rounding
+SMALL = 1e-3  # how small operands are made where a number among an op's arguments may not be seen beside them
+HIDDEN = 1e-5  # relative: rounding of numbers that no pass has seen, where the limit is 0
+DRAWS, ROUNDINGS = 4, 16  # how often operands are rounded at random, and how many roundings a value may be off by
+
+
+@torch.no_grad()
+def check(program: Program, edit: Edit, contract: Contract, probe: Sequence[Tensor]) -> list[Measured]:
+    """Measure every site of an open edit. One walk of the old graph on the probe, restricted to what the sites read; none if they read
+    constants only. Returns one entry per compared value."""
+    checker = _Checker(program, edit, contract)
+    return list(checker.run(probe))
+
+
+class _Checker:
+    def __init__(self, program: Program, edit: Edit, contract: Contract) -> None:
+        self.program, self.edit, self.contract = program, edit, contract
+        self.pairs = Pairs(edit)
+        self.taken: dict[Any, dict[Any, fx.Node]] = {}  # per tuple, the changed values that are taken out of it
+        for node in edit.changes:
+            if node.target is operator.getitem and node in self.pairs.steps:
+                made, place = self.pairs.steps[node].args
+                self.taken.setdefault(made, {})[place] = node
+        self.old: dict[fx.Node, Any] = {}
+
+    def run(self, probe: Sequence[Tensor]) -> Iterator[Measured]:
+        """Who reads what; then walk the old graph and compare each value as soon as everything it needs has been seen."""
+        worst = math.inf if isinstance(self.contract, Exact) else -math.inf
+        yield from (Measured(wrong.site, wrong.node.name, worst, 0.0, "broken", wrong.why) for wrong in misreads(self.edit))
+        pending: dict[fx.Node, list[Pair]] = {}
+        readers: dict[fx.Node, int] = {}
+        for pair in self.pairs:
+            for node in pair.needed:
+                readers[node] = readers.get(node, 0) + 1
+            pending.setdefault(max(pair.needed, key=self.pairs.position.__getitem__), []).append(pair)
+        for node in self._walk(set(readers), probe):
+            for pair in pending.pop(node, ()):
+                yield self._compare(pair) if pair.role == "value" else self._recorded(pair)
+                for used in pair.needed:
+                    readers[used] -= 1
+                    if not readers[used]:
+                        del self.old[used]
+
+    def _walk(self, wanted: set[fx.Node], probe: Sequence[Tensor]) -> Iterator[fx.Node]:
+        """Evaluate the old graph as far as `wanted` needs; keep wanted values in self.old."""
+        steps = self.pairs.before(wanted)
+        uses = Counter(n for s in steps for n in (s.node, *s.inputs))
+        inputs = dict(zip((s.node for s in self.edit.before if s.node.op == "placeholder"), probe, strict=False))
+        values: dict[fx.Node, Any] = {}
+        for step in steps:
+            values[step.node] = inputs[step.node] if step.node in inputs else _evaluate(step, values, self.edit.constants_before)
+            if step.node in wanted:
+                self.old[step.node] = values[step.node]
+            for used in (step.node, *step.inputs):
+                uses[used] -= 1
+                if not uses[used]:
+                    del values[used]
+            yield step.node
+
+    def _compare(self, pair: Pair) -> Measured:
+        before = self._changed(pair.old, pair.new)
+        env = self._operands(pair)
+        after = env[pair.new] if self.pairs.is_old(pair.new) else evaluate(pair.new, env, self.program.constants)
+        bound = self.contract.bound(_leaves(before)[0], pair.new)
+        figure, floors = self._figure(before, after), (0.0,) * len(_leaves(after))
+        if isinstance(self.contract, Exact) and bound < figure < math.inf and bound > 0:
+            floors = self._floors(pair, env, after, bound)
+            figure = self._figure(before, after, floors)
+        holds = self.contract.holds(figure, bound)
+        wrong = (
+            (self._worst_block(pair, before, after) or self._off_grid(pair, env, before, after) or self._hidden(pair, bound)) if holds else ""
+        )
+        spread = None if isinstance(self.contract, Exact) else histograms(before, after)
+        del after  # a decoded weight may be large, and the flipped ones are as large
+        if not holds or wrong:
+            return Measured(pair.site.name, pair.new.name, figure, bound, "broken", wrong, spread)
+        why = (
+            self._unseen(pair, env, before, floors, bound)
+            if not isinstance(self.contract, Lossy) and pair.new not in self.pairs.carried
+            else ""
+        )
+        if why and self._is_on_range(pair):
+            filling = self._over_range(pair)
+            return Measured(pair.site.name, pair.new.name, figure, bound, filling.verdict, filling.why, spread)
+        return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why, spread)
+
+    def _off_grid(self, pair: Pair, env: Mapping[fx.Node, Any], before: Any, after: Any) -> str:
+        """How a number of the range that a quantiser of integers is for moves by more than half a step, as a sentence; "" if none does. The
+        range is the one measured before; or the value's own where its scale is computed from it."""
+        new = pair.new
+        if not isinstance(self.contract, Bounded) or not self.contract.is_half_step(new) or pair.old.op == "get_attr":
+            return ""
+        scale = env[new.args[1]]  # type: ignore[index]
+        if self._is_on_range(pair):
+            before = _spread(before, *new.meta[MEASURED])
+            after = self._again(pair, before)
+        elif MEASURED in new.meta or new.args[1].op == "get_attr":  # type: ignore[union-attr]
+            return ""
+        if any(n not in (1, size) for n, size in zip(reversed(scale.shape), reversed(before.shape), strict=False)):
+            return ""
+        noise = 8 * torch.finfo(before.dtype).eps * before.abs() / scale
+        steps = float(((after - before).abs() / scale - noise).max())
+        return f"{new.name} moves a number of its range by {steps:.3g} steps" if steps > HALF else ""
+
+    def _again(self, pair: Pair, value: Tensor) -> Any:
+        """The new node's value from another old one."""
+        kept, self.old = self.old, {**self.old, pair.old: value}
+        try:
+            return evaluate(pair.new, self._operands(pair), self.program.constants)
+        finally:
+            self.old = kept
+
+    def _is_on_range(self, pair: Pair) -> bool:
+        """Whether the pair quantises one value on a range measured before, which its other numbers may fill better than the probe's."""
+        value, frontier = self.old[pair.old], set(pair.frontier.values())
+        if MEASURED not in pair.new.meta or frontier != {pair.old} or not isinstance(value, Tensor):
+            return False
+        lo, hi = pair.new.meta[MEASURED]
+        return bool(lo.numel() == 1 and value.numel() > 1) and not torch.equal(value, _spread(value, lo, hi))
+
+    def _over_range(self, pair: Pair) -> Measured:
+        """The comparison on numbers spread over the measured range: the probe's may all be far below one step of it."""
+        kept, self.old = self.old, {**self.old, pair.old: _spread(self.old[pair.old], *pair.new.meta[MEASURED])}
+        try:
+            return self._compare(pair)
+        finally:
+            self.old = kept
+
+    def _recorded(self, pair: Pair) -> Measured:
+        """A constant against the old one under its record: readers may be blind to parts of it. An input or output against itself."""
+        is_end = pair.role == "end"
+        before = self._changed(pair.old, pair.new)
+        after = self.old[pair.old] if is_end else self.program.constants[str(pair.new.target)]
+        stored = _leaves(after)[0]
+        limit = Exact(self.contract.limit if isinstance(self.contract, Exact) else None).bound(stored, pair.new)
+        if not is_end and stored.is_floating_point():  # computed in float64 and cast once a change
+            limit = min(limit, ROUNDINGS * torch.finfo(stored.dtype).eps)
+        figure = math.inf if pair.new in self.edit.loose else _worst_error(before, after)
+        why = "an input or output carries a change" if is_end and figure > limit else ""
+        return Measured(pair.site.name, pair.new.name, figure, limit, "held" if figure <= limit else "broken", why)
+
+    def _hidden(self, pair: Pair, bound: float) -> str:
+        """What the probe's numbers hide, as a sentence: a channel that is dead on the probe may be multiplied by anything, and a number among
+        the arguments, such as the eps of a norm, may not matter beside them. Both values are computed once more, with other numbers in place
+        of the zeros and with small ones; where the old one hangs on more than the new one, they can't be."""
+        if not isinstance(self.contract, Exact) or pair.new in self.pairs.carried or self.pairs.is_old(pair.new):
+            return ""
+        for other, where in self._others(pair):
+            cone = self.pairs.cone(pair) if other else None
+            found = self._from(pair, cone, other) if cone else None
+            if found and (figure := self._figure(*found)) > max(bound, HIDDEN):
+                return f"{figure:.3g} at {pair.new.name} where its operands {where}"
+        return ""
+
+    def _others(self, pair: Pair) -> Iterator[tuple[dict[fx.Node, Any], str]]:
+        """Numbers in place of the old values around the pair, and what is other about them."""
+        around = [root for root in pair.frontier.values() if root not in self.edit.nulls]
+        yield {root: filled(self.old[root]) for root in around if has_zeros(self.old[root])}, "aren't 0, as they are on the probe"
+        if any(isinstance(a, float) for a in (*pair.new.args, *pair.new.kwargs.values())):
+            yield {root: self.old[root] * SMALL for root in around if _is_wide(self.old[root])}, f"are {SMALL} of what they are on the probe"
+
+    def _from(self, pair: Pair, cone: Sequence[Step], other: Mapping[fx.Node, Any]) -> tuple[Any, Any] | None:
+        """(the old value under its changes, the new one) from other numbers; None if an op can't take them, as an index made of floats."""
+        kept, self.old = self.old, {**self.old, **other}
+        try:
+            self.old[pair.old] = self._old_value(cone, lambda value: value)
+            return self._changed(pair.old, pair.new), evaluate(pair.new, self._operands(pair), self.program.constants)
+        except (IndexError, RuntimeError):
+            return None
+        finally:
+            self.old = kept
+
+    def _old_value(self, cone: Sequence[Step], seen: Callable[[Any], Any]) -> Any:
+        """The last of the steps from old values; seen: what becomes of each step's value."""
+        values = dict(self.old)
+        for step in cone:
+            values[step.node] = seen(_evaluate(step, values, self.edit.constants_before))
+        return values[cone[-1].node]
+
+    def _worst_block(self, pair: Pair, before: Any, after: Any) -> str:
+        is_constant = pair.old.op == "get_attr" and isinstance(self.contract, Bounded)
+        return self.contract.worst_block(before, after, pair.new) if is_constant else ""  # type: ignore[union-attr]
+
+    def _unseen(self, pair: Pair, env: Mapping[fx.Node, Any], before: Any, floors: Sequence[float], bound: float) -> str:
+        """Why the comparison can't bite; "" if it can. Zeros that stay zeros have no sign; what they multiply is seen in its own record."""
+        if is_zero(pair.old):
+            return ""
+        zeros = {n.name for n in pair.new.all_input_nodes if is_zero(n)}
+        spared = zeros | ({n.name for n in self.edit.changes if n.op == "get_attr"} if zeros else set())
+        for operand, flipped in self._flips(pair.new, env):
+            if operand not in spared and self.contract.holds(self._figure(before, flipped, floors), bound):
+                return f"{operand} could change sign unseen"
+        return ""
+
+    def _changed(self, node: fx.Node, stand_in: fx.Node) -> Any:
+        """An old value under the change recorded for it, or for the new node that stands for it; a tuple under those of what is taken out."""
+        value = self.old[node]
+        if stand_in in self.edit.changes:
+            return self._applied(stand_in, value)
+        if isinstance(value, tuple | list):
+            taken = self.taken.get(node, {})
+            return type(value)(self._applied(taken[i], v) if i in taken else v for i, v in enumerate(value))
+        return self._applied(node, value)
+
+    def _applied(self, node: fx.Node, value: Any) -> Any:
+        for change in self.edit.changes.get(node, ()):
+            value = change(value)
+        return value
+
+    def _figure(self, old: Any, new: Any, floors: Sequence[float] = ()) -> float:
+        """The worst figure over the tensors of a value; a value of another form is infinitely far. floors: least scales of an Exact one."""
+        a, b = _leaves(old), _leaves(new)
+        exact = isinstance(self.contract, Exact)
+        if len(a) != len(b) or any((x.shape, x.dtype) != (y.shape, y.dtype) for x, y in zip(a, b, strict=True)):
+            return math.inf if exact else -math.inf
+        if exact and any(floors):
+            return max(relative_error(x, y, floor) for x, y, floor in zip(a, b, floors, strict=True))
+        return (max if exact else min)(self.contract.figure(x, y) for x, y in zip(a, b, strict=True))
+
+    def _operands(self, pair: Pair) -> dict[fx.Node, Any]:
+        """What the new node is computed from, from old values."""
+        env = {node: self._changed(root, node) for node, root in pair.frontier.items()}
+        for node in _between(pair.new, env) if not self.pairs.is_old(pair.new) else ():
+            env[node] = evaluate(node, env, self.program.constants)
+        return env
+
+    def _flips(self, new: fx.Node, env: Mapping[fx.Node, Any]) -> Iterator[tuple[str, Any]]:
+        """The new node's value with each of its float operands negated in turn."""
+        if self.pairs.is_old(new):
+            yield "the value", _negated(env[new])
+            return
+        for n in new.all_input_nodes:
+            if _is_wide(env[n]) and is_read(new, n):
+                yield n.name, evaluate(new, {**env, n: -env[n]}, self.program.constants)
+
+    def _floors(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any, bound: float) -> tuple[float, ...]:
+        """Per tensor of the value the scale below which it is rounding noise: where the bound allows what a few roundings of everything that it
+        is computed from do to it, the old way and the new. A sum of numbers that cancel isn't known any better."""
+        if self.pairs.is_old(pair.new):
+            return (0.0,) * len(_leaves(after))
+        noise = _noise(after, lambda rng: self._rounded(pair, env, rng))
+        cone = self.pairs.cone(pair)
+        if cone:
+            old = _noise(self._changed(pair.old, pair.new), lambda rng: self._old_rounded(pair, cone, rng))
+            noise = [min(a, b) for a, b in zip(noise, old, strict=True)]
+        return tuple(ROUNDINGS * n / bound for n in noise)
+
+    def _rounded(self, pair: Pair, env: Mapping[fx.Node, Any], rng: torch.Generator) -> Any:
+        """The new value from rounded ones."""
+        off = {node: rounded(env[node], rng) for node in pair.frontier}
+        for node in _between(pair.new, off):
+            off[node] = rounded(evaluate(node, off, self.program.constants), rng)
+        return evaluate(pair.new, off, self.program.constants)
+
+    def _old_rounded(self, pair: Pair, cone: Sequence[Step], rng: torch.Generator) -> Any:
+        """The old value, under its changes, from rounded ones."""
+        kept, self.old = self.old, {**self.old, **{root: rounded(self.old[root], rng) for root in pair.frontier.values()}}
+        try:
+            self.old[pair.old] = self._old_value(cone, lambda value: rounded(value, rng))
+            return self._changed(pair.old, pair.new)
+        finally:
+            self.old = kept
+
+
+def _noise(exact: Any, again: Callable[[torch.Generator], Any]) -> list[float]:
+    """Per tensor of a value how far other roundings of it are off."""
+    values, noise = _leaves(exact), [0.0] * len(_leaves(exact))
+    for seed in range(DRAWS):
+        others = _leaves(again(torch.Generator().manual_seed(seed)))
+        noise = [max(n, greatest_distance(x, y)) for n, x, y in zip(noise, values, others, strict=True)]
+    return noise
+
+
+def _between(new: fx.Node, env: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    """Constants and inserted nodes the new node is computed from, in order."""
+    found: dict[fx.Node, None] = {}
+    stack = [new]
+    while stack:
+        if missing := [n for n in stack[-1].all_input_nodes if n not in env and n not in found]:
+            stack.extend(missing)
+        else:
+            found[stack.pop()] = None
+    del found[new]
+    return list(found)
+
+
+def _spread(value: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """As many numbers in equal steps from lo to hi."""
+    return torch.linspace(float(lo), float(hi), value.numel(), dtype=torch.float64).to(value.dtype).reshape(value.shape)
+
+
+def _worst_error(old: Any, new: Any) -> float:
+    return max(relative_error(x, y) for x, y in zip(_leaves(old), _leaves(new), strict=True))
+
+
+def _leaves(value: Any) -> list[Tensor]:
+    return [v if isinstance(v, Tensor) else torch.tensor(v) for v in pytree.tree_leaves(value)]
+
+
+def _is_wide(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize > 1
+
+
+def _negated(value: Any) -> Any:
+    return pytree.tree_map(_negated_leaf, value)
+
+
+def _negated_leaf(v: Any) -> Any:
+    """-v; for integers -v - 1, so that zeros change too, and for booleans the opposite."""
+    if isinstance(v, Tensor):
+        return -v if v.is_floating_point() or v.is_complex() else ~v
+    return -v - 1
+
+
+def _evaluate(step: Step, values: Mapping[fx.Node, Any], constants: Mapping[str, Tensor]) -> Any:
+    if step.node.op == "get_attr":
+        return constants[str(step.target)]
+    args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda n: values[n])
+    return step.target(*args, **kwargs)
