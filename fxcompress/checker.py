@@ -25,6 +25,12 @@ from fxcompress.wiring import misreads
 HALF = 0.501  # of a step, with a little for rounding
 SMALL = 1e-3  # how small operands are made where a number among an op's arguments may not be seen beside them
 HIDDEN = 1e-5  # relative: rounding of numbers that no pass has seen, where the limit is 0
+PRODUCTS: Mapping[Any, bool] = {  # ops that multiply their first two operands, and whether the third is added to the result
+    **dict.fromkeys((torch.ops.aten.mul.Tensor, torch.ops.aten.matmul.default, torch.ops.aten.mm.default, torch.ops.aten.bmm.default), False),
+    **dict.fromkeys(
+        (torch.ops.aten.linear.default, torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default), True
+    ),
+}
 DRAWS, ROUNDINGS = 4, 16  # how often operands are rounded at random, and how many roundings a value may be off by
 
 
@@ -46,6 +52,7 @@ class _Checker:
                 made, place = self.pairs.steps[node].args
                 self.taken.setdefault(made, {})[place] = node
         self.old: dict[fx.Node, Any] = {}
+        self.applied: dict[fx.Node, dict[fx.Node, tuple[Any, Any]]] = {}  # per old value and carrier of its changes: before, after
 
     def run(self, probe: Sequence[Tensor]) -> Iterator[Measured]:
         """Who reads what; then walk the old graph and compare each value as soon as everything it needs has been seen."""
@@ -64,6 +71,7 @@ class _Checker:
                     readers[used] -= 1
                     if not readers[used]:
                         del self.old[used]
+                        self.applied.pop(used, None)
 
     def _walk(self, wanted: set[fx.Node], probe: Sequence[Tensor]) -> Iterator[fx.Node]:
         """Evaluate the old graph as far as `wanted` needs; keep wanted values in self.old."""
@@ -95,11 +103,12 @@ class _Checker:
             (self._worst_block(pair, before, after) or self._off_grid(pair, env, before, after) or self._hidden(pair, bound)) if holds else ""
         )
         spread = None if isinstance(self.contract, Exact) else histograms(before, after)
+        product = after if pair.new.target in PRODUCTS else None
         del after  # a decoded weight may be large, and the flipped ones are as large
         if not holds or wrong:
             return Measured(pair.site.name, pair.new.name, figure, bound, "broken", wrong, spread)
         why = (
-            self._unseen(pair, env, before, floors, bound)
+            self._unseen(pair, env, (before, product), floors, bound)
             if not isinstance(self.contract, Lossy) and pair.new not in self.pairs.carried
             else ""
         )
@@ -205,13 +214,15 @@ class _Checker:
         is_constant = pair.old.op == "get_attr" and isinstance(self.contract, Bounded)
         return self.contract.worst_block(before, after, pair.new) if is_constant else ""  # type: ignore[union-attr]
 
-    def _unseen(self, pair: Pair, env: Mapping[fx.Node, Any], before: Any, floors: Sequence[float], bound: float) -> str:
-        """Why the comparison can't bite; "" if it can. Zeros that stay zeros have no sign; what they multiply is seen in its own record."""
+    def _unseen(self, pair: Pair, env: Mapping[fx.Node, Any], values: tuple[Any, Any], floors: Sequence[float], bound: float) -> str:
+        """Why the comparison can't bite; "" if it can. Zeros that stay zeros have no sign; what they multiply is seen in its own record.
+        values: the old one, and the new one if it is a product."""
+        before, product = values
         if is_zero(pair.old):
             return ""
         zeros = {n.name for n in pair.new.all_input_nodes if is_zero(n)}
         spared = zeros | ({n.name for n in self.edit.changes if n.op == "get_attr"} if zeros else set())
-        for operand, flipped in self._flips(pair.new, env):
+        for operand, flipped in self._flips(pair.new, env, product):
             if operand not in spared and self.contract.holds(self._figure(before, flipped, floors), bound):
                 return f"{operand} could change sign unseen"
         return ""
@@ -219,8 +230,12 @@ class _Checker:
     def _changed(self, node: fx.Node, stand_in: fx.Node) -> Any:
         """An old value under the change recorded for it, or for the new node that stands for it; a tuple under those of what is taken out."""
         value = self.old[node]
-        if stand_in in self.edit.changes:
-            return self._applied(stand_in, value)
+        if stand_in in self.edit.changes or (node in self.edit.changes and isinstance(value, Tensor)):
+            carrier = stand_in if stand_in in self.edit.changes else node
+            known = self.applied.setdefault(node, {})
+            if carrier not in known or known[carrier][0] is not value:  # another value stands there for a moment
+                known[carrier] = value, self._applied(carrier, value)
+            return known[carrier][1]
         if isinstance(value, tuple | list):
             taken = self.taken.get(node, {})
             return type(value)(self._applied(taken[i], v) if i in taken else v for i, v in enumerate(value))
@@ -248,14 +263,15 @@ class _Checker:
             env[node] = evaluate(node, env, self.program.constants)
         return env
 
-    def _flips(self, new: fx.Node, env: Mapping[fx.Node, Any]) -> Iterator[tuple[str, Any]]:
-        """The new node's value with each of its float operands negated in turn."""
+    def _flips(self, new: fx.Node, env: Mapping[fx.Node, Any], product: Any) -> Iterator[tuple[str, Any]]:
+        """The new node's value with each of its float operands negated in turn. product: the value, if it is one of two operands."""
         if self.pairs.is_old(new):
             yield "the value", _negated(env[new])
             return
         for n in new.all_input_nodes:
             if _is_wide(env[n]) and is_read(new, n):
-                yield n.name, evaluate(new, {**env, n: -env[n]}, self.program.constants)
+                flipped = None if product is None else _turned(new, n, env, product)
+                yield n.name, evaluate(new, {**env, n: -env[n]}, self.program.constants) if flipped is None else flipped
 
     def _floors(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any, bound: float) -> tuple[float, ...]:
         """Per tensor of the value the scale below which it is rounding noise: where the bound allows what a few roundings of everything that it
@@ -284,6 +300,25 @@ class _Checker:
             return self._changed(pair.old, pair.new)
         finally:
             self.old = kept
+
+
+def _turned(new: fx.Node, operand: fx.Node, env: Mapping[fx.Node, Any], product: Tensor) -> Tensor | None:
+    """x W + b with x or W negated, b - (x W) = 2 b - (x W + b), without another product; None where it isn't as simple as that."""
+    first, second, *rest = new.args
+    bias = rest[0] if rest and PRODUCTS[new.target] else None
+    if (
+        (operand is first) == (operand is second)
+        or operand is bias
+        or operand in new.kwargs.values()
+        or isinstance(new.kwargs.get("bias"), fx.Node)
+    ):
+        return None
+    if not isinstance(bias, fx.Node):
+        return -product
+    is_linear = new.target is torch.ops.aten.linear.default
+    spatial = 0 if is_linear else env[second].dim() - 2  # type: ignore[index]
+    added: Tensor = env[bias].reshape(-1, *[1] * spatial)
+    return 2 * added - product
 
 
 def _noise(exact: Any, again: Callable[[torch.Generator], Any]) -> list[float]:

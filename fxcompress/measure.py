@@ -13,7 +13,8 @@ BINS, SAMPLE = 32, 1 << 16
 
 
 def relative_error(old: Tensor, new: Tensor, floor: float = 0.0) -> float:
-    """max |new - old| / rms(old), in float64; positions where both are the same (infinities too) count 0; inf if a NaN or shape differs.
+    """max |new - old| / rms(old), the rms in float64. Positions where both are the same, infinities too, count 0; inf if a NaN or shape
+    differs.
 
     floor: taken in place of a smaller rms, for values that are rounding noise themselves. An all-zero old value gives max |new|, over the floor
     if there is one. Integers and booleans: 0 if equal, else inf.
@@ -24,6 +25,11 @@ def relative_error(old: Tensor, new: Tensor, floor: float = 0.0) -> float:
         return 0.0 if torch.equal(old, new) else float("inf")
     if not old.numel():
         return 0.0
+    if old.is_floating_point() and old.dtype == new.dtype and old.itemsize >= 4:
+        worst = (new - old).abs().max().item()
+        if math.isfinite(worst):
+            scale = max(floor, torch.linalg.vector_norm(old, dtype=torch.float64).item() / math.sqrt(old.numel()))
+            return float(worst / scale) if scale > 0 else float(worst)
     if torch.equal(old, new):
         return 0.0
     wide = torch.complex128 if old.is_complex() else torch.float64

@@ -17,10 +17,11 @@ from fxcompress import checker
 from fxcompress.checker import check
 from fxcompress.contract import Bounded, Contract, Exact, Lossy, Measured
 from fxcompress.edit import Edit, Step
+from fxcompress.interpret import evaluate
 from fxcompress.measure import relative_error
 from fxcompress.numerics import formats, noise
 from fxcompress.program import Program
-from tests.passes.helpers import Builder, chain, node, seeded
+from tests.passes.helpers import Builder, chain, function, node, seeded
 
 aten = torch.ops.aten
 Change = Callable[[Edit, fx.Node], fx.Node]  # makes the node that takes the place of one
@@ -622,3 +623,46 @@ def test_a_table_is_measured_in_rows_that_the_probe_does_not_read(row: int) -> N
         edit.update(program.results()[0], program.results()[0].args[0], 1.0)
     broken = [m.value for m in check(program, edit, Exact(), program.example) if m.verdict == "broken"]
     assert broken == (["w", "embedding_default"] if row == 1 else ["w"])
+
+
+F = torch.nn.functional
+PRODUCTS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], int]] = {  # body, operands, how many flips need no second product
+    "linear": (F.linear, (seeded(2, 3, 5), seeded(4, 5, seed=1)), 2),
+    "linear with bias": (F.linear, (seeded(2, 3, 5), seeded(4, 5, seed=1), seeded(4, seed=2)), 2),
+    "conv1d": (F.conv1d, (seeded(2, 3, 9), seeded(4, 3, 3, seed=1), seeded(4, seed=2)), 2),
+    "conv2d": (F.conv2d, (seeded(2, 3, 5, 5), seeded(4, 3, 3, 3, seed=1), seeded(4, seed=2)), 2),
+    "conv2d of one image": (F.conv2d, (seeded(3, 5, 5), seeded(4, 3, 3, 3, seed=1), seeded(4, seed=2)), 2),
+    "matmul": (torch.matmul, (seeded(2, 3, 5), seeded(2, 5, 4, seed=1)), 2),
+    "mul": (torch.mul, (seeded(2, 3, 5), seeded(3, 1, seed=1)), 2),
+    "a square": (lambda x: x * x, (seeded(2, 3, 5),), 0),
+    "a product with itself": (lambda x: x @ x, (seeded(3, 3),), 0),
+}
+
+
+@pytest.mark.parametrize(("body", "operands", "shortcuts"), PRODUCTS.values(), ids=PRODUCTS)
+def test_a_flipped_product_is_that_of_the_flipped_operand(body: Callable[..., Tensor], operands: tuple[Tensor, ...], shortcuts: int) -> None:
+    names = "xyz"[: len(operands)]
+    program = function(eval(f"lambda {', '.join(names)}: body({', '.join(names)})", {"body": body}), *operands)  # builtins have no signature
+    new = next(n for n in program.graph.nodes if n.target in checker.PRODUCTS)
+    env = dict(zip(program.placeholders(), operands, strict=True))
+    product, found = evaluate(new, env, {}), 0
+    for operand in new.all_input_nodes:
+        flipped = checker._turned(new, operand, env, product)
+        if flipped is not None:
+            found += 1
+            torch.testing.assert_close(flipped, evaluate(new, {**env, operand: -env[operand]}, {}))
+    assert found == shortcuts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_errors_are_those_of_the_definition(dtype: torch.dtype) -> None:
+    a = seeded(64, 9).to(dtype)
+    b = a + 1e-4 * seeded(64, 9, seed=1).to(dtype)
+    wanted = (b.double() - a.double()).abs().max() / a.double().square().mean().sqrt()
+    assert relative_error(a, b) == pytest.approx(float(wanted), rel=1e-6)
+    a[3, 3] = b[3, 3] = math.inf
+    finite = a[a.isfinite()].double()
+    wanted = (b.double() - a.double()).nan_to_num(0).abs().max() / finite.square().mean().sqrt()
+    assert relative_error(a, b) == pytest.approx(float(wanted), rel=1e-6)
+    assert relative_error(a, b.clone().fill_(math.nan)) == math.inf
+    assert relative_error(torch.zeros(3, dtype=dtype), torch.tensor([0.0, 2.0, 0.0], dtype=dtype), 4.0) == 0.5
