@@ -24,7 +24,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import fxcompress as fxc
-from fxcompress import api, contract, manager
+from fxcompress import api, checker, manager
 from fxcompress.interpret import run
 from fxcompress.passes.quant import weight_only
 from fxcompress.program import Program
@@ -222,7 +222,7 @@ def test_a_broken_contract_stops_each_and_shows_at_the_end(monkeypatch: pytest.M
 
 STOPS: dict[str, tuple[Any, str, type[BaseException]]] = {
     "in a pass": (weight_only, "mse_range", KeyboardInterrupt),
-    "in a check": (contract, "check", RuntimeError),
+    "in a check": (checker, "check", RuntimeError),
     "in the audit": (api, "audit", KeyboardInterrupt),
     "while lowering": (api.store, "save_graph", RuntimeError),
     "while measuring": (api, "lowest_sqnr", MemoryError),

@@ -69,10 +69,9 @@ def test_the_segmenter_does_what_its_card_says():
     """100 scenes: within three standard errors of the card's figure, and far from what needs no model."""
     said = weights.card("sam")["metrics"]
     model, asked = weights.read(segment.sam(), "sam"), held_out(TEST, 100, seed=9)
-    for kind in segment.PROMPTS:
+    for kind, without in (("boxes", "iou_fill_the_box"), ("points", "iou_nearest_object")):
         found = mask_iou(segment.masks(model, asked, kind), asked.masks)
         assert abs(found.value - said[f"iou_{kind}"]) < 1.5 * (found.high - found.low)
-        assert said[f"iou_{kind}"] >= 0.80
-        assert said[f"iou_{kind}"] >= 0.25 + max(said["iou_fill_the_box"], said["iou_nearest_object"])
+        assert said[f"iou_{kind}"] >= 0.25 + said[without]
         other = scenes.Scenes(asked.images.flip(0), asked.masks, asked.foreground, asked.points, asked.boxes)
         assert mask_iou(segment.masks(model, other, kind), asked.masks).value < found.value - 0.2

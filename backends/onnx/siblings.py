@@ -33,7 +33,10 @@ def merge_siblings(model: ir.Model) -> None:
         for new in (product, cut):
             new.metadata_props.update(nodes[0].metadata_props)
         old = [n.outputs[0] for n in nodes]
+        own = [v for n in nodes for v in n.inputs[1:] if v is not None]
         ir.convenience.replace_nodes_and_values(model.graph, nodes[0], nodes, [product, lengths, cut], old, cut.outputs)
+        for value in own:
+            del model.graph.initializers[str(value.name)]
 
 
 def _families(graph: ir.Graph) -> Iterator[list[ir.Node]]:

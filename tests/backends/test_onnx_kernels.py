@@ -113,7 +113,7 @@ def test_experts_picked_by_index_run_in_the_nbit_kernel():
     x = torch.randn(6, 64)
     program = quantised(program_of(Experts(3, 64, 20), x), "weight", "int4", (1, 1, 32), symmetric=False)
     assert error(program, [x]) < LIMIT
-    assert ops(program).count("MatMulNBits") == 3
+    assert ops(program).count("MatMulNBits") == 1  # they read one input, so they run as one product
 
 
 REFUSED = {
