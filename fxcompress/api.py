@@ -30,7 +30,7 @@ from fxcompress.capture import Dynamic, capture
 from fxcompress.checkpoint import Checkpoint, opened
 from fxcompress.diff import Diff, Run, between, of_run
 from fxcompress.diff.read import HISTORY, PAGE, REPORT, is_run, run_at, run_in, run_of
-from fxcompress.diff.text import measured
+from fxcompress.diff.text import ON_PURPOSE, measured
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
 from fxcompress.generation import generating
 from fxcompress.history import History
@@ -41,7 +41,7 @@ from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight
 from fxcompress.program import Program, Value
 from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, load_recipe, options_error, step_options
 from fxcompress.regions import regions
-from fxcompress.report import BackendReport, Change, Check, PassReport, Report, as_tensor
+from fxcompress.report import BackendReport, Change, Check, PassReport, Report, as_tensor, worst_of
 from fxcompress.rewrite import Pass
 from fxcompress.signature import Inputs, Signature, check_sizes
 from fxcompress.sources import Loaded, resolve
@@ -460,12 +460,17 @@ def _verdicts(done: PassReport, checks: Sequence[Check]) -> Iterator[dict[str, A
     for check in checks:
         groups.setdefault((check.site, check.verdict), []).append(check)
     for (site, verdict), members in groups.items():
-        known = [c for c in members if c.figure is not None]
-        ranked = sorted(known, key=lambda c: (c.figure or 0.0) - (c.limit or 0.0), reverse=done.unit != "dB")
-        worst, more = (ranked or members)[0], f", the worst of {len(members)} values" if len(members) > 1 else ""
-        place = f"{len(members)} values" if more and not worst.figure else f"{worst.value}{more}"
-        why = f"{measured(worst, done.unit)} at {place}{': ' if worst.why else ''}{worst.why}"
-        yield {"pass": done.name, "site": site, "what": verdict, "why": why}
+        yield {"pass": done.name, "site": site, "what": verdict, "why": _verdict(members, done.unit)}
+
+
+def _verdict(checks: Sequence[Check], unit: str) -> str:
+    """The worst figure of some checks and where it is."""
+    worst, compared = worst_of(checks, unit), [c for c in checks if unit != "dB" or not c.unmeasured]
+    if worst is None:
+        return f"{ON_PURPOSE}, at {checks[0].value if len(checks) == 1 else f'{len(checks)} values'}"
+    told, count = measured(worst, unit), len(compared)
+    place = f"{count} values" if told == "equal" and count > 1 else worst.value + (f", the worst of {count} values" if count > 1 else "")
+    return f"{told} at {place}{': ' if worst.why else ''}{worst.why}"
 
 
 def diff(first: Any, second: Any = None, example_inputs: Any = None, component: str | None = None) -> Diff:

@@ -125,10 +125,10 @@ def _site(change: Change, texts: _Texts) -> list[Any]:
 
 
 def _check(check: Check, site: int, texts: _Texts) -> list[Any]:
-    """Number of the site, value, figure, limit, number of the verdict, why, and the histogram if there is one."""
+    """Number of the site, value, figure, limit, number of the verdict, why, whether it is unmeasured, and the histogram if there is one."""
     figures = [_rounded(check.figure), _rounded(check.limit), VERDICTS.index(check.verdict)]
     spread = [] if check.histogram is None else _histogram(check.histogram)
-    return [site, texts(check.value), *figures, texts(check.why), *spread]
+    return [site, texts(check.value), *figures, texts(check.why), int(check.unmeasured), *spread]
 
 
 def _rounded(value: float | None) -> float | None:

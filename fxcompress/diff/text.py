@@ -11,6 +11,7 @@ from fxcompress.diff.states import State
 from fxcompress.history import Graph, Node
 from fxcompress.report import Check, PassReport
 
+ON_PURPOSE = "changed on purpose, not measured"
 SIGNS: Mapping[State, str] = {"added": "+", "removed": "-", "changed": "~", "moved": ">"}
 
 
@@ -70,16 +71,20 @@ def change(before: int, after: int, unit: str, arrow: str = "->") -> str:
 
 
 def figure(report: PassReport) -> str:
-    """The measured figure nearest its limit, or that there is none."""
-    if report.worst is None:
-        return "nothing to measure" if not report.fired else "not measured"
-    return measured(report.worst, report.unit)
+    """The worst figure with its limit, or why there is none."""
+    if report.worst is not None:
+        return measured(report.worst, report.unit)
+    if not report.fired:
+        return "nothing to measure"
+    return ON_PURPOSE if report.checks else "not measured"
 
 
 def measured(check: Check, unit: str) -> str:
     """A figure with its limit: 2.46e-06 <= 0.0001 relative error."""
-    if check.figure is None or check.figure == 0:
+    if check.figure == (None if unit == "dB" else 0):
         return "equal"
+    if check.figure is None:
+        return "not comparable"
     sign = "<=" if unit != "dB" else ">="
     limit = "" if check.limit is None else f" {sign} {check.limit:.3g}"
     return f"{check.figure:.3g}{limit} {unit}"

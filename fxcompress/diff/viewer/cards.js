@@ -37,14 +37,18 @@ function change([before, after], unit) {
   return before === after ? el("span", { class: "quiet" }, words) : words;
 }
 
-// [verdict, "2.6e-6 ≤ 1e-4"]: the measured figure nearest its limit.
+const ON_PURPOSE = "changed on purpose, not measured";
+
+// [verdict, "2.6e-6 ≤ 1e-4"]: the worst measured figure.
 function measured(pass) {
-  if (pass.worst === null) return ["none", pass.fired ? "not measured" : "–"];
+  if (pass.worst === null) return ["none", pass.fired ? (pass.checks.length ? ON_PURPOSE : "not measured") : "–"];
   return [pass.worst.verdict, figureOf(pass.worst, pass.unit)];
 }
 
 function figureOf(check, unit) {
-  if (check.figure === null || check.figure === 0) return "equal";
+  if (unit === "dB" && check.unmeasured) return ON_PURPOSE;
+  if (check.figure === (unit === "dB" ? null : 0)) return "equal";
+  if (check.figure === null) return "not comparable";
   const sign = unit === "dB" ? "≥" : "≤", ends = unit === "dB" ? " dB" : "";
   return `${number(check.figure)}${ends}` + (check.limit === null ? "" : ` ${sign} ${number(check.limit)}${ends}`);
 }

@@ -1,0 +1,77 @@
+"""Figures of a statically quantised network: each is the one that its words promise, wherever it is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxcompress as fxc
+from fxcompress.diff.text import ON_PURPOSE, figure
+from fxcompress.report import Check, PassReport, worst_of
+from tests.passes.helpers import seeded
+
+
+@pytest.fixture(scope="module")
+def model() -> fxc.CompiledModel:
+    """Two convolutions, whose biases become integers of 32 bits, and a linear, whose bias stays in float."""
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU()
+    layers = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    return fxc.compile(layers.eval(), "int8", (seeded(2, 3, 16, 16),), [(seeded(2, 3, 16, 16),)] * 2)
+
+
+@pytest.fixture(scope="module")
+def out(model: fxc.CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model.save(tmp_path_factory.mktemp("figures") / "out")
+
+
+def done(model: fxc.CompiledModel, name: str) -> PassReport:
+    return next(p for p in model.report.passes if p.name == name)
+
+
+def test_a_pass_s_figure_is_the_worst_and_not_the_one_nearest_its_limit(model: fxc.CompiledModel) -> None:
+    """Of a bias, whose codes have 32 bits, the SQNR is far above that of the rest and nearer its limit."""
+    report = done(model, "quant.insert")
+    least = min(report.checks, key=lambda c: c.figure or 0)
+    nearest = min(report.checks, key=lambda c: (c.figure or 0) - (c.limit or 0))
+    assert (nearest.figure or 0) > (least.figure or 0) + 20, "else the test can't tell them apart"
+    assert report.worst == least
+    assert f"bounded: {least.figure:.3g} >= {least.limit:.3g} dB" in model.diff().text()
+
+
+@pytest.mark.parametrize(
+    ("unit", "figures", "worst"), [("dB", [50.0, 41.0, None], 41.0), ("relative error", [1e-6, 0.0, 2e-6], 2e-6), ("dB", [None], None)]
+)
+def test_the_worst(unit: str, figures: list[float | None], worst: float | None) -> None:
+    """None in dB is infinity: equal."""
+    checks = [Check(site="s", value="v", figure=f, limit=0.0, verdict="held", why="") for f in figures]
+    found = worst_of(checks, unit)
+    assert found is not None and found.figure == worst
+
+
+def test_explain_tells_the_worst_figure_of_a_site(model: fxc.CompiledModel, out: Path) -> None:
+    report = done(model, "quant.insert")
+    rows = [r for r in fxc.api.explain(out, "3") if r["pass"] == report.name and r["what"] == "held"]
+    site = next(r["site"] for r in rows if "the worst of" in r["why"])
+    least = min((c for c in report.checks if c.site == site), key=lambda c: c.figure or 0)
+    assert next(r["why"] for r in rows if r["site"] == site).startswith(
+        f"{least.figure:.3g} >= {least.limit:.3g} dB at {least.value}, the worst"
+    )
+
+
+def test_what_changed_on_purpose_is_not_equal(model: fxc.CompiledModel, out: Path) -> None:
+    """A corrected bias: its codes differ, and of codes there is no SQNR; that of the float layer is measured."""
+    report = done(model, "quant.bias_correction")
+    (linear,) = (c for c in report.checks if not c.unmeasured)
+    assert linear.value == "linear"
+    assert figure(report) == f"{linear.figure:.3g} dB"
+    assert figure(report.model_copy(update={"checks": report.checks[:1], "worst": worst_of(report.checks[:1], "dB")})) == ON_PURPOSE
+    told = {r["site"]: r["why"] for r in fxc.api.explain(out, "") if r["pass"] == report.name and r["what"] == "held"}
+    assert told == {
+        "0  (conv2d_default)": f"{ON_PURPOSE}, at 2 values",
+        "3  (conv2d_default_1)": f"{ON_PURPOSE}, at 2 values",
+        "8  (linear)": f"{linear.figure:.3g} dB at linear",
+    }
