@@ -93,7 +93,10 @@ def _view(step: Step, hash: str, before: int, after: int, number: int | None, te
 
 
 def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dict[str, Any]:
-    sites = {change.site: number for number, change in enumerate(report.changes)}
+    sites, concerned = {}, {}
+    for number, made in reversed([*enumerate(report.changes)]):
+        sites[made.site] = number
+        concerned.update({(made.site, name): number for name in _concerned(made)})
     return {
         "name": report.name,
         "options": report.options,
@@ -111,17 +114,22 @@ def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dic
         "whole": report.whole,
         "declined": [[texts(d.site), texts(d.module), texts(d.reason)] for d in report.declined],
         "sites": [_site(c, texts) for c in report.changes],
-        "checks": [_check(c, sites.get(c.site, -1), texts) for c in report.checks],
+        "checks": [_check(c, concerned.get((c.site, c.value), sites.get(c.site, -1)), texts) for c in report.checks],
     }
 
 
 def _site(change: Change, texts: _Texts) -> list[Any]:
     """Node, module, reason, the globs that leave it out (0: its module), and the names of all nodes that it concerns."""
-    constants = (c.replace(".", "_") for c in change.constants)  # a constant's node is named after it
     node = change.site.rpartition("(")[2].rstrip(")")
-    names = {*change.replaced, *change.replaced.values(), *change.inserted, *change.touched, *change.erased, *constants} - {node}
+    names = _concerned(change) - {node}
     exclude = 0 if change.exclude == (change.module,) else [texts(glob) for glob in change.exclude]
     return [texts(node), texts(change.module), texts(change.reason), exclude, *sorted(map(texts, names))]
+
+
+def _concerned(change: Change) -> set[str]:
+    """The nodes that a change made, touched or put another in place of. A constant's node is named after it."""
+    constants = (c.replace(".", "_") for c in change.constants)
+    return {*change.replaced, *change.replaced.values(), *change.inserted, *change.touched, *change.erased, *constants}
 
 
 def _check(check: Check, site: int, texts: _Texts) -> list[Any]:
@@ -132,7 +140,7 @@ def _check(check: Check, site: int, texts: _Texts) -> list[Any]:
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+    return None if value is None else float(f"{value:.6g}")  # rounded once more to three digits where it is shown
 
 
 def _histogram(given: Histogram) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import fxcompress as fxc
 from fxcompress.diff.text import ON_PURPOSE, figure
 from fxcompress.report import Check, PassReport, worst_of
+from tests.diff.browser import Browser
 from tests.passes.helpers import seeded
 
 
@@ -75,3 +77,42 @@ def test_what_changed_on_purpose_is_not_equal(model: fxc.CompiledModel, out: Pat
         "3  (conv2d_default_1)": f"{ON_PURPOSE}, at 2 values",
         "8  (linear)": f"{linear.figure:.3g} dB at linear",
     }
+
+
+@pytest.mark.parametrize(
+    ("node", "values"),
+    [
+        ("dequantize_default", ["dequantize_default"]),
+        ("conv2d_default", ["dequantize_default", "dequantize_default_5", "dequantize_default_7"]),
+    ],
+)
+def test_a_card_shows_every_check_of_its_node(node: str, values: list[str], model: fxc.CompiledModel, browser: Browser, tmp_path: Path) -> None:
+    """A convolution is one site three times: for its input, its weight and its bias."""
+    report = done(model, "quant.insert")
+    browser.open(model.diff().save(tmp_path / "diff.html"), f"#pass={report.name}&node={node}")
+    shown = browser.run(
+        "[...document.querySelectorAll('#card .history > li')].map((e) => [e.innerText, e.querySelectorAll('.histogram').length])"
+    )
+    ours = [(words, histograms) for words, histograms in shown if words.startswith(report.name)]
+    found = {c.value: c for c in report.checks}
+    assert len(ours) == len(values)
+    for (words, histograms), value in zip(ours, values, strict=True):
+        assert f"{float(f'{found[value].figure:.3g}'):g} dB" in words and f"held at {value}" in words
+        assert histograms == 1
+    assert browser.errors == []
+
+
+@pytest.mark.parametrize("name", ["größe_layer", "linear", "größe_layer.weight"])
+def test_explain_knows_an_operation_by_its_own_name(name: str, tmp_path: Path) -> None:
+    """As it stands in the parentheses of a site."""
+    layers = nn.Sequential(OrderedDict({"größe_layer": nn.Linear(8, 8), "relu": nn.ReLU()})).eval()
+    report = fxc.compile(layers, "int8-weight-only", (seeded(2, 8),), backend="reference").save(tmp_path / "out")
+    rows = [r for r in fxc.api.explain(report, name) if r["pass"] == "quant.weight_only"]
+    assert [(r["site"], r["what"]) for r in rows] == [("größe_layer  (linear)", "changed"), ("größe_layer  (linear)", "held")]
+
+
+def test_explain_knows_what_was_done_to_a_value_of_a_module(out: Path) -> None:
+    """The ReLU's result is quantised where the convolution after it reads it."""
+    rows = [r for r in fxc.api.explain(out, "2") if r["pass"] == "quant.insert"]
+    assert [(r["site"], r["what"], r["why"]) for r in rows][:1] == [("3  (conv2d_default_1)", "changed", "relu as uint8/tensor")]
+    assert [r["why"].split(" at ")[1] for r in rows if r["what"] == "held"] == ["dequantize_default_1, the worst of 3 values"]

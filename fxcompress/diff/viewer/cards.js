@@ -189,12 +189,15 @@ function passLink(index) {
 }
 
 function checksFor(index, node, site) {
-  const own = [...new Set([node.name, ...site.names.map(text)])].flatMap((n) => checksOf.get(n) || []).filter(([p, c]) => p === index && c.site === site.index).map(([, c]) => c);
-  const same = own.filter((c) => c.verdict === "held" && !c.figure && !c.histogram), rest = own.filter((c) => !same.includes(c));
+  const own = passes[index].checks.filter((c) => c.site === site.index);
+  const isQuiet = (c) => c.verdict === "held" && !c.histogram && (c.unmeasured || !c.figure);
+  const quiet = [false, true].map((unmeasured) => own.filter((c) => isQuiet(c) && c.unmeasured === unmeasured)), rest = own.filter((c) => !isQuiet(c));
   const line = (check, place) => el("div", { class: "check" },
     el("span", { class: `verdict ${check.verdict}` }, `${figureOf(check, passes[index].unit)} ${check.verdict}`), ` at ${place}`, check.why ? el("p", {}, check.why) : "",
     check.histogram ? histogram(check) : "");
-  return [...rest.slice(0, 6).map((c) => line(c, text(c.value))), same.length ? line(same[0], same.length > 1 ? `${same.length} values` : text(same[0].value)) : ""];
+  const alike = (same) => (same.length ? line(same[0], same.length > 1 ? `${same.length} values` : text(same[0].value)) : "");
+  const first = (c) => (text(c.value) === node.name ? 0 : 1);
+  return [...rest.sort((a, b) => first(a) - first(b)).slice(0, 6).map((c) => line(c, text(c.value))), ...quiet.map(alike)];
 }
 
 // The pass with its options and one place left out, by the globs that do so; or why that can't be.
