@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import statistics
 import tempfile
@@ -435,7 +436,7 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
     None where no pass did. InputError with the nearest names for a name that neither the model nor a pass ever had.
     """
     report, _, _ = _read(Path(folder))
-    asked = {name, "".join(c if c.isalnum() else "_" for c in name)}  # a constant's node is named after it
+    asked = {name, re.sub(r"\W+", "_", name, flags=re.ASCII), *_nodes_in(Path(folder), name)}  # a constant's node is named after it
     rows: list[dict[str, Any]] = []
     for done in report.passes:
         touched = [c for c in done.changes if asked & _names(c) or _inside(c.module, name)]
@@ -447,11 +448,18 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
             for d in done.declined
             if asked & {d.site, d.module} or _inside(d.module, name)
         ]
-    if not rows and not asked & (known := store.load_names(Path(folder))):
+    if not rows and not asked & (known := store.load_names(Path(folder)) | _nodes_in(Path(folder), "")):
         known |= {n for done in report.passes for c in done.changes for n in _names(c)}
         do = "fxcompress inspect MODEL lists the module paths"
         raise InputError(f"the artifact has no {name!r}", where=str(folder), why=nearest(name, known, most=5), do=do)
     return rows
+
+
+def _nodes_in(folder: Path, module: str) -> set[str]:
+    """The names of all nodes that a module and those inside it had in a run; none where the run's history wasn't kept. A site whose ops are in
+    one module may change a value of another."""
+    graphs = run_in(folder).history.graphs if (folder / HISTORY).is_file() else []
+    return {n.name for g in graphs for n in g.nodes.values() if n.region == module or _inside(n.region, module)}
 
 
 def _verdicts(done: PassReport, checks: Sequence[Check]) -> Iterator[dict[str, Any]]:
@@ -549,6 +557,7 @@ def _names(change: Change) -> set[str]:
     return {
         change.module,
         change.site,
+        change.site.rpartition("  (")[2].removesuffix(")"),  # "fc  (linear)": the node
         *change.constants,
         *change.inserted,
         *change.replaced,
