@@ -100,6 +100,7 @@ class Inspection:
             "inputs": {v.name: list(v.shape) for v in program.inputs},
             "outputs": {v.name: list(v.shape) for v in program.outputs},
             "symbols": {k: list(v) for k, v in program.symbols.items()},
+            "sizes": self.diff.runs[0].history.sizes,
             "notes": list(program.notes),
             "cost": {
                 "operations": formula(total.flops),
@@ -138,7 +139,8 @@ class Inspection:
             [r["path"] or "<root>", r["class"], *(quantity(r[k], "") for k in ("nodes", "parameters", "flops", "traffic"))]
             for r in facts["regions"]
         ]
-        yield {"title": "Modules", "head": ["path", "class", "nodes", "parameters", "operations", "bytes moved"], "rows": rows}
+        title = f"Modules, {self.diff.sizes}" if self.diff.sizes else "Modules"
+        yield {"title": title, "head": ["path", "class", "nodes", "parameters", "operations", "bytes moved"], "rows": rows}
 
 
 def _in_order(region: Region, places: Mapping[fx.Node, int]) -> Iterator[Region]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from fxcompress import artifact
 from fxcompress.diff.matching import PRIME, Aligned, aligned
-from fxcompress.diff.sizes import at_one_size
+from fxcompress.diff.sizes import at, at_one_size
 from fxcompress.diff.states import State, alike, merged, states
 from fxcompress.errors import ArtifactError, InputError
 from fxcompress.history import Graph, History, Node
@@ -74,7 +74,8 @@ class Step:
 @dataclass(frozen=True, repr=False)
 class Diff:
     """The steps of a run in order, and all of them as one. runs: the run, or the two that are compared. was: names that are other ones in the
-    second, of nodes and modules. sizes: at which sizes the operations of the two are, in words."""
+    second, of nodes and modules. sizes: at which dynamic sizes the operations are counted, in words; "" where
+    there are none."""
 
     steps: Sequence[Step]
     whole: Step
@@ -151,7 +152,7 @@ def of_run(run: Run) -> Diff:
     triples = zip(run.passes, graphs[:-1], graphs[1:], replaced, strict=True)
     steps = [Step(p.name, a, b, states(a, b, r)) for p, a, b, r in triples]
     whole = Step("all passes", graphs[0], graphs[-1], states(graphs[0], graphs[-1], stand_ins(graphs[0].nodes, replaced)))
-    return Diff(steps, whole, [run])
+    return Diff(steps, whole, [run], sizes=at(run.history.sizes))
 
 
 def between(first: Run, second: Run) -> Diff:

@@ -70,6 +70,7 @@ def _data(diff: Diff) -> dict[str, Any]:
     was = [[texts(name), texts(other)] for name, other in diff.was.items()]
     return {
         "title": diff.title,
+        "sizes": diff.sizes,
         "root": graphs[-1].kinds.get("") or "model",
         "single": len(graphs) == 1,
         "nodes": written["nodes"],
@@ -156,7 +157,7 @@ def _tiles(diff: Diff) -> list[list[str]]:
     counted = f"{len(diff.whole.states)} differ" if before is not after else ""
     found = [
         ["Weights", change(before.stored, after.stored, "B", "→"), weights],
-        ["Operations a call", change(before.flops, after.flops, "", "→"), diff.sizes or "at the example's sizes"],
+        ["Operations a call", change(before.flops, after.flops, "", "→"), diff.sizes or "all sizes are fixed"],
         ["Nodes", f"{len(before.nodes)} → {len(after.nodes)}" if before is not after else str(len(before.nodes)), counted],
     ]
     if any(r.sqnr is not None for r in diff.runs):

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fxcompress.diff import Diff, Run, Step
 from fxcompress.diff.matching import attributes
+from fxcompress.diff.sizes import at
 from fxcompress.diff.states import State
-from fxcompress.history import Graph, Node
+from fxcompress.history import Graph, History, Node
 from fxcompress.report import Check, PassReport
 
 ON_PURPOSE = "changed on purpose, not measured"
@@ -19,8 +20,8 @@ def text(diff: Diff) -> str:
     """The whole diff."""
     lines = [diff.title]
     for run, label in zip(diff.runs, diff.labels, strict=True):
-        lines += ["", *[f"of {label}"] * (len(diff.runs) > 1), *_passes(run.passes, run.history.graphs)] if run.passes else []
-    lines += ["", f"in all  {_sizes(diff.whole.before, diff.whole.after)}", *_both(diff)]
+        lines += ["", *[f"of {label}"] * (len(diff.runs) > 1), *_passes(run.passes, run.history)] if run.passes else []
+    lines += ["", f"in all  {_sizes(diff.whole.before, diff.whole.after, diff.sizes if len(diff.runs) == 1 else '')}", *_both(diff)]
     for number, step in enumerate(diff.steps, 1):
         if step.states:
             lines += ["", f"{number}  {step.name}: {counted(step.states)}", *_changes(step, diff.was)]
@@ -99,7 +100,8 @@ def written(node: Node) -> str:
     return f"{node.name} = {node.op.removeprefix('aten.').removesuffix('.default')}({given})  {node.shape}".rstrip()
 
 
-def _passes(passes: Sequence[PassReport], graphs: Sequence[Graph]) -> Iterator[str]:
+def _passes(passes: Sequence[PassReport], history: History) -> Iterator[str]:
+    graphs, sizes = history.graphs, at(history.sizes)
     for number, (report, before, after) in enumerate(zip(passes, graphs[:-1], graphs[1:], strict=True), 1):
         of = f" of {report.legal}" if report.legal != report.fired else ""
         sites = f"{report.fired}{of} site{'s' * (report.legal != 1)}"
@@ -107,14 +109,14 @@ def _passes(passes: Sequence[PassReport], graphs: Sequence[Graph]) -> Iterator[s
         yield from [""] * (number > 1)
         yield f"{number}  {report.name}  {sites}, {len(report.declined)} declined"
         yield f"   {report.contract}: {figure(report)}{sqnr}"
-        yield f"   {_sizes(before, after)}"
+        yield f"   {_sizes(before, after, sizes)}"
         yield from (f"   note: {n}" for n in report.notes)
         yield from (f"   declined {line}" for line in _declined(report))
 
 
-def _sizes(before: Graph, after: Graph) -> str:
-    sizes = change(before.stored, after.stored, "B"), change(before.flops, after.flops, "FLOP")
-    return f"{', '.join(sizes)}, {len(before.nodes)} -> {len(after.nodes)} nodes"
+def _sizes(before: Graph, after: Graph, sizes: str) -> str:
+    operations = f"{change(before.flops, after.flops, 'FLOP')} {sizes}".strip()
+    return f"{change(before.stored, after.stored, 'B')}, {operations}, {len(before.nodes)} -> {len(after.nodes)} nodes"
 
 
 def _declined(report: PassReport) -> Iterator[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import fxcompress as fxc
@@ -116,3 +117,21 @@ def test_explain_knows_what_was_done_to_a_value_of_a_module(out: Path) -> None:
     rows = [r for r in fxc.api.explain(out, "2") if r["pass"] == "quant.insert"]
     assert [(r["site"], r["what"], r["why"]) for r in rows][:1] == [("3  (conv2d_default_1)", "changed", "relu as uint8/tensor")]
     assert [r["why"].split(" at ")[1] for r in rows if r["what"] == "held"] == ["dequantize_default_1, the worst of 3 values"]
+
+
+def test_operations_are_told_with_their_sizes(browser: Browser, tmp_path: Path) -> None:
+    """A language model with a cache is counted at the second half of the call: 8 of 16 tokens, behind 8 past ones."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    config = transformers.LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
+    found = fxc.inspect(transformers.LlamaForCausalLM(config).eval(), {"input_ids": torch.arange(32).reshape(2, 16)})
+    sizes = found.facts()["sizes"]
+    assert sorted(sizes.values()) == [2, 8, 8] and found.facts()["regions"][0]["flops"] > 0
+    told = f"at {', '.join(f'{name}={size}' for name, size in sizes.items())}"
+    assert f"FLOP {told}, " in found.diff.text()
+    browser.open(found.save(tmp_path / "inspect.html"))
+    page = browser.run("document.body.innerText")
+    assert f"Modules, {told}" in page and told in browser.run("document.querySelector('.tiles').innerText")
+    browser.open(tmp_path / "inspect.html", "#pass=all&node=linear")
+    assert told in browser.run("document.querySelector('#card').innerText")
+    assert browser.errors == []

@@ -53,6 +53,9 @@ function figureOf(check, unit) {
   return `${number(check.figure)}${ends}` + (check.limit === null ? "" : ` ${sign} ${number(check.limit)}${ends}`);
 }
 
+// Operations with the sizes that they are counted at.
+const atSizes = (words) => [words, data.sizes ? [" ", el("small", {}, data.sizes)] : ""];
+
 function tiles() {
   return el("ul", { class: "tiles" }, data.tiles.map(([name, value, note]) => el("li", {}, el("span", { class: "label" }, name), el("strong", {}, value), el("span", { class: "note" }, note))));
 }
@@ -80,7 +83,7 @@ function viewCard(view, go) {
     parts.push(rows([
       ["contract", pass.contract], ["measured", el("span", { class: `verdict ${verdict}` }, figure + (pass.unit === "dB" || figure === "equal" || pass.worst === null ? "" : " relative error"))],
       pass.output_sqnr !== null && ["output SQNR", `${pass.output_sqnr.toFixed(1)} dB`],
-      ["sites", `${pass.fired} of ${pass.legal}`], ["weights", change(pass.stored, "B")], ["operations", change(pass.flops, "")], ["CPU time", `${pass.cpu} s`]]));
+      ["sites", `${pass.fired} of ${pass.legal}`], ["weights", change(pass.stored, "B")], ["operations", atSizes(change(pass.flops, ""))], ["CPU time", `${pass.cpu} s`]]));
     parts.push(...pass.notes.map((n) => el("p", { class: "noted" }, n)));
   }
   if (data.renamed.length) parts.push(more(`${data.renamed.length} renamed modules`, data.renamed.map(text), (path) => [moduleLink(view, path, go), ` there ${was.get(path)}`]));
@@ -143,7 +146,7 @@ function nodeCard(view, name, go) {
       node.state === "changed" && node.old && argumentsOf(node.old) !== argumentsOf(now) && ["were", el("code", {}, argumentsOf(node.old))],
       node.state === "moved" && ["was in", node.old.region || "root"],
       now.source && ["source", el("code", {}, now.source)],
-      ["operations", now.flops ? quantity(now.flops, "") : ""], ["stored", now.stored ? quantity(now.stored, "B") : ""],
+      ["operations", now.flops ? atSizes(quantity(now.flops, "")) : ""], ["stored", now.stored ? quantity(now.stored, "B") : ""],
       sqnr.has(name) && ["loss so far", sqnr.get(name) === null ? "none" : `${sqnr.get(name).toFixed(1)} dB`],
     ]),
     statistics(node),
@@ -248,7 +251,7 @@ function moduleCard(view, path, go) {
   const place = rows([
     was.has(path) && ["named there", was.get(path)],
     ["class", region.kind], ["nodes", String(region.size)],
-    ["operations", region.flops ? `${quantity(region.flops, "")} (${(100 * region.flops / all).toFixed(1)} %)` : ""],
+    ["operations", region.flops ? atSizes(`${quantity(region.flops, "")} (${(100 * region.flops / all).toFixed(1)} %)`) : ""],
     ["weights", region.stored ? quantity(region.stored, "B") : ""],
     Object.hasOwn(data.formulas, path) && ["formula", el("code", {}, data.formulas[path])],
     Number.isFinite(loss) && ["worst loss", `${loss.toFixed(1)} dB`]]);
