@@ -329,3 +329,7 @@ def _pass_row(name: str, kind: Any) -> dict[str, Any]:
         "doc": doc,
         "options": options,
     }
+
+
+if __name__ == "__main__":
+    app()

@@ -44,8 +44,8 @@ class Forecast:
 
     @property
     def sites(self) -> int:
-        """Places that some pass changes, each once."""
-        return len({c.site for p in self.passes for c in p.changes})
+        """Sites of all passes, as the table of a compilation has them: one for each value that a pass changes at a place."""
+        return sum(p.fired for p in self.passes)
 
     @property
     def declined(self) -> list[tuple[str, Declined]]:
@@ -132,7 +132,11 @@ class Inspection:
         if self.forecasts:
             names = ("recipe", "sites", "declined", "weights", "quantised", "what")
             rows = [[str(r[n]) for n in names] for r in facts["recipes"]]
-            yield {"title": "What each recipe would do; quantised: multiply-accumulates on quantised values", "head": list(names), "rows": rows}
+            yield {
+                "title": "What each recipe would do; sites: of all passes; quantised: multiply-accumulates on quantised values",
+                "head": list(names),
+                "rows": rows,
+            }
             declined = [[f.recipe, name, d.module or d.site, d.reason] for f in self.forecasts for name, d in f.declined]
             yield {"title": "What they would leave alone", "head": ["recipe", "pass", "place", "reason"], "rows": declined}
         rows = [

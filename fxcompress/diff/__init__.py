@@ -20,6 +20,7 @@ from fxcompress.report import PassReport, Report
 __all__ = ["Diff", "Format", "Run", "Step", "between", "of_run", "written"]
 
 
+LOWERED, NOT_LOWERED = "on the backend", "before lowering"
 Format = Literal["html", "text", "dot", "model-explorer"]
 
 
@@ -35,10 +36,10 @@ class Run:
     folder: str = ""
 
     @property
-    def sqnr(self) -> float | None:
-        """The lowest output SQNR: as shipped where the run is finished, else after its last pass; None where it isn't known."""
+    def sqnrs(self) -> dict[str, float | None]:
+        """The lowest output SQNR by where it was measured: after the last pass, and as shipped. None where it isn't known."""
         known = [p.output_sqnr for p in self.passes if p.output_sqnr is not None]
-        return self.report.output_sqnr if self.report else known[-1] if known else None
+        return {LOWERED: self.report.output_sqnr if self.report else None, NOT_LOWERED: known[-1] if known else None}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,13 @@ class Diff:
     def title(self) -> str:
         """The runs' names."""
         return " → ".join(self.labels)
+
+    @property
+    def measured(self) -> str:
+        """Where the output SQNR was measured on all sides of which any is known, so that like is compared with like; "" where none is known."""
+        known = [{place for place, figure in r.sqnrs.items() if figure is not None} for r in self.runs]
+        common = set[str]().union(*known).intersection(*(k for k in known if k))
+        return next((place for place in (LOWERED, NOT_LOWERED) if place in common), "")
 
     @property
     def renamed(self) -> dict[str, str]:

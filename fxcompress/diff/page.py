@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from fxcompress.diff import Diff, Run, Step
-from fxcompress.diff.text import change, figure, quantity, sqnr
+from fxcompress.diff.text import change, decibels, figure, quantity, sqnr
 from fxcompress.history import Graph, History, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
 
@@ -160,9 +160,8 @@ def _tiles(diff: Diff) -> list[list[str]]:
         ["Operations a call", change(before.flops, after.flops, "", "→"), diff.sizes or "all sizes are fixed"],
         ["Nodes", f"{len(before.nodes)} → {len(after.nodes)}" if before is not after else str(len(before.nodes)), counted],
     ]
-    if any(r.sqnr is not None for r in diff.runs):
-        place = "lowest output, on the backend" if all(r.report for r in diff.runs) else "lowest output"
-        found.append(["Output SQNR", " → ".join(sqnr(r) for r in diff.runs), place])
+    for figures in sqnr(diff, "→"):
+        found.append(["Output SQNR", figures.removesuffix(diff.measured).strip(), f"lowest output, {diff.measured}".removesuffix(", ")])
     if len(diff.runs) == 1 and report and report.backend and report.backend.integer_share is not None:
         found.append(["In integer kernels", f"{report.backend.integer_share:.1%}", "of all multiply-accumulates"])
     return found
@@ -229,7 +228,7 @@ def _facts(run: Run, graph: Graph) -> Iterator[tuple[str, str]]:
     yield "weights", quantity(graph.stored, "B")
     yield "operations a call", quantity(graph.flops, "").strip()
     yield "multiply-accumulates on quantised values", f"{quantised_share(graph):.1%}"
-    yield "output SQNR", sqnr(run)
+    yield from ((f"output SQNR, {place}", decibels(figure)) for place, figure in run.sqnrs.items() if figure is not None)
     if report and backend:
         yield "backend", backend.name
         kernels = [

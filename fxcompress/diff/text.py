@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from fxcompress.diff import Diff, Run, Step
+from fxcompress.diff import Diff, Step
 from fxcompress.diff.matching import attributes
 from fxcompress.diff.sizes import at
 from fxcompress.diff.states import State
@@ -33,14 +33,23 @@ def _both(diff: Diff) -> Iterator[str]:
     if len(diff.runs) < 2:
         return
     yield f"operations {diff.sizes}"
-    if any(r.sqnr is not None for r in diff.runs):
-        yield f"output SQNR {' -> '.join(sqnr(r) for r in diff.runs)}"
+    yield from (f"output SQNR {figures}" for figures in sqnr(diff))
     yield from grouped(f"renamed {other} -> {name}" for name, other in diff.renamed.items())
 
 
-def sqnr(run: Run) -> str:
-    """The lowest output SQNR of a run: as shipped where it is finished, else after its last pass; a dash where nothing was measured."""
-    return "-" if run.sqnr is None else f"{run.sqnr:.1f} dB"
+def sqnr(diff: Diff, arrow: str = "->") -> Iterator[str]:
+    """The lowest output SQNR of each side and where it was measured: in one place where there is one for all; else each with its own; nothing
+    where none is known. A dash for a side of which nothing was measured."""
+    if diff.measured:
+        yield f"{f' {arrow} '.join(decibels(r.sqnrs[diff.measured]) for r in diff.runs)} {diff.measured}"
+        return
+    sides = [next((f"{decibels(v)} {place}" for place, v in r.sqnrs.items() if v is not None), "-") for r in diff.runs]
+    yield from [f" {arrow} ".join(sides)] * any(side != "-" for side in sides)
+
+
+def decibels(value: float | None) -> str:
+    """A figure in dB, or a dash."""
+    return "-" if value is None else f"{value:.1f} dB"
 
 
 def counted(states: Mapping[str, State]) -> str:

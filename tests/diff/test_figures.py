@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,19 +12,25 @@ import transformers
 from torch import nn
 
 import fxcompress as fxc
+from fxcompress.diff import LOWERED, NOT_LOWERED, between
+from fxcompress.diff.read import run_at
 from fxcompress.diff.text import ON_PURPOSE, figure
 from fxcompress.report import Check, PassReport, worst_of
 from tests.diff.browser import Browser
 from tests.passes.helpers import seeded
 
 
-@pytest.fixture(scope="module")
-def model() -> fxc.CompiledModel:
+def network() -> nn.Module:
     """Two convolutions, whose biases become integers of 32 bits, and a linear, whose bias stays in float."""
     torch.manual_seed(0)
     convolutions = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.BatchNorm2d(16), nn.ReLU()
     layers = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
-    return fxc.compile(layers.eval(), "int8", (seeded(2, 3, 16, 16),), [(seeded(2, 3, 16, 16),)] * 2)
+    return layers.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> fxc.CompiledModel:
+    return fxc.compile(network(), "int8", (seeded(2, 3, 16, 16),), [(seeded(2, 3, 16, 16),)] * 2)
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +142,26 @@ def test_operations_are_told_with_their_sizes(browser: Browser, tmp_path: Path) 
     browser.open(tmp_path / "inspect.html", "#pass=all&node=linear")
     assert told in browser.run("document.querySelector('#card').innerText")
     assert browser.errors == []
+
+
+def test_the_output_is_compared_with_what_was_measured_where_it_was(model: fxc.CompiledModel, out: Path) -> None:
+    """A checkpoint isn't lowered yet: its figure is the interpreter's, and so is the artifact's beside it."""
+    finished = replace(run_at(out), report=model.report.model_copy(update={"output_sqnr": 47.25}))  # kernels that round lose more than these
+    kept = replace(finished, report=None)
+    before, after = finished.sqnrs[NOT_LOWERED], finished.sqnrs[LOWERED]
+    assert before is not None and after == 47.25 and abs(before - after) > 1, "else the test can't tell them apart"
+    assert f"output SQNR {before:.1f} dB -> {before:.1f} dB before lowering\n" in between(kept, finished).text()
+    assert f"output SQNR {after:.1f} dB -> {after:.1f} dB on the backend\n" in between(finished, finished).text()
+    assert f"output SQNR - -> {after:.1f} dB on the backend\n" in between(replace(kept, passes=()), finished).text()
+    unlike = between(replace(finished, passes=()), kept)
+    assert f"output SQNR {after:.1f} dB on the backend -> {before:.1f} dB before lowering\n" in unlike.text()
+    for words in (f"{before:.1f} dB → {before:.1f} dB", "lowest output, before lowering", "output SQNR, on the backend"):
+        assert words in between(kept, finished).html()
+    assert f"{after:.1f} dB on the backend → {before:.1f} dB before lowering" in unlike.html()
+
+
+def test_a_forecast_counts_sites_as_a_compilation_does(model: fxc.CompiledModel) -> None:
+    """A convolution is a site for its input, its weight and its bias, and again for every other pass."""
+    (row,) = fxc.inspect(network(), (seeded(2, 3, 16, 16),), recipes=["int8"]).facts()["recipes"]
+    places = {c.site for p in model.report.passes for c in p.changes}
+    assert row["sites"] == sum(p.fired for p in model.report.passes) > len(places)
