@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import statistics
 import tempfile
@@ -30,7 +31,7 @@ from fxcompress.capture import Dynamic, capture
 from fxcompress.checkpoint import Checkpoint, opened
 from fxcompress.diff import Diff, Run, between, of_run
 from fxcompress.diff.read import HISTORY, PAGE, REPORT, is_run, run_at, run_in, run_of
-from fxcompress.diff.text import measured
+from fxcompress.diff.text import ON_PURPOSE, measured
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
 from fxcompress.generation import generating
 from fxcompress.history import History
@@ -41,7 +42,7 @@ from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight
 from fxcompress.program import Program, Value
 from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, load_recipe, options_error, step_options
 from fxcompress.regions import regions
-from fxcompress.report import BackendReport, Change, Check, PassReport, Report, as_tensor
+from fxcompress.report import BackendReport, Change, Check, PassReport, Report, as_tensor, worst_of
 from fxcompress.rewrite import Pass
 from fxcompress.signature import Inputs, Signature, check_sizes
 from fxcompress.sources import Loaded, resolve
@@ -435,7 +436,7 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
     None where no pass did. InputError with the nearest names for a name that neither the model nor a pass ever had.
     """
     report, _, _ = _read(Path(folder))
-    asked = {name, "".join(c if c.isalnum() else "_" for c in name)}  # a constant's node is named after it
+    asked = {name, re.sub(r"\W+", "_", name, flags=re.ASCII), *_nodes_in(Path(folder), name)}  # a constant's node is named after it
     rows: list[dict[str, Any]] = []
     for done in report.passes:
         touched = [c for c in done.changes if asked & _names(c) or _inside(c.module, name)]
@@ -447,11 +448,18 @@ def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
             for d in done.declined
             if asked & {d.site, d.module} or _inside(d.module, name)
         ]
-    if not rows and not asked & (known := store.load_names(Path(folder))):
+    if not rows and not asked & (known := store.load_names(Path(folder)) | _nodes_in(Path(folder), "")):
         known |= {n for done in report.passes for c in done.changes for n in _names(c)}
         do = "fxcompress inspect MODEL lists the module paths"
         raise InputError(f"the artifact has no {name!r}", where=str(folder), why=nearest(name, known, most=5), do=do)
     return rows
+
+
+def _nodes_in(folder: Path, module: str) -> set[str]:
+    """The names of all nodes that a module and those inside it had in a run; none where the run's history wasn't kept. A site whose ops are in
+    one module may change a value of another."""
+    graphs = run_in(folder).history.graphs if (folder / HISTORY).is_file() else []
+    return {n.name for g in graphs for n in g.nodes.values() if n.region == module or _inside(n.region, module)}
 
 
 def _verdicts(done: PassReport, checks: Sequence[Check]) -> Iterator[dict[str, Any]]:
@@ -460,12 +468,17 @@ def _verdicts(done: PassReport, checks: Sequence[Check]) -> Iterator[dict[str, A
     for check in checks:
         groups.setdefault((check.site, check.verdict), []).append(check)
     for (site, verdict), members in groups.items():
-        known = [c for c in members if c.figure is not None]
-        ranked = sorted(known, key=lambda c: (c.figure or 0.0) - (c.limit or 0.0), reverse=done.unit != "dB")
-        worst, more = (ranked or members)[0], f", the worst of {len(members)} values" if len(members) > 1 else ""
-        place = f"{len(members)} values" if more and not worst.figure else f"{worst.value}{more}"
-        why = f"{measured(worst, done.unit)} at {place}{': ' if worst.why else ''}{worst.why}"
-        yield {"pass": done.name, "site": site, "what": verdict, "why": why}
+        yield {"pass": done.name, "site": site, "what": verdict, "why": _verdict(members, done.unit)}
+
+
+def _verdict(checks: Sequence[Check], unit: str) -> str:
+    """The worst figure of some checks and where it is."""
+    worst, compared = worst_of(checks, unit), [c for c in checks if unit != "dB" or not c.unmeasured]
+    if worst is None:
+        return f"{ON_PURPOSE}, at {checks[0].value if len(checks) == 1 else f'{len(checks)} values'}"
+    told, count = measured(worst, unit), len(compared)
+    place = f"{count} values" if told == "equal" and count > 1 else worst.value + (f", the worst of {count} values" if count > 1 else "")
+    return f"{told} at {place}{': ' if worst.why else ''}{worst.why}"
 
 
 def diff(first: Any, second: Any = None, example_inputs: Any = None, component: str | None = None) -> Diff:
@@ -544,6 +557,7 @@ def _names(change: Change) -> set[str]:
     return {
         change.module,
         change.site,
+        change.site.rpartition("  (")[2].removesuffix(")"),  # "fc  (linear)": the node
         *change.constants,
         *change.inserted,
         *change.replaced,

@@ -115,7 +115,7 @@ class _Checker:
         if why and self._is_on_range(pair):
             filling = self._over_range(pair)
             return Measured(pair.site.name, pair.new.name, figure, bound, filling.verdict, filling.why, spread)
-        return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why, spread)
+        return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why, spread, figure == -math.inf)
 
     def _off_grid(self, pair: Pair, env: Mapping[fx.Node, Any], before: Any, after: Any) -> str:
         """How a number of the range that a quantiser of integers is for moves by more than half a step, as a sentence; "" if none does. The
@@ -170,7 +170,7 @@ class _Checker:
             limit = min(limit, ROUNDINGS * torch.finfo(stored.dtype).eps)
         figure = math.inf if pair.new in self.edit.loose else _worst_error(before, after)
         why = "an input or output carries a change" if is_end and figure > limit else ""
-        return Measured(pair.site.name, pair.new.name, figure, limit, "held" if figure <= limit else "broken", why)
+        return Measured(pair.site.name, pair.new.name, figure, limit, "held" if figure <= limit else "broken", why, unmeasured=True)
 
     def _hidden(self, pair: Pair, bound: float) -> str:
         """What the probe's numbers hide, as a sentence: a channel that is dead on the probe may be multiplied by anything, and a number among

@@ -307,10 +307,13 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _facts(facts: dict[str, Any]) -> list[str]:
+    from fxcompress.diff.sizes import at
+
     lines = [f"{facts['origin']}"]
     for kind in ("inputs", "outputs"):
         lines += [f"{kind[:-1]} {name} [{', '.join(map(str, shape))}]" for name, shape in facts[kind].items()]
     lines += [f"{name}: {formula}" for name, formula in facts["cost"].items()]
+    lines += [f"operations and bytes by module {told}"] if (told := at(facts["sizes"])) else []
     return lines + [f"note: {n}" for n in facts["notes"]]
 
 
@@ -326,3 +329,7 @@ def _pass_row(name: str, kind: Any) -> dict[str, Any]:
         "doc": doc,
         "options": options,
     }
+
+
+if __name__ == "__main__":
+    app()

@@ -27,7 +27,8 @@ EXACT_LIMIT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, to
 @dataclass(frozen=True)
 class Measured:
     """One compared value of one site. figure and limit: relative error (Exact: figure <= limit) or SQNR in dB (Bounded: figure >= limit).
-    histogram: of the value before and after, where it may lose something."""
+    histogram: of the value before and after, where it may lose something. unmeasured: the value changes on purpose, and the figure
+    doesn't say how much: it is the relative error to what the edit recorded, or -inf of codes that differ, which have no SQNR."""
 
     site: str
     value: str
@@ -36,6 +37,7 @@ class Measured:
     verdict: Verdict
     why: str = ""
     histogram: Histograms | None = None
+    unmeasured: bool = False
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ class Forecast:
 
     @property
     def sites(self) -> int:
-        """Places that some pass changes, each once."""
-        return len({c.site for p in self.passes for c in p.changes})
+        """Sites of all passes, as the table of a compilation has them: one for each value that a pass changes at a place."""
+        return sum(p.fired for p in self.passes)
 
     @property
     def declined(self) -> list[tuple[str, Declined]]:
@@ -100,6 +100,7 @@ class Inspection:
             "inputs": {v.name: list(v.shape) for v in program.inputs},
             "outputs": {v.name: list(v.shape) for v in program.outputs},
             "symbols": {k: list(v) for k, v in program.symbols.items()},
+            "sizes": self.diff.runs[0].history.sizes,
             "notes": list(program.notes),
             "cost": {
                 "operations": formula(total.flops),
@@ -131,14 +132,19 @@ class Inspection:
         if self.forecasts:
             names = ("recipe", "sites", "declined", "weights", "quantised", "what")
             rows = [[str(r[n]) for n in names] for r in facts["recipes"]]
-            yield {"title": "What each recipe would do; quantised: multiply-accumulates on quantised values", "head": list(names), "rows": rows}
+            yield {
+                "title": "What each recipe would do; sites: of all passes; quantised: multiply-accumulates on quantised values",
+                "head": list(names),
+                "rows": rows,
+            }
             declined = [[f.recipe, name, d.module or d.site, d.reason] for f in self.forecasts for name, d in f.declined]
             yield {"title": "What they would leave alone", "head": ["recipe", "pass", "place", "reason"], "rows": declined}
         rows = [
             [r["path"] or "<root>", r["class"], *(quantity(r[k], "") for k in ("nodes", "parameters", "flops", "traffic"))]
             for r in facts["regions"]
         ]
-        yield {"title": "Modules", "head": ["path", "class", "nodes", "parameters", "operations", "bytes moved"], "rows": rows}
+        title = f"Modules, {self.diff.sizes}" if self.diff.sizes else "Modules"
+        yield {"title": title, "head": ["path", "class", "nodes", "parameters", "operations", "bytes moved"], "rows": rows}
 
 
 def _in_order(region: Region, places: Mapping[fx.Node, int]) -> Iterator[Region]:

@@ -21,7 +21,7 @@ from fxcompress.interpret import run
 from fxcompress.numerics.noise import sqnr
 from fxcompress.program import Program, module_path
 from fxcompress.recipe import Step, check_step, exclusions, step_options
-from fxcompress.report import Change, Check, Declined, PassReport
+from fxcompress.report import Change, Check, Declined, PassReport, worst_of
 from fxcompress.rewrite import Context, Match, Pass, Reject, Rewrite, Transform
 from fxcompress.target import Target
 from fxcompress.verify import verify
@@ -78,7 +78,7 @@ class Manager:
         try:
             check_step(step, self.program, item.name)
             found = self._apply(step, item, edit, notes)
-            checks = self._checked(step, item, edit)
+            checks = tuple(as_check(m) for m in self._checked(step, item, edit))
             verify(self.program)
             sites, excluded = list(edit.sites), self._excluded(item, edit.sites)
             recast = [n.name for n in (*edit.changes, *edit.loose)]
@@ -98,8 +98,8 @@ class Manager:
             declined=found.declined,
             contract=item.contract.kind,
             unit=item.contract.unit,
-            checks=tuple(as_check(m) for m in checks),
-            worst=as_check(_worst(checks, exact)) if checks else None,
+            checks=checks,
+            worst=worst_of(checks, item.contract.unit),
             output_sqnr=None if exact or self.check == "off" or not sites else self.output_sqnr(),
             bytes_before=bytes_before,
             bytes_after=weight_bytes(self.program),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -73,7 +74,8 @@ class Histogram(Frozen):
 
 class Check(Frozen):
     """One contract measurement. unit: "relative error" (figure <= limit) or "dB" (figure >= limit).
-    histogram: where the value may lose something."""
+    histogram: where the value may lose something. unmeasured: the value changes on purpose, and the figure doesn't say how much: it is
+    the relative error to the change that the pass recorded, whatever the pass's unit, or null of codes that differ, which have no SQNR."""
 
     site: str
     value: str
@@ -82,6 +84,15 @@ class Check(Frozen):
     verdict: Literal["held", "broken", "unverified"]
     why: str
     histogram: Histogram | None = None
+    unmeasured: bool = False
+
+
+def worst_of(checks: Iterable[Check], unit: str) -> Check | None:
+    """The one with the lowest SQNR or the greatest error, whatever its limit; None where nothing was measured in that unit."""
+    if unit == "dB":
+        measured = [c for c in checks if not c.unmeasured]
+        return min(measured, key=lambda c: math.inf if c.figure is None else c.figure, default=None)
+    return max(checks, key=lambda c: math.inf if c.figure is None else c.figure, default=None)
 
 
 class PassReport(Frozen):

@@ -385,6 +385,13 @@ def test_another_encoding_stops_nothing(out: Path) -> None:
     assert done.stdout.startswith("out: cli_models:with_example, mine \\u2192 out: cli_models:with_example, mine\n")
 
 
+@pytest.mark.parametrize("module", ["fxcompress", "fxcompress.cli"])
+def test_python_m_is_the_command_line(module: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", module, "bench", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "ArtifactError: no artifact there")
+
+
 @pytest.mark.parametrize("command", [["bench", "nowhere"], ["explain", "nowhere", "x"]])
 def test_no_artifact(command: list[str], place: Path) -> None:
     assert as_json(*command, code=1)["what"] == "no artifact there"

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from fxcompress import artifact
 from fxcompress.diff.matching import PRIME, Aligned, aligned
-from fxcompress.diff.sizes import at_one_size
+from fxcompress.diff.sizes import at, at_one_size
 from fxcompress.diff.states import State, alike, merged, states
 from fxcompress.errors import ArtifactError, InputError
 from fxcompress.history import Graph, History, Node
@@ -20,6 +20,7 @@ from fxcompress.report import PassReport, Report
 __all__ = ["Diff", "Format", "Run", "Step", "between", "of_run", "written"]
 
 
+LOWERED, NOT_LOWERED = "on the backend", "before lowering"
 Format = Literal["html", "text", "dot", "model-explorer"]
 
 
@@ -35,10 +36,10 @@ class Run:
     folder: str = ""
 
     @property
-    def sqnr(self) -> float | None:
-        """The lowest output SQNR: as shipped where the run is finished, else after its last pass; None where it isn't known."""
+    def sqnrs(self) -> dict[str, float | None]:
+        """The lowest output SQNR by where it was measured: after the last pass, and as shipped. None where it isn't known."""
         known = [p.output_sqnr for p in self.passes if p.output_sqnr is not None]
-        return self.report.output_sqnr if self.report else known[-1] if known else None
+        return {LOWERED: self.report.output_sqnr if self.report else None, NOT_LOWERED: known[-1] if known else None}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Step:
 @dataclass(frozen=True, repr=False)
 class Diff:
     """The steps of a run in order, and all of them as one. runs: the run, or the two that are compared. was: names that are other ones in the
-    second, of nodes and modules. sizes: at which sizes the operations of the two are, in words."""
+    second, of nodes and modules. sizes: at which dynamic sizes the operations are counted, in words; "" where
+    there are none."""
 
     steps: Sequence[Step]
     whole: Step
@@ -99,6 +101,13 @@ class Diff:
     def title(self) -> str:
         """The runs' names."""
         return " → ".join(self.labels)
+
+    @property
+    def measured(self) -> str:
+        """Where the output SQNR was measured on all sides of which any is known, so that like is compared with like; "" where none is known."""
+        known = [{place for place, figure in r.sqnrs.items() if figure is not None} for r in self.runs]
+        common = set[str]().union(*known).intersection(*(k for k in known if k))
+        return next((place for place in (LOWERED, NOT_LOWERED) if place in common), "")
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -151,7 +160,7 @@ def of_run(run: Run) -> Diff:
     triples = zip(run.passes, graphs[:-1], graphs[1:], replaced, strict=True)
     steps = [Step(p.name, a, b, states(a, b, r)) for p, a, b, r in triples]
     whole = Step("all passes", graphs[0], graphs[-1], states(graphs[0], graphs[-1], stand_ins(graphs[0].nodes, replaced)))
-    return Diff(steps, whole, [run])
+    return Diff(steps, whole, [run], sizes=at(run.history.sizes))
 
 
 def between(first: Run, second: Run) -> Diff:

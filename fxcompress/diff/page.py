@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 
 from fxcompress.diff import Diff, Run, Step
-from fxcompress.diff.text import change, figure, quantity, sqnr
+from fxcompress.diff.text import change, decibels, figure, quantity, sqnr
 from fxcompress.history import Graph, History, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
 
@@ -70,6 +70,7 @@ def _data(diff: Diff) -> dict[str, Any]:
     was = [[texts(name), texts(other)] for name, other in diff.was.items()]
     return {
         "title": diff.title,
+        "sizes": diff.sizes,
         "root": graphs[-1].kinds.get("") or "model",
         "single": len(graphs) == 1,
         "nodes": written["nodes"],
@@ -93,7 +94,10 @@ def _view(step: Step, hash: str, before: int, after: int, number: int | None, te
 
 
 def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dict[str, Any]:
-    sites = {change.site: number for number, change in enumerate(report.changes)}
+    sites, concerned = {}, {}
+    for number, made in reversed([*enumerate(report.changes)]):
+        sites[made.site] = number
+        concerned.update({(made.site, name): number for name in _concerned(made)})
     return {
         "name": report.name,
         "options": report.options,
@@ -111,28 +115,33 @@ def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dic
         "whole": report.whole,
         "declined": [[texts(d.site), texts(d.module), texts(d.reason)] for d in report.declined],
         "sites": [_site(c, texts) for c in report.changes],
-        "checks": [_check(c, sites.get(c.site, -1), texts) for c in report.checks],
+        "checks": [_check(c, concerned.get((c.site, c.value), sites.get(c.site, -1)), texts) for c in report.checks],
     }
 
 
 def _site(change: Change, texts: _Texts) -> list[Any]:
     """Node, module, reason, the globs that leave it out (0: its module), and the names of all nodes that it concerns."""
-    constants = (c.replace(".", "_") for c in change.constants)  # a constant's node is named after it
     node = change.site.rpartition("(")[2].rstrip(")")
-    names = {*change.replaced, *change.replaced.values(), *change.inserted, *change.touched, *change.erased, *constants} - {node}
+    names = _concerned(change) - {node}
     exclude = 0 if change.exclude == (change.module,) else [texts(glob) for glob in change.exclude]
     return [texts(node), texts(change.module), texts(change.reason), exclude, *sorted(map(texts, names))]
 
 
+def _concerned(change: Change) -> set[str]:
+    """The nodes that a change made, touched or put another in place of. A constant's node is named after it."""
+    constants = (c.replace(".", "_") for c in change.constants)
+    return {*change.replaced, *change.replaced.values(), *change.inserted, *change.touched, *change.erased, *constants}
+
+
 def _check(check: Check, site: int, texts: _Texts) -> list[Any]:
-    """Number of the site, value, figure, limit, number of the verdict, why, and the histogram if there is one."""
+    """Number of the site, value, figure, limit, number of the verdict, why, whether it is unmeasured, and the histogram if there is one."""
     figures = [_rounded(check.figure), _rounded(check.limit), VERDICTS.index(check.verdict)]
     spread = [] if check.histogram is None else _histogram(check.histogram)
-    return [site, texts(check.value), *figures, texts(check.why), *spread]
+    return [site, texts(check.value), *figures, texts(check.why), int(check.unmeasured), *spread]
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+    return None if value is None else float(f"{value:.6g}")  # rounded once more to three digits where it is shown
 
 
 def _histogram(given: Histogram) -> list[Any]:
@@ -148,12 +157,11 @@ def _tiles(diff: Diff) -> list[list[str]]:
     counted = f"{len(diff.whole.states)} differ" if before is not after else ""
     found = [
         ["Weights", change(before.stored, after.stored, "B", "→"), weights],
-        ["Operations a call", change(before.flops, after.flops, "", "→"), diff.sizes or "at the example's sizes"],
+        ["Operations a call", change(before.flops, after.flops, "", "→"), diff.sizes or "all sizes are fixed"],
         ["Nodes", f"{len(before.nodes)} → {len(after.nodes)}" if before is not after else str(len(before.nodes)), counted],
     ]
-    if any(r.sqnr is not None for r in diff.runs):
-        place = "lowest output, on the backend" if all(r.report for r in diff.runs) else "lowest output"
-        found.append(["Output SQNR", " → ".join(sqnr(r) for r in diff.runs), place])
+    for figures in sqnr(diff, "→"):
+        found.append(["Output SQNR", figures.removesuffix(diff.measured).strip(), f"lowest output, {diff.measured}".removesuffix(", ")])
     if len(diff.runs) == 1 and report and report.backend and report.backend.integer_share is not None:
         found.append(["In integer kernels", f"{report.backend.integer_share:.1%}", "of all multiply-accumulates"])
     return found
@@ -220,7 +228,7 @@ def _facts(run: Run, graph: Graph) -> Iterator[tuple[str, str]]:
     yield "weights", quantity(graph.stored, "B")
     yield "operations a call", quantity(graph.flops, "").strip()
     yield "multiply-accumulates on quantised values", f"{quantised_share(graph):.1%}"
-    yield "output SQNR", sqnr(run)
+    yield from ((f"output SQNR, {place}", decibels(figure)) for place, figure in run.sqnrs.items() if figure is not None)
     if report and backend:
         yield "backend", backend.name
         kernels = [

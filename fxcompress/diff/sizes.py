@@ -20,12 +20,17 @@ def at_one_size(first: History, second: History) -> tuple[Graph, Graph, str]:
     sizes = _common(first, second)
     told = next(_unlike(first, second, sizes), "")
     if not told:
-        told = f"at {', '.join(f'{name} {size}' for name, size in sizes[0].items())}" if sizes[0] else "at the sizes of both"
+        told = at(sizes[0]) or "at the sizes of both"
     try:
         old, new = (_resized(h.graphs[-1], s) for h, s in zip((first, second), sizes, strict=True))
     except ValueError as error:
         return first.graphs[-1], second.graphs[-1], f"each at the sizes of its own example: {error}"
     return old, new, told
+
+
+def at(sizes: Mapping[str, int]) -> str:
+    """Dynamic sizes in words, "at batch=2, past=8"; "" where there are none."""
+    return f"at {', '.join(f'{name}={size}' for name, size in sizes.items())}" if sizes else ""
 
 
 def _common(first: History, second: History) -> tuple[dict[str, int], dict[str, int]]:

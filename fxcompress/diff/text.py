@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from fxcompress.diff import Diff, Run, Step
+from fxcompress.diff import Diff, Step
 from fxcompress.diff.matching import attributes
+from fxcompress.diff.sizes import at
 from fxcompress.diff.states import State
-from fxcompress.history import Graph, Node
+from fxcompress.history import Graph, History, Node
 from fxcompress.report import Check, PassReport
 
+ON_PURPOSE = "changed on purpose, not measured"
 SIGNS: Mapping[State, str] = {"added": "+", "removed": "-", "changed": "~", "moved": ">"}
 
 
@@ -18,8 +20,8 @@ def text(diff: Diff) -> str:
     """The whole diff."""
     lines = [diff.title]
     for run, label in zip(diff.runs, diff.labels, strict=True):
-        lines += ["", *[f"of {label}"] * (len(diff.runs) > 1), *_passes(run.passes, run.history.graphs)] if run.passes else []
-    lines += ["", f"in all  {_sizes(diff.whole.before, diff.whole.after)}", *_both(diff)]
+        lines += ["", *[f"of {label}"] * (len(diff.runs) > 1), *_passes(run.passes, run.history)] if run.passes else []
+    lines += ["", f"in all  {_sizes(diff.whole.before, diff.whole.after, diff.sizes if len(diff.runs) == 1 else '')}", *_both(diff)]
     for number, step in enumerate(diff.steps, 1):
         if step.states:
             lines += ["", f"{number}  {step.name}: {counted(step.states)}", *_changes(step, diff.was)]
@@ -31,14 +33,23 @@ def _both(diff: Diff) -> Iterator[str]:
     if len(diff.runs) < 2:
         return
     yield f"operations {diff.sizes}"
-    if any(r.sqnr is not None for r in diff.runs):
-        yield f"output SQNR {' -> '.join(sqnr(r) for r in diff.runs)}"
+    yield from (f"output SQNR {figures}" for figures in sqnr(diff))
     yield from grouped(f"renamed {other} -> {name}" for name, other in diff.renamed.items())
 
 
-def sqnr(run: Run) -> str:
-    """The lowest output SQNR of a run: as shipped where it is finished, else after its last pass; a dash where nothing was measured."""
-    return "-" if run.sqnr is None else f"{run.sqnr:.1f} dB"
+def sqnr(diff: Diff, arrow: str = "->") -> Iterator[str]:
+    """The lowest output SQNR of each side and where it was measured: in one place where there is one for all; else each with its own; nothing
+    where none is known. A dash for a side of which nothing was measured."""
+    if diff.measured:
+        yield f"{f' {arrow} '.join(decibels(r.sqnrs[diff.measured]) for r in diff.runs)} {diff.measured}"
+        return
+    sides = [next((f"{decibels(v)} {place}" for place, v in r.sqnrs.items() if v is not None), "-") for r in diff.runs]
+    yield from [f" {arrow} ".join(sides)] * any(side != "-" for side in sides)
+
+
+def decibels(value: float | None) -> str:
+    """A figure in dB, or a dash."""
+    return "-" if value is None else f"{value:.1f} dB"
 
 
 def counted(states: Mapping[str, State]) -> str:
@@ -70,16 +81,20 @@ def change(before: int, after: int, unit: str, arrow: str = "->") -> str:
 
 
 def figure(report: PassReport) -> str:
-    """The measured figure nearest its limit, or that there is none."""
-    if report.worst is None:
-        return "nothing to measure" if not report.fired else "not measured"
-    return measured(report.worst, report.unit)
+    """The worst figure with its limit, or why there is none."""
+    if report.worst is not None:
+        return measured(report.worst, report.unit)
+    if not report.fired:
+        return "nothing to measure"
+    return ON_PURPOSE if report.checks else "not measured"
 
 
 def measured(check: Check, unit: str) -> str:
     """A figure with its limit: 2.46e-06 <= 0.0001 relative error."""
-    if check.figure is None or check.figure == 0:
+    if check.figure == (None if unit == "dB" else 0):
         return "equal"
+    if check.figure is None:
+        return "not comparable"
     sign = "<=" if unit != "dB" else ">="
     limit = "" if check.limit is None else f" {sign} {check.limit:.3g}"
     return f"{check.figure:.3g}{limit} {unit}"
@@ -94,7 +109,8 @@ def written(node: Node) -> str:
     return f"{node.name} = {node.op.removeprefix('aten.').removesuffix('.default')}({given})  {node.shape}".rstrip()
 
 
-def _passes(passes: Sequence[PassReport], graphs: Sequence[Graph]) -> Iterator[str]:
+def _passes(passes: Sequence[PassReport], history: History) -> Iterator[str]:
+    graphs, sizes = history.graphs, at(history.sizes)
     for number, (report, before, after) in enumerate(zip(passes, graphs[:-1], graphs[1:], strict=True), 1):
         of = f" of {report.legal}" if report.legal != report.fired else ""
         sites = f"{report.fired}{of} site{'s' * (report.legal != 1)}"
@@ -102,14 +118,14 @@ def _passes(passes: Sequence[PassReport], graphs: Sequence[Graph]) -> Iterator[s
         yield from [""] * (number > 1)
         yield f"{number}  {report.name}  {sites}, {len(report.declined)} declined"
         yield f"   {report.contract}: {figure(report)}{sqnr}"
-        yield f"   {_sizes(before, after)}"
+        yield f"   {_sizes(before, after, sizes)}"
         yield from (f"   note: {n}" for n in report.notes)
         yield from (f"   declined {line}" for line in _declined(report))
 
 
-def _sizes(before: Graph, after: Graph) -> str:
-    sizes = change(before.stored, after.stored, "B"), change(before.flops, after.flops, "FLOP")
-    return f"{', '.join(sizes)}, {len(before.nodes)} -> {len(after.nodes)} nodes"
+def _sizes(before: Graph, after: Graph, sizes: str) -> str:
+    operations = f"{change(before.flops, after.flops, 'FLOP')} {sizes}".strip()
+    return f"{change(before.stored, after.stored, 'B')}, {operations}, {len(before.nodes)} -> {len(after.nodes)} nodes"
 
 
 def _declined(report: PassReport) -> Iterator[str]:

@@ -69,18 +69,18 @@ def test_the_whole_text(model: fxc.CompiledModel) -> None:
 
         1  tidy.fold_constants  0 sites, 0 declined
         exact: nothing to measure
-        256 B, {flops} FLOP, 17 -> 17 nodes
+        256 B, {flops} FLOP at batch=2, 17 -> 17 nodes
 
         2  quant.weight_only  3 sites, 1 declined
         bounded: {worst.figure:.3g} >= {worst.limit:.3g} dB  output {sqnr:.1f} dB
-        256 B -> 304 B, {flops} FLOP, 17 -> 26 nodes
+        256 B -> 304 B, {flops} FLOP at batch=2, 17 -> 26 nodes
         declined head: head_weight is also read by add_3, not as a weight
 
         3  quant.finalize  3 sites, 0 declined
         exact: equal
-        304 B -> 160 B, {flops} FLOP, 26 -> 26 nodes
+        304 B -> 160 B, {flops} FLOP at batch=2, 26 -> 26 nodes
 
-        in all  256 B -> 160 B, {flops} FLOP, 17 -> 26 nodes
+        in all  256 B -> 160 B, {flops} FLOP at batch=2, 17 -> 26 nodes
 
         2  quant.weight_only: 9 added
         blocks.0.fc  (the same in blocks.1–2)
@@ -196,7 +196,7 @@ def test_checkpoints_of_a_run(tmp_path: Path, model: fxc.CompiledModel) -> None:
 def test_two_programs() -> None:
     found = api.diff(fxc.capture(Net().eval(), (seeded(2, 4),)), Net().eval(), (seeded(2, 4),))
     assert found.whole.states == {}
-    assert found.text() == "Net → Net\n\nin all  256 B, 328 FLOP, 17 -> 17 nodes\noperations at batch 2\n"
+    assert found.text() == "Net → Net\n\nin all  256 B, 328 FLOP, 17 -> 17 nodes\noperations at batch=2\n"
 
 
 @pytest.mark.parametrize(("a", "b"), [((2, True), (6, True)), ((6, True), (2, True)), ((2, False), (6, True)), ((6, True), (2, False))])
@@ -265,7 +265,7 @@ def test_a_real_model_is_captured_as_the_compiled_one_was(name: str) -> None:
     assert program.symbols
     found = api.diff(program, module)
     assert found.whole.states == {}
-    assert found.sizes == f"at {', '.join(f'{k} {v}' for k, v in run_of(program).history.sizes.items())}"
+    assert found.sizes == f"at {', '.join(f'{k}={v}' for k, v in run_of(program).history.sizes.items())}"
 
 
 def test_a_place_that_cannot_be_written(model: fxc.CompiledModel, tmp_path: Path) -> None:

@@ -507,7 +507,7 @@ def test_a_comparison_says_what_it_compares(browser: Browser, compared: Path) ->
     title = browser.run("document.title")
     assert title.endswith("new: Renamed, other") and "Net, mine → " in title
     assert re.fullmatch(r"[\d.]+ dB → [\d.]+ dB", browser.run("[...document.querySelectorAll('.tiles li')].at(-1).children[1].innerText"))
-    assert "at batch 4" in text(browser, ".tiles")
+    assert "at batch=4" in text(browser, ".tiles")
     rows = browser.run("[...document.querySelector('section').querySelectorAll('tbody tr')].map((r) => [...r.cells].map((c) => c.innerText))")
     assert ["recipe", "mine", "other"] in rows and ["model", "Net", "Renamed"] in rows
     browser.open(compared, "#pass=all")

@@ -37,17 +37,24 @@ function change([before, after], unit) {
   return before === after ? el("span", { class: "quiet" }, words) : words;
 }
 
-// [verdict, "2.6e-6 ≤ 1e-4"]: the measured figure nearest its limit.
+const ON_PURPOSE = "changed on purpose, not measured";
+
+// [verdict, "2.6e-6 ≤ 1e-4"]: the worst measured figure.
 function measured(pass) {
-  if (pass.worst === null) return ["none", pass.fired ? "not measured" : "–"];
+  if (pass.worst === null) return ["none", pass.fired ? (pass.checks.length ? ON_PURPOSE : "not measured") : "–"];
   return [pass.worst.verdict, figureOf(pass.worst, pass.unit)];
 }
 
 function figureOf(check, unit) {
-  if (check.figure === null || check.figure === 0) return "equal";
+  if (unit === "dB" && check.unmeasured) return ON_PURPOSE;
+  if (check.figure === (unit === "dB" ? null : 0)) return "equal";
+  if (check.figure === null) return "not comparable";
   const sign = unit === "dB" ? "≥" : "≤", ends = unit === "dB" ? " dB" : "";
   return `${number(check.figure)}${ends}` + (check.limit === null ? "" : ` ${sign} ${number(check.limit)}${ends}`);
 }
+
+// Operations with the sizes that they are counted at.
+const atSizes = (words) => [words, data.sizes ? [" ", el("small", {}, data.sizes)] : ""];
 
 function tiles() {
   return el("ul", { class: "tiles" }, data.tiles.map(([name, value, note]) => el("li", {}, el("span", { class: "label" }, name), el("strong", {}, value), el("span", { class: "note" }, note))));
@@ -76,7 +83,7 @@ function viewCard(view, go) {
     parts.push(rows([
       ["contract", pass.contract], ["measured", el("span", { class: `verdict ${verdict}` }, figure + (pass.unit === "dB" || figure === "equal" || pass.worst === null ? "" : " relative error"))],
       pass.output_sqnr !== null && ["output SQNR", `${pass.output_sqnr.toFixed(1)} dB`],
-      ["sites", `${pass.fired} of ${pass.legal}`], ["weights", change(pass.stored, "B")], ["operations", change(pass.flops, "")], ["CPU time", `${pass.cpu} s`]]));
+      ["sites", `${pass.fired} of ${pass.legal}`], ["weights", change(pass.stored, "B")], ["operations", atSizes(change(pass.flops, ""))], ["CPU time", `${pass.cpu} s`]]));
     parts.push(...pass.notes.map((n) => el("p", { class: "noted" }, n)));
   }
   if (data.renamed.length) parts.push(more(`${data.renamed.length} renamed modules`, data.renamed.map(text), (path) => [moduleLink(view, path, go), ` there ${was.get(path)}`]));
@@ -139,7 +146,7 @@ function nodeCard(view, name, go) {
       node.state === "changed" && node.old && argumentsOf(node.old) !== argumentsOf(now) && ["were", el("code", {}, argumentsOf(node.old))],
       node.state === "moved" && ["was in", node.old.region || "root"],
       now.source && ["source", el("code", {}, now.source)],
-      ["operations", now.flops ? quantity(now.flops, "") : ""], ["stored", now.stored ? quantity(now.stored, "B") : ""],
+      ["operations", now.flops ? atSizes(quantity(now.flops, "")) : ""], ["stored", now.stored ? quantity(now.stored, "B") : ""],
       sqnr.has(name) && ["loss so far", sqnr.get(name) === null ? "none" : `${sqnr.get(name).toFixed(1)} dB`],
     ]),
     statistics(node),
@@ -185,12 +192,15 @@ function passLink(index) {
 }
 
 function checksFor(index, node, site) {
-  const own = [...new Set([node.name, ...site.names.map(text)])].flatMap((n) => checksOf.get(n) || []).filter(([p, c]) => p === index && c.site === site.index).map(([, c]) => c);
-  const same = own.filter((c) => c.verdict === "held" && !c.figure && !c.histogram), rest = own.filter((c) => !same.includes(c));
+  const own = passes[index].checks.filter((c) => c.site === site.index);
+  const isQuiet = (c) => c.verdict === "held" && !c.histogram && (c.unmeasured || !c.figure);
+  const quiet = [false, true].map((unmeasured) => own.filter((c) => isQuiet(c) && c.unmeasured === unmeasured)), rest = own.filter((c) => !isQuiet(c));
   const line = (check, place) => el("div", { class: "check" },
     el("span", { class: `verdict ${check.verdict}` }, `${figureOf(check, passes[index].unit)} ${check.verdict}`), ` at ${place}`, check.why ? el("p", {}, check.why) : "",
     check.histogram ? histogram(check) : "");
-  return [...rest.slice(0, 6).map((c) => line(c, text(c.value))), same.length ? line(same[0], same.length > 1 ? `${same.length} values` : text(same[0].value)) : ""];
+  const alike = (same) => (same.length ? line(same[0], same.length > 1 ? `${same.length} values` : text(same[0].value)) : "");
+  const first = (c) => (text(c.value) === node.name ? 0 : 1);
+  return [...rest.sort((a, b) => first(a) - first(b)).slice(0, 6).map((c) => line(c, text(c.value))), ...quiet.map(alike)];
 }
 
 // The pass with its options and one place left out, by the globs that do so; or why that can't be.
@@ -241,7 +251,7 @@ function moduleCard(view, path, go) {
   const place = rows([
     was.has(path) && ["named there", was.get(path)],
     ["class", region.kind], ["nodes", String(region.size)],
-    ["operations", region.flops ? `${quantity(region.flops, "")} (${(100 * region.flops / all).toFixed(1)} %)` : ""],
+    ["operations", region.flops ? atSizes(`${quantity(region.flops, "")} (${(100 * region.flops / all).toFixed(1)} %)`) : ""],
     ["weights", region.stored ? quantity(region.stored, "B") : ""],
     Object.hasOwn(data.formulas, path) && ["formula", el("code", {}, data.formulas[path])],
     Number.isFinite(loss) && ["worst loss", `${loss.toFixed(1)} dB`]]);

@@ -54,8 +54,8 @@ const passes = data.passes.map((pass) => ({
   declined: pass.declined.map(([site, module, reason]) => ({ site, module, reason })),
   sites: pass.sites.map(([node, module, reason, exclude, ...names], index) =>
     ({ index, node, module, reason, exclude: exclude === 0 ? [text(module)] : exclude.map(text), names })),
-  checks: pass.checks.map(([site, value, figure, limit, verdict, why, ...histogram]) => ({
-    site, value, figure, limit, verdict: VERDICTS[verdict], why: text(why), histogram: histogram.length ? histogram : null })),
+  checks: pass.checks.map(([site, value, figure, limit, verdict, why, unmeasured, ...histogram]) => ({
+    site, value, figure, limit, unmeasured: !!unmeasured, verdict: VERDICTS[verdict], why: text(why), histogram: histogram.length ? histogram : null })),
 }));
 const views = data.views.map((view, index) => ({ ...view, index }));
 const STATES = ["added", "removed", "changed", "moved"];
@@ -183,8 +183,8 @@ const localName = (path, parent) => (parent && path.startsWith(parent + ".") ? p
 // The loss at a node, in dB: in a pass's view what the pass's contract measured there, else how far the value is from the captured one's.
 function lossAt(view, node) {
   if (view.pass !== null) {
-    const own = (checksOf.get(node.name) || []).filter(([pass]) => pass === view.pass).map(([, check]) => check);
-    return own.length && passes[view.pass].unit === "dB" && own[0].figure !== null ? Math.min(...own.map((c) => c.figure)) : null;
+    const own = (checksOf.get(node.name) || []).filter(([pass, check]) => pass === view.pass && !check.unmeasured && check.figure !== null);
+    return own.length && passes[view.pass].unit === "dB" ? Math.min(...own.map(([, check]) => check.figure)) : null;
   }
   return sqnr.get(node.name) ?? null;
 }
