@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Figure = Annotated[float | None, BeforeValidator(lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)]
 
