@@ -427,7 +427,7 @@ def _checked(program: Program, call: Call) -> Program:
         return program
     shapes = [v.shape for v in program.inputs]
     example = {s: _example_size(s, program, call.tensors) for s in program.symbols}
-    other = {s: _other_size(example[s], *program.symbols[s]) for s in program.symbols}
+    other = {s: axes_of.other_size(example[s], *program.symbols[s]) for s in program.symbols}
     _compare(program, call, axes_of.at_sizes(call.tensors, shapes, other), f"sizes {other}")
     symbols = dict(program.symbols)
     for symbol, (low, high) in program.symbols.items():
@@ -458,10 +458,6 @@ def _example_size(symbol: str, program: Program, tensors: Sequence[Tensor]) -> i
         if symbol in value.shape:
             return int(tensor.shape[value.shape.index(symbol)])
     return max(2, program.symbols[symbol][0])
-
-
-def _other_size(size: int, low: int, high: int) -> int:
-    return size + 1 if size + 1 <= high else max(low, size - 1)
 
 
 def _holds_at_one(program: Program, call: Call, shapes: Sequence[Sequence[Any]], sizes: Mapping[str, int]) -> bool:

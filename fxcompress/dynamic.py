@@ -62,6 +62,11 @@ def at_sizes(tensors: Sequence[Tensor], shapes: Sequence[Sequence[Any]], sizes: 
     return [_resized(t, [size_at(d, values) for d in shape]) for t, shape in zip(tensors, shapes, strict=True)]
 
 
+def other_size(size: int, low: int, high: int) -> int:
+    """Another size of an axis than the example's: one more, or one less where the range ends."""
+    return size + 1 if size + 1 <= high else max(low, size - 1)
+
+
 def size_at(dim: Any, values: Mapping[sympy.Symbol, int]) -> int:
     """The size of an axis (a number or an expression in symbols) where the symbols have these values."""
     return dim if isinstance(dim, int) else int(sympy.sympify(dim, locals={str(s): s for s in values}).subs(values))

@@ -10,7 +10,7 @@ from fxcompress.backends.onnx.drift import check_drift
 from fxcompress.backends.onnx.outline import QUANTIZE
 from fxcompress.backends.onnx.parity import end_to_end, refusal
 from fxcompress.cost import example_sizes
-from fxcompress.dynamic import at_sizes
+from fxcompress.dynamic import at_sizes, other_size
 from fxcompress.errors import BackendRefusal, InputError
 from fxcompress.interpret import run
 from fxcompress.program import Program
@@ -39,8 +39,6 @@ def _other_sizes(program: Program) -> Iterator[dict[str, int]]:
     example = {str(symbol): size for symbol, size in example_sizes(program).items()}
     if not example:
         return
-    yield {
-        name: size + 1 if size + 1 <= program.symbols[name][1] else max(size - 1, program.symbols[name][0]) for name, size in example.items()
-    }
+    yield {name: other_size(size, *program.symbols[name]) for name, size in example.items()}
     if program.states:
         yield {**example, "past": 0}
