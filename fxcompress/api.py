@@ -101,6 +101,7 @@ def compile(  # noqa: PLR0913 - the arguments users say
 
     def one(recipe: Recipe, folder: str | Path | None = None) -> CompiledModel:
         manager = Manager(captured.copy(), runner.target, probe, check, statistics)
+        manager.tell = lambda sentence: progress(f"{at[0]}, {sentence}", at[1], steps)
         passes = build(recipe)
         with _opened(folder, captured, passes, runner, check, feed) as kept:
             _run(manager, passes, kept, tell)
@@ -164,6 +165,8 @@ def _run(manager: Manager, passes: Sequence[tuple[Step, Pass]], kept: Checkpoint
         manager.program, manager.done, manager.history = kept.program, list(kept.done), History.from_json(kept.history)
         manager.gave = {fact for _, item in passes[: len(kept.done)] for fact in item.gives}
         manager.history.resume(manager.program)
+    if kept:
+        manager.kept = kept.progress
     finished = len(manager.done)
     keep = (lambda: kept.save(manager.program, manager.done, manager.history.to_json())) if kept else lambda: None
     manager.run(passes[finished:], lambda name, number, _: progress(name, finished + number), keep)

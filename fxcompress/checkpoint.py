@@ -3,7 +3,8 @@
 `checkpoint.json` names what it needs of `objects/`, whose files are named by the SHA-256 of their content: the program after the last pass,
 the captured one, and memory of constants that isn't the model's own, so only what a pass changed is written. Objects come first, then
 checkpoint.json is replaced in one step, then what nothing names any more goes: a crash at any moment leaves the old or the new state. The
-`artifact/` of a finished compilation lies beside. One process at a time: it holds the system's lock on `lock`, which ends with it.
+`artifact/` of a finished compilation lies beside; `progress.json` names what the pass that runs has finished of itself. One process at a time:
+it holds the system's lock on `lock`, which ends with it.
 
 A checkpoint belongs to a model, feed, Target, versions and the passes that are finished; passes still to come may change.
 """
@@ -21,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fxcompress import artifact, snapshot, store
 from fxcompress.errors import ArtifactError, FxcError, VerifierError
 from fxcompress.program import Program
 from fxcompress.report import PassReport
+from fxcompress.rewrite import Kept
 
 VERSION = 2
-STATE, OBJECTS, LOCK, ARTIFACT = "checkpoint.json", "objects", "lock", "artifact"
+STATE, OBJECTS, LOCK, ARTIFACT, PROGRESS = "checkpoint.json", "objects", "lock", "artifact", "progress.json"
 MOST = 6  # differences that an error lists
 ANEW = "delete the folder to start anew"
 
@@ -82,7 +85,14 @@ class Checkpoint:
             names = {"model": put(self._model), "state": put(json.dumps(state).encode())}
             run = {**self._run, "passes": self._run["passes"][: len(done)]}
             self._commit({**names, "run": run, "contents": self._contents, "objects": sorted(set(used)), "artifact": None})
+            (self.folder / PROGRESS).unlink(missing_ok=True)
             self.done = list(done)
+
+    def progress(self) -> Kept:
+        """Where the pass that runs may keep what it has finished, for the same pass of the same run; it goes once the pass is through."""
+        run = {k: v for k, v in self._run.items() if k != "passes"}
+        before = {"run": run, "passes": self._run["passes"][: len(self.done)], "contents": self._contents}
+        return _Progress(self, f"{_digest_of(before)} {hashlib.sha256(self._model).hexdigest()}")
 
     def finished(self, recipe: Mapping[str, Any]) -> Path | None:
         """The artifact of exactly this recipe and backend, checked; None if there is none. ArtifactError if it was altered."""
@@ -116,7 +126,7 @@ class Checkpoint:
     def _sweep(self) -> None:
         """Remove what nothing names any more: of the state before, of a process that was killed."""
         kept = self._kept or {"objects": (), "artifact": None}
-        self.objects.keep_only(kept["objects"])
+        self.objects.keep_only([*kept["objects"], *_entries(self.folder).values()])
         artifact.remove_abandoned(self.folder / ARTIFACT)
         if kept["artifact"] is None:
             shutil.rmtree(self.folder / ARTIFACT, ignore_errors=True)
@@ -160,6 +170,38 @@ class Checkpoint:
                 state=f"{len(self.done)} finished passes are kept",
                 do="free space, then make the same call again",
             ) from error
+
+
+class _Progress(Kept):
+    """Tensors of a pass that isn't through, as safetensors objects named in PROGRESS under the run and the pass's own key."""
+
+    def __init__(self, checkpoint: Checkpoint, run: str) -> None:
+        self.checkpoint, self.run = checkpoint, run
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        name = _entries(self.checkpoint.folder).get(f"{self.run} {key}")
+        return None if name is None else load(self.checkpoint.objects.get(name).numpy().tobytes())
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        with self.checkpoint._writing():
+            name = self.checkpoint.objects.put(save({k: v.contiguous() for k, v in tensors.items()}))
+            entries = {**_entries(self.checkpoint.folder), f"{self.run} {key}": name}
+            data = {"sha256": _digest_of(entries), "entries": entries}
+            artifact.write_file(self.checkpoint.folder / PROGRESS, json.dumps(data).encode())
+
+
+def _entries(folder: Path) -> dict[str, str]:
+    """What PROGRESS names. ArtifactError if it was altered."""
+    path = folder / PROGRESS
+    try:
+        data = json.loads(path.read_bytes())
+        if data["sha256"] != _digest_of(data["entries"]):
+            raise _altered(path)
+    except FileNotFoundError:
+        return {}
+    except (*store.UNREADABLE, RecursionError) as error:
+        raise ArtifactError("the checkpoint is damaged", where=str(path), why=f"{type(error).__name__}: {error}", do=ANEW) from None
+    return dict(data["entries"])
 
 
 class Objects:
@@ -246,7 +288,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _refuse_strangers(folder: Path) -> None:
-    own = {STATE, f"{STATE}.new", OBJECTS, LOCK, ARTIFACT}
+    own = {STATE, f"{STATE}.new", OBJECTS, LOCK, ARTIFACT, PROGRESS, f"{PROGRESS}.new"}
     strange = [p.name for p in folder.iterdir() if p.name not in own and not p.name.startswith(".")] if folder.is_dir() else []
     if strange:
         raise ArtifactError(

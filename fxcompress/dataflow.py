@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+import fxcompress.ops  # noqa: F401 - registers what `pair_of` looks for
+from fxcompress.program import Program
 from fxcompress.target import Family
 
 aten = torch.ops.aten
@@ -144,6 +146,32 @@ def ancestors(wanted: Iterable[fx.Node], inputs: Callable[[fx.Node], Iterable[fx
         if node not in found:
             found.add(node)
             stack.extend(inputs(node))
+    return found
+
+
+class Quantised(NamedTuple):
+    """What a dequantised value stands for, and its grid."""
+
+    value: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node | None
+    format: str
+    block: Sequence[int]
+
+
+def pair_of(node: Any) -> Quantised | None:
+    """The value and the grid of a node that dequantises what was quantised just before; None for anything else."""
+    codes = node.args[0] if isinstance(node, fx.Node) and node.target is torch.ops.fxc.dequantize.default else None
+    is_pair = isinstance(codes, fx.Node) and codes.target is torch.ops.fxc.quantize.default
+    return Quantised(*codes.args) if is_pair else None  # type: ignore[union-attr]
+
+
+def decided_by_inputs(program: Program) -> set[fx.Node]:
+    """The nodes whose values an input decides."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
+            found.add(node)
     return found
 
 

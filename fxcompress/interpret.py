@@ -64,12 +64,14 @@ def constant_value(node: fx.Node, constants: Mapping[str, Tensor]) -> Any:
     return evaluate(node, {n: constant_value(n, constants) for n in node.all_input_nodes}, constants)
 
 
-def last_uses(ordered: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Per node the values whose last reader it is; a value nobody reads dies where it is made."""
+def last_uses(
+    ordered: Sequence[fx.Node], inputs: Callable[[fx.Node], Iterable[fx.Node]] = lambda n: n.all_input_nodes
+) -> dict[fx.Node, list[fx.Node]]:
+    """Per node the values whose last reader it is; a value nobody reads dies where it is made. inputs: what a node reads."""
     last: dict[fx.Node, list[fx.Node]] = {}
     seen: set[fx.Node] = set()
     for node in reversed(ordered):
-        for used in (node, *node.all_input_nodes):
+        for used in (node, *inputs(node)):
             if used not in seen:
                 seen.add(used)
                 last.setdefault(node, []).append(used)

@@ -22,7 +22,7 @@ from fxcompress.numerics.noise import sqnr
 from fxcompress.program import Program, module_path
 from fxcompress.recipe import Step, check_step, exclusions, step_options
 from fxcompress.report import Change, Check, Declined, PassReport, worst_of
-from fxcompress.rewrite import Context, Match, Pass, Reject, Rewrite, Transform
+from fxcompress.rewrite import Context, Kept, Match, Pass, Reject, Rewrite, Transform
 from fxcompress.target import Target
 from fxcompress.verify import verify
 
@@ -44,6 +44,8 @@ class Manager:
     def __init__(
         self, program: Program, target: Target, probe: Sequence[Tensor], check: CheckMode = "each", statistics: Statistics | None = None
     ) -> None:
+        self.tell: Callable[[str], None] = lambda sentence: None  # how far the pass that runs is
+        self.kept: Callable[[], Kept] = Kept  # where it keeps what it has finished of itself
         self.program, self.target, self.probe, self.check, self.statistics = program, target, tuple(probe), check, statistics
         self.reference = run(program, self.probe) if check != "off" else []  # what the end-to-end figures compare with
         self.done: list[PassReport] = []
@@ -121,9 +123,9 @@ class Manager:
         return exclusions(places, lambda node: "opened" in self.gave or node.name in captured)
 
     def _apply(self, step: Step, item: Pass, edit: Edit, notes: list[str]) -> Found:
-        context = Context(self.program, self.target, self.probe, step.where.admits, note=notes.append)
-        if self.statistics is not None:
-            context = replace(context, observe=partial(self.statistics, self.program))
+        context = Context(self.program, self.target, self.probe, step.where.admits, note=notes.append, progress=self.tell, kept=self.kept())
+        if (known := self.statistics) is not None:
+            context = replace(context, observe=partial(known, self.program), items=lambda: known.items)
         if isinstance(item, Rewrite):
             return apply_rewrite(item, context, edit, step)
         assert isinstance(item, Transform)

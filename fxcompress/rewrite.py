@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -23,14 +23,29 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _no_items() -> Iterable[Sequence[Tensor]]:
+    raise CalibrationError(
+        "there is no calibration data",
+        why="a pass of the recipe measures the model's values on it",
+        do="pass calibration=[item, ...], items of the form of the example inputs, two or more",
+    )
+
+
 def _without_feed(asked: Iterable[tuple[fx.Node, Any]]) -> Mapping[tuple[fx.Node, Any], Any]:
     if list(asked):
-        raise CalibrationError(
-            "there is no calibration data",
-            why="a pass of the recipe measures the model's values on it",
-            do="pass calibration=[item, ...], items of the form of the example inputs, two or more",
-        )
+        _no_items()
     return {}
+
+
+class Kept:
+    """What a long pass has finished of itself: tensors under a key that says all they depend on. This one keeps nothing."""
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """What was kept under the key; None if nothing was."""
+        return None
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep it."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,8 @@ class Context:
     """What a pass may look at. `probe`: flat inputs kept out of the statistics, on which contracts are measured.
 
     observe: answers questions (node, observer of `calibrate.observers`) about the program's values from a run over the calibration feed.
-    note: leaves a sentence for the report.
+    items: the feed itself, as flat inputs. note: leaves a sentence for the report. progress: tells the user how far a long pass is. kept: what
+    it had finished when a run before was cut short.
     """
 
     program: Program
@@ -46,7 +62,10 @@ class Context:
     probe: tuple[Tensor, ...] = ()
     admits: Callable[[fx.Node], bool] = lambda node: True  # whether the recipe lets a Transform touch a site; Rewrites needn't ask
     observe: Callable[[Iterable[tuple[fx.Node, Any]]], Mapping[tuple[fx.Node, Any], Any]] = _without_feed
+    items: Callable[[], Iterable[Sequence[Tensor]]] = _no_items
     note: Callable[[str], None] = lambda sentence: None
+    progress: Callable[[str], None] = lambda sentence: None
+    kept: Kept = field(default_factory=Kept)
 
     def constant(self, node: Any) -> Tensor | None:
         """The tensor a constant node reads; None for anything else."""

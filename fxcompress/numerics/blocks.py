@@ -99,6 +99,14 @@ def widen(scale: Tensor) -> Tensor:
     return scale.reshape([n for count in scale.shape for n in (count, 1)])
 
 
+def expanded(scale: Tensor, shape: Sequence[int], block: Sequence[int]) -> Tensor:
+    """The scale of every element: scale_shape(shape, block) -> shape, without copies along axes with one block."""
+    for axis, (size, b) in enumerate(zip(shape, block, strict=True)):
+        if scale.shape[axis] > 1 and b > 1:
+            scale = scale.repeat_interleave(b, axis).narrow(axis, 0, size)
+    return scale.expand(tuple(shape))
+
+
 def inside(x: Tensor) -> list[int]:
     """The axes of a `split` tile that run inside a block: a reduction over them has the scale's shape."""
     return list(range(1, x.dim(), 2))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxcompress.dataflow import WEIGHT_ARGUMENTS, is_move, is_transposed, pads_with_zeros
+from fxcompress.dataflow import WEIGHT_ARGUMENTS, decided_by_inputs, is_move, is_transposed, pads_with_zeros
 from fxcompress.program import Program
 from fxcompress.target import SiteFamily
 
@@ -34,7 +34,7 @@ class MatmulSite:
 
 def matmul_sites(program: Program) -> Iterator[MatmulSite]:
     """Every linear, convolution and matrix product that multiplies at least one activation, in order."""
-    decided = _decided_by_inputs(program)
+    decided = decided_by_inputs(program)
     for node in program.graph.nodes:
         entry = WEIGHT_ARGUMENTS.get(node.target) if node.op == "call_function" else None
         if entry is None or entry[0] == "embedding":
@@ -74,11 +74,3 @@ def result_of(node: fx.Node) -> fx.Node:
     """Where the result of a site is read: behind the relu or clamp that is its only reader, else the node itself."""
     reader = next(iter(node.users)) if len(node.users) == 1 else node
     return reader if reader.target in CLAMPS else node
-
-
-def _decided_by_inputs(program: Program) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
