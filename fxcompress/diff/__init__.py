@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -165,17 +165,11 @@ def of_run(run: Run) -> Diff:
 
 def between(first: Run, second: Run) -> Diff:
     """How what the second run made differs from what the first made."""
-    shared = first.history.graphs[0].nodes.keys() if _one_capture(first.history, second.history) else ()
     old, new, sizes = at_one_size(first.history, second.history)
-    found: Aligned = aligned(old, new, shared)
+    captured = (first.history.graphs[0], second.history.graphs[0]) if first.passes or second.passes else None
+    found: Aligned = aligned(old, new, captured)
     step = Step("comparison", old, found.graph, states(old, found.graph, {}))
     return Diff([step], step, [first, second], {**found.regions, **found.nodes}, sizes)
-
-
-def _one_capture(first: History, second: History) -> bool:
-    """Whether both started from the same graph; which sizes the examples had makes no difference."""
-    one, other = ([replace(n, flops=0) for n in h.graphs[0].nodes.values()] for h in (first, second))
-    return one == other and first.graphs[0].parents == second.graphs[0].parents
 
 
 def _local(path: str, parent: str) -> str:
