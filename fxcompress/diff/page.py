@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 
 from fxcompress.diff import Diff, Run, Step
+from fxcompress.diff.journal import concerned, site_node, swept
 from fxcompress.diff.text import change, decibels, figure, quantity, sqnr
 from fxcompress.history import Graph, History, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
@@ -94,10 +95,10 @@ def _view(step: Step, hash: str, before: int, after: int, number: int | None, te
 
 
 def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dict[str, Any]:
-    sites, concerned = {}, {}
+    sites, places = {}, {}
     for number, made in reversed([*enumerate(report.changes)]):
         sites[made.site] = number
-        concerned.update({(made.site, name): number for name in _concerned(made)})
+        places.update({(made.site, name): number for name in concerned(made)})
     return {
         "name": report.name,
         "options": report.options,
@@ -115,22 +116,17 @@ def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dic
         "whole": report.whole,
         "declined": [[texts(d.site), texts(d.module), texts(d.reason)] for d in report.declined],
         "sites": [_site(c, texts) for c in report.changes],
-        "checks": [_check(c, concerned.get((c.site, c.value), sites.get(c.site, -1)), texts) for c in report.checks],
+        "swept": [[texts(name), *numbers] for name, numbers in swept(report, before, after).items() if numbers],
+        "checks": [_check(c, places.get((c.site, c.value), sites.get(c.site, -1)), texts) for c in report.checks],
     }
 
 
 def _site(change: Change, texts: _Texts) -> list[Any]:
     """Node, module, reason, the globs that leave it out (0: its module), and the names of all nodes that it concerns."""
-    node = change.site.rpartition("(")[2].rstrip(")")
-    names = _concerned(change) - {node}
+    node = site_node(change)
+    names = concerned(change) - {node}
     exclude = 0 if change.exclude == (change.module,) else [texts(glob) for glob in change.exclude]
     return [texts(node), texts(change.module), texts(change.reason), exclude, *sorted(map(texts, names))]
-
-
-def _concerned(change: Change) -> set[str]:
-    """The nodes that a change made, touched or put another in place of. A constant's node is named after it."""
-    constants = (c.replace(".", "_") for c in change.constants)
-    return {*change.replaced, *change.replaced.values(), *change.inserted, *change.touched, *change.erased, *constants}
 
 
 def _check(check: Check, site: int, texts: _Texts) -> list[Any]:

@@ -38,7 +38,7 @@ function controls() {
 // The address says what is shown, so that it can be sent: #pass=3&node=linear_4. pass: a number, a pass's name, or "all".
 function follow() {
   const asked = new URLSearchParams(location.hash.slice(1));
-  const view = asked.has("pass") ? views.find((v) => [v.hash, v.name].includes(asked.get("pass"))) : undefined;
+  const view = asked.has("pass") ? views.find((v) => addresses(v).includes(asked.get("pass"))) : undefined;
   if (!view) {
     overview();
     return notice(location.hash.length > 1 ? `${passes.length ? "No pass" : "Nothing"} here is called “${asked.get("pass") ?? location.hash.slice(1)}”.` : "");
@@ -59,6 +59,9 @@ function follow() {
   render();
   centre(fresh);
 }
+
+// A comparison has no passes to be numbered: it is its own first.
+const addresses = (view) => [view.hash, view.name, ...(passes.length ? [] : ["1"])];
 
 // What an address asks for and the page hasn't got.
 function notice(words) {

@@ -143,7 +143,7 @@ function nodeCard(view, name, go) {
       was.has(now.region) && ["module there", was.get(now.region)],
       ["value", valueOf(node)],
       ["arguments", el("code", {}, argumentsOf(now))],
-      node.state === "changed" && node.old && argumentsOf(node.old) !== argumentsOf(now) && ["were", el("code", {}, argumentsOf(node.old))],
+      node.old && node.new && argumentsOf(node.old) !== argumentsOf(now) && ["were", el("code", {}, argumentsOf(node.old))],
       node.state === "moved" && ["was in", node.old.region || "root"],
       now.source && ["source", el("code", {}, now.source)],
       ["operations", now.flops ? atSizes(quantity(now.flops, "")) : ""], ["stored", now.stored ? quantity(now.stored, "B") : ""],
@@ -182,6 +182,8 @@ function journal(view, node, go) {
   for (const [index, site] of sitesOf.get(node.name) || []) {
     parts.push(el("li", {}, passLink(index), " ", text(site.reason) || "touched it", checksFor(index, node, site), exclusion(passes[index], site.exclude)));
   }
+  for (const [index, site] of sweptBy.get(node.name) || [])
+    parts.push(el("li", {}, passLink(index), " removed it, since nothing reads it after this: ", text(site.reason), exclusion(passes[index], site.exclude)));
   for (const [index, declined] of declinedAt(node))
     parts.push(el("li", { class: "declined" }, passLink(index), " declined: ", text(declined.reason)));
   return parts.length ? [el("h3", {}, "what passes did here"), el("ul", { class: "history" }, parts)] : [];
@@ -200,7 +202,19 @@ function checksFor(index, node, site) {
     check.histogram ? histogram(check) : "");
   const alike = (same) => (same.length ? line(same[0], same.length > 1 ? `${same.length} values` : text(same[0].value)) : "");
   const first = (c) => (text(c.value) === node.name ? 0 : 1);
-  return [...rest.sort((a, b) => first(a) - first(b)).slice(0, 6).map((c) => line(c, text(c.value))), ...quiet.map(alike)];
+  rest.sort((a, b) => first(a) - first(b));
+  const all = (checks) => checks.map((c) => line(c, text(c.value)));
+  const hidden = rest.length > MOST + 1 ? rest.splice(MOST) : [];
+  return [...all(rest), ...quiet.map(alike), hidden.length ? opening(`${hidden.length} more checks`, () => all(hidden)) : ""];
+}
+
+const MOST = 5;  // checks with a histogram that a card shows at once
+
+// Something that is made when it is opened for the first time.
+function opening(title, make) {
+  const details = el("details", {}, el("summary", {}, title));
+  details.addEventListener("toggle", () => details.append(...make()), { once: true });
+  return details;
 }
 
 // The pass with its options and one place left out, by the globs that do so; or why that can't be.
