@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any
@@ -82,7 +83,7 @@ def _data(diff: Diff) -> dict[str, Any]:
         "sqnr": losses,
         "was": was,
         "renamed": [texts(path) for path in diff.renamed],
-        "tiles": _tiles(diff),
+        "tiles": [[*map(typeset, tile)] for tile in _tiles(diff)],
         "tables": [*_tables(run)] if is_run else [*_compared(diff)],
         "texts": list(texts.numbers),
     }
@@ -203,7 +204,7 @@ def _compared(diff: Diff) -> Iterator[dict[str, Any]]:
     for run, name in zip(diff.runs, names, strict=True):
         if run.passes:
             head = ["pass", "contract", "sites", "declined", "measured"]
-            rows = [[p.name, p.contract, str(p.fired), str(len(p.declined)), figure(p)] for p in run.passes]
+            rows = [[p.name, p.contract, str(p.fired), str(len(p.declined)), typeset(figure(p))] for p in run.passes]
             yield {"title": f"Passes of {name}", "head": head, "rows": rows}
         yield from _in_float(run, f" in {name}")
 
@@ -255,4 +256,9 @@ def _measured(backend: BackendReport) -> list[tuple[str, str]]:
 
 
 def _shown(value: float | None, form: Callable[[float], str]) -> str:
-    return "" if value is None else form(value)
+    return "" if value is None else typeset(form(value))
+
+
+def typeset(figures: str) -> str:
+    """Figures as they are printed: with a minus for a hyphen, and the signs of inequality."""
+    return re.sub(r"(?<![\w)-])-(?=\d)|(?<=\de)-(?=\d)", "−", figures).replace("<=", "≤").replace(">=", "≥")

@@ -20,6 +20,9 @@ function fill(element, attributes, children) {
   return element;
 }
 
+// A name that may be broken behind a dot or an underscore.
+const broken = (name) => name.split(/(?<=[._])/).flatMap((part, i) => (i ? [el("wbr"), part] : [part]));
+
 const SIGN = { added: "+", removed: "−", changed: "~", moved: "→" };
 
 // A state's mark has a form of its own: circle, square, diamond, arrowhead.
