@@ -10,6 +10,7 @@ from typing import Any
 
 from fxcompress.diff import Diff, Run, Step
 from fxcompress.diff.journal import concerned, site_node, swept
+from fxcompress.diff.read import model_name
 from fxcompress.diff.text import change, decibels, figure, quantity, sqnr
 from fxcompress.history import Graph, History, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
@@ -219,7 +220,7 @@ def _facts(run: Run, graph: Graph) -> Iterator[tuple[str, str]]:
     """Name and figure of what two runs are compared by."""
     report, backend = run.report, run.report and run.report.backend
     if report:
-        yield "model", report.origin or graph.kinds.get("") or "–"
+        yield "model", model_name(report.origin, run.history)
         yield "recipe", str(report.recipe.get("name") or "unnamed")
         yield "contracts checked", report.check
     yield "weights", quantity(graph.stored, "B")

@@ -16,7 +16,7 @@ import fxcompress as fxc
 from fxcompress import api
 from fxcompress.diff import Run, between
 from fxcompress.diff.exports import as_dot, as_model_explorer
-from fxcompress.diff.read import run_at, run_of
+from fxcompress.diff.read import model_name, run_at, run_in, run_of
 from fxcompress.diff.text import change, quantity
 from fxcompress.history import Graph
 from tests.passes.helpers import lines, seeded
@@ -308,6 +308,20 @@ def test_folders_are_named_as_far_as_they_differ(model: fxc.CompiledModel, tmp_p
     ]
     assert api.diff(places[0]).title == "Net, mine", "a run's page is the same wherever it lies"
     assert api.diff(places[0], places[1]).text().count("\nof ") == 2
+
+
+@pytest.mark.parametrize(
+    ("origin", "shown"),
+    [
+        ("GGUF LlamaForCausalLM from /home/me/models/smol.gguf", "GGUF LlamaForCausalLM from smol.gguf"),
+        ("diffusers unet from C:\\models\\unet", "diffusers unet from unet"),
+        ("package.module:function", "package.module:function"),
+        ("", "Net"),
+    ],
+)
+def test_titles_name_no_folders(origin: str, shown: str, model: fxc.CompiledModel) -> None:
+    """A page that was sent by mail says nothing of its sender's machine."""
+    assert model_name(origin, run_in(model.folder).history) == shown
 
 
 def test_a_model_takes_the_example_of_what_it_is_compared_with(model: fxc.CompiledModel, tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ function moduleCard(view, path, go) {
   const place = rows([
     was.has(path) && ["named there", was.get(path)],
     ["class", region.kind], ["nodes", String(region.size)],
-    ["operations", region.flops ? atSizes(`${quantity(region.flops, "")} (${(100 * region.flops / all).toFixed(1)} %)`) : ""],
+    ["operations", region.flops ? atSizes(`${quantity(region.flops, "")} (${(100 * region.flops / all).toFixed(1)}%)`) : ""],
     ["weights", region.stored ? quantity(region.stored, "B") : ""],
     Object.hasOwn(data.formulas, path) && ["formula", el("code", {}, data.formulas[path])],
     Number.isFinite(loss) && ["worst loss", `${loss.toFixed(1)} dB`]]);
