@@ -305,14 +305,15 @@ def show(data: Any, as_json: bool, text: Callable[[], list[Any]]) -> None:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Exit 1 where standard output takes no more: with the reason, or in silence where its reader has gone."""
+    """Exit 1 with the reason where standard output takes no more; that its reader has gone is typer's to end in silence."""
     try:
         yield
         sys.stdout.flush()
+    except BrokenPipeError:
+        raise
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still kept for it would fail once more at the end
-        if not isinstance(error, BrokenPipeError):
-            err.print(f"the output can't be written: {error.strerror}", markup=False, soft_wrap=True)
+        err.print(f"the output can't be written: {error.strerror}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
