@@ -171,6 +171,10 @@ def test_equal_blocks_are_folded_with_their_number(at: Any) -> None:
     assert "same blocks.0" not in items(browser)
 
 
+def test_a_block_s_card_names_those_that_are_the_same(at: Any) -> None:
+    assert "The same in 3 other blocks: blocks.1–3" in text(at("#pass=2&module=blocks.0"), "#card")
+
+
 def test_modules_open_and_close(at: Any) -> None:
     browser = at("#pass=2")
     browser.wait(ITEM.format("r:blocks.0"))

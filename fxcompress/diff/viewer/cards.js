@@ -276,7 +276,7 @@ function moduleCard(view, path, go) {
   const touched = passes.map((pass, index) => [index, pass.sites.filter((s) => text(s.module) === path || text(s.module).startsWith(path + "."))]).filter(([, s]) => s.length);
   return [
     el("h2", {}, path || data.root), el("p", { class: "chips" }, chips(region.counts)), place,
-    same.length ? el("p", {}, `The same in ${same.length} other ${same.length > 1 ? "blocks" : "block"}: ${same.join(", ")}`) : "",
+    same.length ? el("p", {}, `The same in ${same.length} other ${same.length > 1 ? "blocks" : "block"}: ${blockNames(same.map((other) => "r:" + other))}`) : "",
     touched.length ? el("h3", {}, "what passes did here") : "",
     el("ul", { class: "history" }, touched.map(([index, sites]) => el("li", {}, passLink(index), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`,
       exclusion(passes[index], sites.every((s) => s.exclude.length) ? [path.replace(/[[*?]/g, "[$&]")] : [])))),
