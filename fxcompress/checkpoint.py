@@ -238,7 +238,7 @@ class Objects:
 
 
 def stored_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint keeps, to be looked at: "reports", "history", and the last program. ArtifactError if anything in it is damaged."""
+    """What a checkpoint keeps, to be looked at: "reports", "history", and the last program. ArtifactError if an object of it is damaged."""
     kept = _read(folder)
     if kept is None:
         raise ArtifactError("no checkpoint there", where=str(folder), why=f"it has no {STATE}", do="check the path")
