@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -280,12 +281,13 @@ def number(value: float | None) -> str:
 def table(key: str, rows: list[dict[str, Any]]) -> Any:
     """Rows of one form as a table; where the terminal is too narrow for one, row by row. `key` heads a row. Nothing is cut."""
     cells = [{name: f"{v:,}" if isinstance(v, int) else str(v) for name, v in row.items()} for row in rows]
-    widths = [max(len(text) for text in (name, *(row[name] for row in cells))) for name in (cells[0] if cells else [key])]
+    widths = [max(cell_len(text) for text in (name, *(row[name] for row in cells))) for name in (cells[0] if cells else [key])]
     if sum(widths) - max(widths) + min(max(widths), LEAST) + 3 * len(widths) + 1 > out.width:
         return "\n".join(line for row in cells for line in (row[key], *(f"  {name}: {row[name]}" for name in row if name != key and row[name])))
     grid = Table()
     for name, width in zip(cells[0] if cells else [key], widths, strict=True):
-        side: Any = "right" if rows and isinstance(rows[0][name], int | float) else "left"
+        is_figure = name != key and all(re.match(r"-?\d|-?$", row[name]) for row in cells)
+        side: Any = "right" if is_figure else "left"
         grid.add_column(name, min_width=min(width, LEAST), no_wrap=width < max(widths), overflow="fold", justify=side)
     for row in cells:
         grid.add_row(*map(escape, row.values()))
