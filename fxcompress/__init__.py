@@ -4,7 +4,7 @@ model = fxcompress.compile(module, "int4-weight-only", example_inputs=(x,))
 """
 
 from fxcompress import calibrate
-from fxcompress.api import CompiledModel, CompiledModule, compile, inspect, load
+from fxcompress.api import CompiledModel, CompiledModule, compile, diff, inspect, load
 from fxcompress.capture import capture
 from fxcompress.errors import (
     ArtifactError,
@@ -39,6 +39,7 @@ __all__ = [
     "calibrate",
     "capture",
     "compile",
+    "diff",
     "inspect",
     "load",
 ]

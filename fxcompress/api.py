@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import inspect as inspection
 import json
 import platform
-import re
 import shutil
 import statistics
 import tempfile
@@ -30,8 +30,8 @@ from fxcompress.calibrate.statistics import MEMORY, Statistics
 from fxcompress.capture import Dynamic, capture
 from fxcompress.checkpoint import Checkpoint, opened
 from fxcompress.diff import Diff, Run, between, of_run
+from fxcompress.diff.journal import explained
 from fxcompress.diff.read import HISTORY, PAGE, REPORT, is_run, run_at, run_in, run_of
-from fxcompress.diff.text import ON_PURPOSE, measured
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
 from fxcompress.generation import generating
 from fxcompress.history import History
@@ -42,7 +42,7 @@ from fxcompress.manager import CheckMode, Manager, Progress, lowest_sqnr, weight
 from fxcompress.program import Program, Value
 from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, load_recipe, options_error, step_options
 from fxcompress.regions import regions
-from fxcompress.report import BackendReport, Change, Check, PassReport, Report, as_tensor, worst_of
+from fxcompress.report import BackendReport, PassReport, Report, as_tensor
 from fxcompress.rewrite import Pass
 from fxcompress.signature import Inputs, Signature, check_sizes
 from fxcompress.sources import Loaded, resolve
@@ -434,64 +434,26 @@ class CompiledModule(nn.Module):
 
 
 def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
-    """Rows about a node, module path or constant of an artifact: which pass touched or declined it, why, and what was measured.
+    """Rows about a node, module path or constant of an artifact or checkpoint: which pass changed, removed or declined it, why, what was
+    measured, and the recipe's line that leaves the place out.
 
     None where no pass did. InputError with the nearest names for a name that neither the model nor a pass ever had.
     """
-    report, _, _ = _read(Path(folder))
-    asked = {name, re.sub(r"\W+", "_", name, flags=re.ASCII), *_nodes_in(Path(folder), name)}  # a constant's node is named after it
-    rows: list[dict[str, Any]] = []
-    for done in report.passes:
-        touched = [c for c in done.changes if asked & _names(c) or _inside(c.module, name)]
-        sites = {c.site for c in touched}
-        rows += [{"pass": done.name, "site": c.site, "what": "changed", "why": c.reason} for c in touched]
-        rows += _verdicts(done, [c for c in done.checks if c.site in sites])
-        rows += [
-            {"pass": done.name, "site": d.site, "what": "declined", "why": d.reason}
-            for d in done.declined
-            if asked & {d.site, d.module} or _inside(d.module, name)
-        ]
-    if not rows and not asked & (known := store.load_names(Path(folder)) | _nodes_in(Path(folder), "")):
-        known |= {n for done in report.passes for c in done.changes for n in _names(c)}
-        do = "fxcompress inspect MODEL lists the module paths"
-        raise InputError(f"the artifact has no {name!r}", where=str(folder), why=nearest(name, known, most=5), do=do)
-    return rows
+    return explained(run_at(Path(folder)), name)
 
 
-def _nodes_in(folder: Path, module: str) -> set[str]:
-    """The names of all nodes that a module and those inside it had in a run; none where the run's history wasn't kept. A site whose ops are in
-    one module may change a value of another."""
-    graphs = run_in(folder).history.graphs if (folder / HISTORY).is_file() else []
-    return {n.name for g in graphs for n in g.nodes.values() if n.region == module or _inside(n.region, module)}
-
-
-def _verdicts(done: PassReport, checks: Sequence[Check]) -> Iterator[dict[str, Any]]:
-    """One row for each site and verdict: the worst value."""
-    groups: dict[tuple[str, str], list[Check]] = {}
-    for check in checks:
-        groups.setdefault((check.site, check.verdict), []).append(check)
-    for (site, verdict), members in groups.items():
-        yield {"pass": done.name, "site": site, "what": verdict, "why": _verdict(members, done.unit)}
-
-
-def _verdict(checks: Sequence[Check], unit: str) -> str:
-    """The worst figure of some checks and where it is."""
-    worst, compared = worst_of(checks, unit), [c for c in checks if unit != "dB" or not c.unmeasured]
-    if worst is None:
-        return f"{ON_PURPOSE}, at {checks[0].value if len(checks) == 1 else f'{len(checks)} values'}"
-    told, count = measured(worst, unit), len(compared)
-    place = f"{count} values" if told == "equal" and count > 1 else worst.value + (f", the worst of {count} values" if count > 1 else "")
-    return f"{told} at {place}{': ' if worst.why else ''}{worst.why}"
-
-
-def diff(first: Any, second: Any = None, example_inputs: Any = None, component: str | None = None) -> Diff:
+def diff(first: Any, second: Any = None, example_inputs: Any = None, component: str | None = None, second_inputs: Any = None) -> Diff:
     """What each pass of a run did; of two, how what the second made differs from what the first made.
 
-    A side is the folder of an artifact or checkpoint, a CompiledModel, or anything `compile` takes as a model (component= of a pipeline). A
-    model without example inputs of its own takes those of the other side. Raises an FxcError.
+    A side is the folder of an artifact or checkpoint, a CompiledModel, or anything `compile` takes as a model (component= of a pipeline).
+    example_inputs: of models that bring none, of both unless the second has second_inputs; left out, those of the other side. What is taken
+    from the other side goes by names, and where the second's forward has other names, by order. Raises an FxcError.
     """
-    runs = [_run_of(side, other, example_inputs, component) for side, other in ((first, second), (second, first)) if side is not None]
-    return between(*runs) if len(runs) == 2 else of_run(runs[0])
+    one = _run_of(first, second, example_inputs, component)
+    if second is None:
+        return of_run(one)
+    given = example_inputs if second_inputs is None else second_inputs
+    return between(one, _run_of(second, first, given, component, is_own=second_inputs is not None))
 
 
 def inspect(
@@ -505,7 +467,8 @@ def inspect(
     return Inspection(program, [forecast(program, name) for name in recipes])
 
 
-def _run_of(side: Any, other: Any, example_inputs: Any, component: str | None) -> Run:
+def _run_of(side: Any, other: Any, example_inputs: Any, component: str | None, is_own: bool = True) -> Run:
+    """is_own: the example inputs were made for this side."""
     if isinstance(side, CompiledModel):
         return run_in(side.folder)
     if isinstance(side, str | Path) and is_run(Path(side)):
@@ -514,7 +477,21 @@ def _run_of(side: Any, other: Any, example_inputs: Any, component: str | None) -
         return run_of(side)
     loaded = resolve(side, component)
     called = _called(other) if example_inputs is None and loaded.example is None else None
-    return run_of(_captured(loaded, *(called or (example_inputs, None))))
+    example, dynamic = called or (example_inputs, None)
+    example = example if called is None and is_own else _in_names_of(loaded.model, example)
+    return run_of(_captured(loaded, example, dynamic))
+
+
+def _in_names_of(model: Any, example: Any) -> Any:
+    """The arguments of another model's call; those that this one has no name for under its free ones, in order."""
+    if example is None or not isinstance(model, nn.Module):
+        return example
+    call, own = Inputs.of(example), inspection.signature(model.forward).parameters
+    is_open = any(p.kind is inspection.Parameter.VAR_KEYWORD for p in own.values())
+    free = (n for n in [*own][len(call.args) :] if n not in call.kwargs)
+    names = {n: n if is_open or n in own else next(free, n) for n in call.kwargs}
+    roles = {names.get(n, n): role for n, role in call.roles.items()}
+    return Inputs(*call.args, roles=roles, **{names[n]: value for n, value in call.kwargs.items()})
 
 
 def _called(side: Any) -> tuple[Inputs, Dynamic] | None:
@@ -548,25 +525,6 @@ def bench(folder: str | Path, runs: int = 10, threads: int = 1) -> dict[str, Any
         "runs": runs,
         "threads": threads,
         "inputs": shapes,
-    }
-
-
-def _inside(module: str, name: str) -> bool:
-    """Whether a module path lies below another; all lie below the root, ""."""
-    return not name or module.startswith(f"{name}.")
-
-
-def _names(change: Change) -> set[str]:
-    return {
-        change.module,
-        change.site,
-        change.site.rpartition("  (")[2].removesuffix(")"),  # "fc  (linear)": the node
-        *change.constants,
-        *change.inserted,
-        *change.replaced,
-        *change.replaced.values(),
-        *change.touched,
-        *change.erased,
     }
 
 

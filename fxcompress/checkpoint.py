@@ -238,11 +238,14 @@ class Objects:
 
 
 def stored_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint keeps, to be looked at: "reports", "history", and the last program. ArtifactError if it is damaged."""
+    """What a checkpoint keeps, to be looked at: "reports", "history", and the last program. ArtifactError if an object of it is damaged."""
     kept = _read(folder)
     if kept is None:
         raise ArtifactError("no checkpoint there", where=str(folder), why=f"it has no {STATE}", do="check the path")
-    state: dict[str, Any] = json.loads(Objects(folder / OBJECTS).get(kept["state"]).numpy().tobytes())
+    objects = Objects(folder / OBJECTS)
+    for name in kept["objects"]:
+        objects.get(name)
+    state: dict[str, Any] = json.loads(objects.get(kept["state"]).numpy().tobytes())
     return state
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect as inspection
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,10 +30,20 @@ out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 UNCUT = 100_000  # columns, where nobody looks: what reads a pipe or a file wants whole lines
 MOST = 20  # declined sites that are printed
+LEAST = 24  # columns that the widest cell of a table is given before it is wrapped
+SPELLINGS = (
+    (r"example_inputs=\(tensor, \.\.\.\) or \{name: tensor\}", "--example FILE.safetensors, or --example package.module:function"),
+    (r"\bin example_inputs\b", "in --example"),
+    (r"pass calibration=\[item, \.\.\.\]", "from Python, pass calibration=[item, ...]"),
+    (r"\bcomponent=['\"]?([\w.-]+)['\"]?", r"--component \1"),
+    (r"\bleave component out\b", "leave --component out"),
+    (r"\bbackend=['\"](\w+)['\"]", r"--backend \1"),
+)
 ENDINGS = {"html": "html", "text": "txt", "dot": "dot", "model-explorer": "json"}
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=".pt2, .gguf, diffusers or transformers folder, or package.module:function")]
 Example = Annotated[str | None, typer.Option(help="example inputs: a .safetensors by parameter name, or package.module:function")]
+Examples = Annotated[list[str] | None, typer.Option("--example", help="example inputs, as for compile; given twice: the second for B")]
 Component = Annotated[str | None, typer.Option(help="which model of a diffusers pipeline")]
 
 
@@ -69,7 +82,7 @@ def compile(
         compiled = api.compile(model, recipe, inputs, **options)  # type: ignore[arg-type]
         compiled.save(output)
     report = compiled.report
-    show(report.model_dump(mode="json"), as_json, lambda: [summary(report, str(output)), *declines(report)])
+    show(report.model_dump(mode="json"), as_json, lambda: [*summary(report, str(output)), *declines(report)])
 
 
 @app.command()
@@ -134,38 +147,44 @@ def diff(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="the file to write")] = None,
     format: Annotated[str, typer.Option(help="html, text, dot or model-explorer")] = "html",
     component: Component = None,
-    example: Example = None,
+    example: Examples = None,
     as_json: Json = False,
 ) -> None:
     """Show what each pass did to the graph, or how two results differ, in one HTML file or as text."""
     from fxcompress import api
+    from fxcompress.diff.text import SAME
 
     if format not in ENDINGS:
         raise typer.BadParameter(f"{format!r} is none of {', '.join(ENDINGS)}", param_hint="--format")
     if as_text and (output or format != "html"):
         raise typer.BadParameter("it prints; leave out -o and --format, or ask for --format text", param_hint="--text")
+    if len(example or ()) > 1 + (second is not None):
+        raise typer.BadParameter("more than there are models", param_hint="--example")
     with failing(as_json):
-        found = api.diff(first, second, example_inputs(example) if example else None, component)
+        inputs = [*map(example_inputs, example or ()), None, None]
+        found = api.diff(first, second, inputs[0], component, inputs[1])
         wanted = None if as_text or (as_json and output is None) else output or Path(f"diff.{ENDINGS[format]}")
         saved = found.save(wanted, format) if wanted else None  # type: ignore[arg-type]
     if as_text and not as_json:
-        sys.stdout.write(found.text())
+        with writing():
+            sys.stdout.write(found.text())
     else:
-        show({**found.summary(), "file": saved and str(saved)}, as_json, lambda: [f"{saved}: {found.title}"])
+        show({**found.summary(), "file": saved and str(saved)}, as_json, lambda: [f"{saved}: {found.title}", *[SAME] * found.is_same])
 
 
 @app.command()
 def explain(
-    artifact: Annotated[Path, typer.Argument(metavar="OUT", help="folder of an artifact")],
+    artifact: Annotated[Path, typer.Argument(metavar="OUT", help="folder of an artifact or checkpoint")],
     node: Annotated[str, typer.Argument(help="a node, a module path or a constant")],
     as_json: Json = False,
 ) -> None:
-    """Tell which passes touched or declined a node or module of an artifact, and what was measured there."""
+    """Tell which passes touched or declined a node or module, what was measured there, and the recipe's lines that leave it out."""
     from fxcompress import api
 
     with failing(as_json):
         rows = api.explain(artifact, node)
-    show({"node": node, "found": rows}, as_json, lambda: [table("pass", rows)] if rows else [f"no pass touched {node}"])
+    told = [{k: row[k] for k in ("pass", "site", "what", "why")} for row in rows]
+    show({"node": node, "found": rows}, as_json, lambda: [table("pass", told), *_exclusions(rows)] if rows else [f"no pass touched {node}"])
 
 
 @app.command()
@@ -210,17 +229,24 @@ def example_inputs(name: str) -> Any:
         ) from None
 
 
-def summary(report: Any, place: str) -> Table:
+def summary(report: Any, place: str) -> list[Any]:
     """Passes of a report in order, with sites, measured figures, bytes and time."""
-    grid = Table(title=f"{report.origin} -> {place}", title_justify="left", caption=_headline(report), caption_justify="left")
-    for name in ("pass", "sites", "declined", "worst figure", "limit", "output SQNR", "MB", "CPU s"):
-        grid.add_column(name, justify="left" if name == "pass" else "right")
+    rows = []
     for p in report.passes:
-        worst = (f"{number(p.worst.figure)} {p.unit}", number(p.worst.limit)) if p.worst else ("", "")
-        sqnr = f"{p.output_sqnr:.1f} dB" if p.output_sqnr is not None else ""
-        sizes = f"{p.bytes_before / 1e6:.1f} -> {p.bytes_after / 1e6:.1f}"
-        grid.add_row(p.name, f"{p.fired}/{p.legal + len(p.declined)}", str(len(p.declined)), *worst, sqnr, sizes, f"{p.cpu_seconds:.1f}")
-    return grid
+        figure, limit = (f"{number(p.worst.figure)} {p.unit}", number(p.worst.limit)) if p.worst else ("", "")
+        rows.append(
+            {
+                "pass": p.name,
+                "sites": f"{p.fired}/{p.legal + len(p.declined)}",
+                "declined": len(p.declined),
+                "worst figure": figure,
+                "limit": limit,
+                "output SQNR": f"{p.output_sqnr:.1f} dB" if p.output_sqnr is not None else "",
+                "MB": f"{p.bytes_before / 1e6:.1f} -> {p.bytes_after / 1e6:.1f}",
+                "CPU s": f"{p.cpu_seconds:.1f}",
+            }
+        )
+    return [f"{report.origin} -> {place}", table("pass", rows), _headline(report)]
 
 
 def declines(report: Any) -> list[str]:
@@ -252,25 +278,45 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def table(key: str, rows: list[dict[str, Any]]) -> Table:
-    """Rows of one form as a table; `key` is the column that is wrapped last. Nothing is cut."""
+def table(key: str, rows: list[dict[str, Any]]) -> Any:
+    """Rows of one form as a table; where the terminal is too narrow for one, row by row. `key` heads a row. Nothing is cut."""
+    cells = [{name: f"{v:,}" if isinstance(v, int) else str(v) for name, v in row.items()} for row in rows]
+    widths = [max(cell_len(text) for text in (name, *(row[name] for row in cells))) for name in (cells[0] if cells else [key])]
+    if sum(widths) - max(widths) + min(max(widths), LEAST) + 3 * len(widths) + 1 > out.width:
+        return "\n".join(line for row in cells for line in (row[key], *(f"  {name}: {row[name]}" for name in row if name != key and row[name])))
     grid = Table()
-    for name in rows[0] if rows else [key]:
-        longest = max((len(str(row[name])) for row in rows), default=0) if name == key else 0
-        right = bool(rows) and isinstance(rows[0][name], int | float)
-        grid.add_column(name, min_width=min(longest, 40), overflow="fold", justify="right" if right else "left")
-    for row in rows:
-        grid.add_row(*(f"{v:,}" if isinstance(v, int) else escape(str(v)) for v in row.values()))
+    for name, width in zip(cells[0] if cells else [key], widths, strict=True):
+        is_figure = name != key and all(re.match(r"-?\d|-?$", row[name]) for row in cells)
+        side: Any = "right" if is_figure else "left"
+        grid.add_column(name, min_width=min(width, LEAST), no_wrap=width < max(widths), overflow="fold", justify=side)
+    for row in cells:
+        grid.add_row(*map(escape, row.values()))
     return grid
 
 
 def show(data: Any, as_json: bool, text: Callable[[], list[Any]]) -> None:
     """Print one JSON object, or the text."""
-    if as_json:
-        sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")
-        return
-    for part in text():
-        out.print(part, markup=False) if isinstance(part, str) else out.print(part)
+    with writing():
+        if as_json:
+            sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")
+            return
+        for part in text():
+            is_recipe = isinstance(part, str) and part.startswith("- ")  # stays one line, to be copied
+            out.print(part, markup=not isinstance(part, str), soft_wrap=is_recipe)
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Exit 1 with the reason where standard output takes no more; that its reader has gone is typer's to end in silence."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still kept for it would fail once more at the end
+        err.print(f"the output can't be written: {error.strerror}", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 @contextlib.contextmanager
@@ -280,21 +326,23 @@ def failing(as_json: bool) -> Iterator[None]:
         yield
     except FxcError as error:
         if as_json:
-            fields = {
-                "error": type(error).__name__,
-                "what": error.what,
-                "where": error.where,
-                "why": error.why,
-                "state": error.state,
-                "do": error.do,
-            }
-            sys.stdout.write(json.dumps(fields, indent=1) + "\n")
+            fields = {name: spoken(getattr(error, name)) for name in ("what", "where", "why", "state", "do")}
+            with writing():
+                sys.stdout.write(json.dumps({"error": type(error).__name__, **fields}, indent=1) + "\n")
         else:
-            err.print("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]), markup=False, soft_wrap=True)
+            said = "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+            err.print(spoken(said), markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
         err.print(f"stopped; {'; '.join(getattr(error, '__notes__', ['nothing was written']))}", markup=False, soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+def spoken(message: str) -> str:
+    """A message with the options of the command line in place of the arguments of Python."""
+    for argument, option in SPELLINGS:
+        message = re.sub(argument, option, message)
+    return message
 
 
 @contextlib.contextmanager
@@ -304,6 +352,14 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as drawn:
         task = drawn.add_task("capture", total=None)
         yield lambda name, done, total: drawn.update(task, description=name or "done", completed=done, total=total)
+
+
+def _exclusions(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The recipe's lines that leave out what was changed, and why single places of a pass can't be."""
+    lines = dict.fromkeys(row["exclude"] for row in rows if row.get("exclude"))
+    yield from ["to leave it out, in place of the recipe's line:"] * bool(lines)
+    yield from lines
+    yield from dict.fromkeys(f"{row['pass']}: can't be left out alone: {row['alone']}" for row in rows if row.get("alone"))
 
 
 def _facts(facts: dict[str, Any]) -> list[str]:

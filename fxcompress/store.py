@@ -96,15 +96,6 @@ def load_signature(folder: Path) -> tuple[Signature, tuple[Value, ...], dict[str
         raise ArtifactError("the stored signature can't be read", where=str(folder), why=f"{type(error).__name__}: {error}") from error
 
 
-def load_names(folder: Path) -> set[str]:
-    """Names of the nodes, module paths and constants of a stored program."""
-    try:
-        data = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
-        return {*data["classes"], *data["constants"], *(name for node in data["nodes"] for name in (node["name"], *node["module"]))}
-    except UNREADABLE as error:
-        raise ArtifactError("the stored program can't be read", where=str(folder), why=f"{type(error).__name__}: {error}") from error
-
-
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """safetensors refuses shared memory: a tensor that is a view of another's storage is written as a copy. OSError if the file can't be."""
     seen: set[int] = set()

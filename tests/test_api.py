@@ -683,7 +683,10 @@ def test_explain(mlp: fxc.CompiledModel, tmp_path: Path) -> None:
     folder = mlp.save(tmp_path / "out")
     by_module = api.explain(folder, "fc1")
     assert [(r["pass"], r["what"]) for r in by_module] == [(p, w) for p in ("quant.weight_only", "quant.finalize") for w in ("changed", "held")]
-    assert by_module[0] == {"pass": "quant.weight_only", "site": "fc1  (linear)", "what": "changed", "why": "int8 in blocks of [1, -1]"}
+    options = 'weights: "int8/channel", embeddings: null, symmetric: true, range: "mse", storage: false, where: {exclude: ["fc1"]}'
+    told = {"pass": "quant.weight_only", "site": "fc1  (linear)", "what": "changed", "why": "int8 in blocks of [1, -1]"}
+    assert by_module[0] == {**told, "exclude": f"- quant.weight_only: {{{options}}}"}
+    assert by_module[2]["alone"].startswith("codes are stored for every quantised weight")
     check = mlp.report.passes[0].checks[0]
     assert by_module[1]["why"] == f"{check.figure:.3g} >= {check.limit:.3g} dB at {check.value}"
     assert api.explain(folder, "fc1.weight")[0] == by_module[0], "by the weight"
@@ -694,7 +697,7 @@ def test_explain(mlp: fxc.CompiledModel, tmp_path: Path) -> None:
 
 UNKNOWN = {
     "fc9": "did you mean 'fc2' or 'fc1'?",
-    "fc1.wieght": "did you mean 'fc1_weight' or 'fc2_weight' or 'fc1.weight.scale' or 'fc1.weight.packed' or 'fc2.weight.scale'?",
+    "fc1.wieght": "did you mean 'fc1.weight' or 'fc2.weight' or 'fc1_weight' or 'fc2_weight' or 'fc1.weight.scale'?",
 }
 
 
@@ -713,6 +716,16 @@ def test_explain_a_node_that_a_pass_removed(mlp: fxc.CompiledModel, tmp_path: Pa
     gone = next(old for c in mlp.report.passes[1].changes for old in c.replaced)
     assert gone not in {n.name for n in mlp.program.graph.nodes}  # type: ignore[union-attr]
     assert api.explain(folder, gone)
+
+
+def test_explain_a_node_that_went_by_itself(tmp_path: Path) -> None:
+    """The pass replaced the norm; its weights, which no site names, went because nothing reads them any more."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3)).eval()
+    folder = compiled(model, (seeded(2, 2, 4, 4),), {"passes": ["tidy.fold_batch_norm"]}).save(tmp_path / "out")
+    (row,) = api.explain(folder, "1.running_var")
+    assert (row["pass"], row["what"]) == ("tidy.fold_batch_norm", "removed")
+    assert row["exclude"] == '- tidy.fold_batch_norm: {where: {exclude: ["1"]}}'
+    assert row["why"].startswith("nothing reads it after this: ")
 
 
 def test_explain_a_decline(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,23 @@ def example():
 
 def training():
     return Tapped(), (torch.ones(2, 8),)
+
+
+class Named(Tapped):
+    def forward(self, hidden):
+        return super().forward(hidden)
+
+
+def other():
+    return Named().eval()
+
+
+def hidden():
+    return {"hidden": torch.ones(3, 8)}
+
+
+def broken():
+    return missing
 '''
 RECIPE = "name: mine\npasses: [{quant.weight_only: {weights: int8/channel}}, quant.finalize]\nbackend: reference\n"
 WITH_EXAMPLE = "cli_models:with_example"
@@ -162,7 +180,7 @@ ERRORS: dict[str, tuple[list[str], dict[str, str]]] = {
             "where": "cli_models:alone",
             "why": "capture runs the model once on them",
             "state": "",
-            "do": "example_inputs=(tensor, ...) or {name: tensor}",
+            "do": "--example FILE.safetensors, or --example package.module:function",
         },
     ),
     "a model in train mode": (
@@ -254,6 +272,55 @@ def test_inspect_with_an_example(place: Path) -> None:
     assert as_json("inspect", "cli_models:alone", code=1)["what"] == "no example inputs"
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("example_inputs=(tensor, ...) or {name: tensor}", "--example FILE.safetensors, or --example package.module:function"),
+        ('component="unet"', "--component unet"),
+        ('backend="reference" runs it; or say int4', "--backend reference runs it; or say int4"),
+        ("compile again with x in example_inputs, or leave it out", "compile again with x in --example, or leave it out"),
+        ("a unet component = one", "a unet component = one"),
+    ],
+)
+def test_messages_name_the_options_of_the_command_line(said: str, shown: str) -> None:
+    assert cli.spoken(said) == shown
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["diff"], ["compile", "-r", "mine.yaml", "-o", "out"]], ids=lambda c: c[0])
+def test_an_exception_of_the_user_s_own_code(command: list[str], place: Path) -> None:
+    """Which one, and its line."""
+    said = as_json(*command, "cli_models:broken", code=1)
+    assert (said["error"], said["what"], said["where"]) == ("CaptureError", "the function raises NameError", "cli_models:broken")
+    line = 1 + MODELS[: MODELS.index("return missing")].count("\n")
+    assert said["why"] == f"NameError: name 'missing' is not defined\nat {place / 'cli_models.py'}:{line}  return missing"
+    assert "Traceback" not in call(*command, "cli_models:broken").output
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("x = 1 / 0\n", "ZeroDivisionError: division by zero\nat {}:1  x = 1 / 0"),
+        ("def x(:\n", "SyntaxError: invalid syntax (broken_models.py, line 1)\nat {}:1"),
+        ("\nimport no_such_package\n", "ModuleNotFoundError: No module named 'no_such_package'\nat {}:2  import no_such_package"),
+    ],
+)
+def test_a_module_that_cannot_be_imported(code: str, why: str, place: Path) -> None:
+    (place / "broken_models.py").write_text(code)
+    said = as_json("inspect", "broken_models:model", code=1)
+    assert said["why"] == why.format(place / "broken_models.py")
+    assert said["what"].startswith("importing 'broken_models' raises ")
+
+
+def test_what_is_compiled_already_is_no_model(out: Path) -> None:
+    """Its folder is recognised, and what shows it is named."""
+    text("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "other", "--checkpoint", "run")
+    for folder, what in (("out", "an artifact: a model that is compiled"), ("run", "a checkpoint of a compilation")):
+        said = as_json("inspect", folder, code=1)
+        assert (said["what"], said["where"], said["why"]) == ("the folder holds no model", folder, f"it is {what}")
+        assert said["do"].startswith(f"fxcompress diff {folder} shows its graphs, fxcompress explain {folder} NODE one place; or pass ")
+    assert as_json("explain", "run", "fc1") == as_json("explain", "out", "fc1")
+
+
 def test_passes() -> None:
     rows = as_json("passes")["passes"]
     assert [r["pass"] for r in rows] == registry.passes()
@@ -305,7 +372,9 @@ def test_diff_of_two(out: Path) -> None:
     assert (out.parent / "two.dot").read_text().startswith("digraph {")
     assert as_json("diff", WITH_EXAMPLE, WITH_EXAMPLE)["steps"][0] == {
         "name": "comparison",
-        **{s: [] for s in ("added", "removed", "changed", "moved")},
+        **{s: [] for s in ("added", "removed", "changed", "moved", "rewired")},
+        "written": {},
+        "alike": {},
     }
 
 
@@ -314,8 +383,26 @@ def test_diff_with_a_model_alone(out: Path) -> None:
     assert "unpack_default" in as_json("diff", "out", "cli_models:alone")["steps"][0]["removed"]
 
 
+def test_diff_with_an_example_for_each(place: Path) -> None:
+    """One for both, in the names of the first, or one each; not more than there are models."""
+    both = ["diff", "cli_models:alone", "cli_models:other", "--example", "cli_models:example"]
+    for examples in ([], ["--example", "cli_models:hidden"]):
+        (step,) = as_json(*both, *examples)["steps"]
+        assert (step["added"], step["removed"], step["changed"]) == ([], [], ["x"]), "what the input is called"
+    assert call(*both, "--example", "cli_models:hidden", "--example", "cli_models:hidden").exit_code == 2
+    assert call("diff", "cli_models:alone", "--example", "cli_models:example", "--example", "cli_models:hidden").exit_code == 2
+
+
+def test_diff_of_equals_says_so(out: Path) -> None:
+    same = "no node differs: the same operations, arguments, shapes and weights\n"
+    assert text("diff", "out", "out", "--text").endswith(same)
+    assert text("diff", "out", "out", "-o", "same.html").endswith(same)
+    assert as_json("diff", "out", "out")["is_same"]
+    assert same not in text("diff", "out", WITH_EXAMPLE, "--text")
+
+
 def test_diff_of_a_pipeline_s_component(place: Path) -> None:
-    assert as_json("diff", WITH_EXAMPLE, "--component", "unet", code=1)["what"] == "component='unet' has no meaning here"
+    assert as_json("diff", WITH_EXAMPLE, "--component", "unet", code=1)["what"] == "--component unet has no meaning here"
 
 
 def test_diff_of_nothing(place: Path) -> None:
@@ -331,6 +418,9 @@ def test_explain(out: Path) -> None:
     declined = as_json("explain", "out", "fc2.weight")["found"]
     assert [r["what"] for r in declined] == ["declined"]
     assert text("explain", "out", "relu") == "no pass touched relu\n"
+    shown = text("explain", "out", "fc1")
+    assert f"to leave it out, in place of the recipe's line:\n{found['found'][0]['exclude']}\n" in shown
+    assert "quant.finalize: can't be left out alone: codes are stored for every quantised weight" in shown
     assert as_json("explain", "out", "relu")["found"] == []
 
 
@@ -369,12 +459,39 @@ def test_nothing_is_cut_in_a_pipe(place: Path) -> None:
     for command in (["inspect", WITH_EXAMPLE], ["explain", "long", LONG]):
         shown = text(*command)
         assert LONG in shown and "…" not in shown
-        narrow = cli.Console(highlight=False, width=80, force_terminal=True, color_system=None)
-        with pytest.MonkeyPatch.context() as patch, narrow.capture() as captured:
-            patch.setattr(cli, "out", narrow)
-            call(*command)
-        lines = captured.get().splitlines()
-        assert max(map(len, lines)) <= 80 and "…" not in captured.get()
+        narrow = in_terminal(80, *command)
+        lines = [line for line in narrow.splitlines() if not line.startswith("- ")]
+        assert max(map(len, lines)) <= 80 and "…" not in narrow
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_no_word_is_lost_in_a_narrow_terminal(width: int, out: Path) -> None:
+    """Every word that a wide one shows, but for the heads of columns, which rows one under the other have only where they are filled; and no
+    line is wider than the terminal, but for a recipe's, which stays one to be copied."""
+    compiling = ["compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out"]
+    for command in (["inspect", WITH_EXAMPLE, "--recipes"], ["explain", "out", "fc1"], ["passes"], compiling):
+        wide, narrow = (in_terminal(columns, *command) for columns in (1000, width))
+        words = {w for line in wide.splitlines() if line[:1] != "┃" for w in line.split() if w.isascii()}
+        squeezed = re.sub(r"\s", "", narrow)
+        assert [w for w in words if w not in squeezed and not re.fullmatch(r"\d+\.\d", w)] == [], "seconds differ"
+        assert max(len(line) for line in narrow.splitlines() if not line.startswith("- ")) <= width
+
+
+def in_terminal(columns: int, *command: str) -> str:
+    """What a terminal of that width shows."""
+    console = cli.Console(highlight=False, width=columns, force_terminal=True, color_system=None)
+    with pytest.MonkeyPatch.context() as patch, console.capture() as captured:
+        patch.setattr(cli, "out", console)
+        assert call(*command).exit_code == 0
+    return captured.get()
+
+
+@pytest.mark.parametrize("command", [["passes"], ["diff", WITH_EXAMPLE, "--text"]], ids=" ".join)
+def test_a_full_disk_is_no_traceback(command: list[str], place: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        run = [sys.executable, "-m", "fxcompress", *command]
+        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (1, "the output can't be written: No space left on device\n")
 
 
 @pytest.mark.slow

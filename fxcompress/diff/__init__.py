@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fxcompress import artifact
 from fxcompress.diff.matching import PRIME, Aligned, aligned
 from fxcompress.diff.sizes import at, at_one_size
-from fxcompress.diff.states import State, alike, merged, states
+from fxcompress.diff.states import State, alike, merged, rewired, states
 from fxcompress.errors import ArtifactError, InputError
 from fxcompress.history import Graph, History, Node
 from fxcompress.loss import stand_ins
@@ -62,6 +62,11 @@ class Step:
         return {**self.before.parents, **self.after.parents}
 
     @property
+    def rewired(self) -> list[str]:
+        """The nodes that are as they were and read another value."""
+        return rewired(self.before, self.after, self.states)
+
+    @property
     def folded(self) -> dict[str, str]:
         """Numbered module -> the first of its siblings that is the same in whole."""
         return alike(self.before, self.after, self.states, changes_only=False)
@@ -103,6 +108,11 @@ class Diff:
         return " → ".join(self.labels)
 
     @property
+    def is_same(self) -> bool:
+        """Whether the graphs on both sides are the same, but for what their nodes and modules are called."""
+        return self.whole.before is not self.whole.after and not self.whole.states
+
+    @property
     def measured(self) -> str:
         """Where the output SQNR was measured on all sides of which any is known, so that like is compared with like; "" where none is known."""
         known = [{place for place, figure in r.sqnrs.items() if figure is not None} for r in self.runs]
@@ -123,9 +133,10 @@ class Diff:
         return text(self)
 
     def summary(self) -> dict[str, Any]:
-        """Per step the names of the nodes in each state, as plain data."""
-        steps = [{"name": s.name, **_by_state(s)} for s in self.steps]
-        return {"title": self.title, "steps": steps, "renamed": dict(self.was), "sizes": self.sizes}
+        """What the text says, and which modules are folded in it, as plain data."""
+        from fxcompress.diff.summary import summary
+
+        return summary(self)
 
     def html(self) -> str:
         """One self-contained file."""
@@ -165,28 +176,15 @@ def of_run(run: Run) -> Diff:
 
 def between(first: Run, second: Run) -> Diff:
     """How what the second run made differs from what the first made."""
-    shared = first.history.graphs[0].nodes.keys() if _one_capture(first.history, second.history) else ()
     old, new, sizes = at_one_size(first.history, second.history)
-    found: Aligned = aligned(old, new, shared)
+    captured = (first.history.graphs[0], second.history.graphs[0]) if first.passes or second.passes else None
+    found: Aligned = aligned(old, new, captured)
     step = Step("comparison", old, found.graph, states(old, found.graph, {}))
     return Diff([step], step, [first, second], {**found.regions, **found.nodes}, sizes)
 
 
-def _one_capture(first: History, second: History) -> bool:
-    """Whether both started from the same graph; which sizes the examples had makes no difference."""
-    one, other = ([replace(n, flops=0) for n in h.graphs[0].nodes.values()] for h in (first, second))
-    return one == other and first.graphs[0].parents == second.graphs[0].parents
-
-
 def _local(path: str, parent: str) -> str:
     return path.removeprefix(f"{parent}.")
-
-
-def _by_state(step: Step) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {state: [] for state in get_args(State)}
-    for name, state in step.states.items():
-        found[state].append(name)
-    return found
 
 
 def _replaced(report: PassReport) -> dict[str, str]:

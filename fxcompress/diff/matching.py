@@ -7,7 +7,7 @@ a renamed one is the same place under another name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -28,14 +28,17 @@ class Aligned:
     regions: Mapping[str, str]
 
 
-def aligned(first: Graph, second: Graph, captured: Collection[str] = ()) -> Aligned:
+def aligned(first: Graph, second: Graph, captured: tuple[Graph, Graph] | None = None) -> Aligned:
     """The second graph with its matched nodes and modules named as in the first; others keep their names, with a prime where taken.
 
-    captured: names of the nodes of the graph that both descend from, which are the same node in both.
+    captured: the graphs that the two were made from, in which no pass has yet taken away what tells modules apart; left out: themselves.
     """
-    places = _named(match_regions(first, second), second.kinds, first.kinds)
-    moved = {n.name: _placed(n, places[n.region]) for n in second.nodes.values()}
-    names = _named(match_nodes(first.nodes, moved, captured), second.nodes, first.nodes)
+    ends = captured or (first, second)
+    regions = match_regions(*ends)
+    known = match_nodes(ends[0].nodes, _moved(ends[1], _named(regions, ends[1].kinds, ends[0].kinds))) if captured else {}
+    places = _named(regions, second.kinds, first.kinds)
+    moved = _moved(second, places)
+    names = _named(match_nodes(first.nodes, moved, known), second.nodes, first.nodes)
     nodes = {}
     for node in moved.values():
         nodes[names[node.name]] = replace(node, name=names[node.name], inputs=tuple(names[i] for i in node.inputs))
@@ -104,6 +107,7 @@ def _listed(rank: Callable[[_Modules, str], Hashable]) -> Callable[[_Modules, st
 
 _RANKS: tuple[Callable[[_Modules, str], Hashable], ...] = (
     lambda m, path: (m.name(path), _weighed(m, path)),
+    lambda m, path: (_weighed(m, path), m.before[path], m.behind[path]),  # another's name, but place and weights are its own
     _listed(_weighed),
     _listed(lambda m, path: (m.kinds[path], m.ops[path], m.before[path], m.behind[path])),
     _listed(lambda m, path: (m.kinds[path], m.ops[path], m.behind[path])),
@@ -117,9 +121,9 @@ _RANKS: tuple[Callable[[_Modules, str], Hashable], ...] = (
 )
 
 
-def match_nodes(first: Mapping[str, Node], second: Mapping[str, Node], captured: Collection[str] = ()) -> dict[str, str]:
-    """Name in the second graph -> name in the first. captured: as for `aligned`."""
-    found = {name: name for name in captured if name in first and name in second}
+def match_nodes(first: Mapping[str, Node], second: Mapping[str, Node], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Name in the second graph -> name in the first. known: pairs that are given, as far as both graphs still have them."""
+    found = {name: old for name, old in (known or {}).items() if old in first and name in second}
     ups = {**{id(n): h for n, h in _upward(first)}, **{id(n): h for n, h in _upward(second)}}
     downs = {**{id(n): h for n, h in _downward(first)}, **{id(n): h for n, h in _downward(second)}}
     alike: Key = lambda n: (n.op, attributes(n), n.shape)  # noqa: E731
@@ -138,13 +142,18 @@ def match_nodes(first: Mapping[str, Node], second: Mapping[str, Node], captured:
         lambda n: (alike(n), ups[id(n)]),
         lambda n: (alike(n), downs[id(n)]),
     ]
-    olds, news = ([n for n in nodes.values() if n.name not in found] for nodes in (first, second))
+    given = {*found.values()}
+    olds, news = [n for n in first.values() if n.name not in given], [n for n in second.values() if n.name not in found]
     for key in levels:
         pairs = _zipped(olds, news, key, key)
         found.update((b.name, a.name) for a, b in pairs)
         taken = {a.name for a, _ in pairs}
         olds, news = [n for n in olds if n.name not in taken], [n for n in news if n.name not in found]
     return found
+
+
+def _moved(graph: Graph, places: Mapping[str, str]) -> dict[str, Node]:
+    return {n.name: _placed(n, places[n.region]) for n in graph.nodes.values()}
 
 
 def _placed(node: Node, region: str) -> Node:
@@ -213,7 +222,7 @@ def _gathered(graph: Graph, facts: Mapping[str, Hashable]) -> dict[str, Hashable
 
 def _named(matched: Mapping[str, str], names: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
     """A name of the first graph for what is matched; its own for the rest, with primes until it is free."""
-    used, found = {*taken}, dict(matched)
+    used, found = {*taken, *matched.values()}, dict(matched)
     for name in names:
         if name not in found:
             own = name

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from typing import Any
 
 from fxcompress.diff import Diff, Run, Step
+from fxcompress.diff.journal import concerned, site_node, swept
+from fxcompress.diff.read import model_name
 from fxcompress.diff.text import change, decibels, figure, quantity, sqnr
 from fxcompress.history import Graph, History, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
@@ -81,7 +84,7 @@ def _data(diff: Diff) -> dict[str, Any]:
         "sqnr": losses,
         "was": was,
         "renamed": [texts(path) for path in diff.renamed],
-        "tiles": _tiles(diff),
+        "tiles": [[*map(typeset, tile)] for tile in _tiles(diff)],
         "tables": [*_tables(run)] if is_run else [*_compared(diff)],
         "texts": list(texts.numbers),
     }
@@ -94,10 +97,10 @@ def _view(step: Step, hash: str, before: int, after: int, number: int | None, te
 
 
 def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dict[str, Any]:
-    sites, concerned = {}, {}
+    sites, places = {}, {}
     for number, made in reversed([*enumerate(report.changes)]):
         sites[made.site] = number
-        concerned.update({(made.site, name): number for name in _concerned(made)})
+        places.update({(made.site, name): number for name in concerned(made)})
     return {
         "name": report.name,
         "options": report.options,
@@ -115,22 +118,17 @@ def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dic
         "whole": report.whole,
         "declined": [[texts(d.site), texts(d.module), texts(d.reason)] for d in report.declined],
         "sites": [_site(c, texts) for c in report.changes],
-        "checks": [_check(c, concerned.get((c.site, c.value), sites.get(c.site, -1)), texts) for c in report.checks],
+        "swept": [[texts(name), *numbers] for name, numbers in swept(report, before, after).items() if numbers],
+        "checks": [_check(c, places.get((c.site, c.value), sites.get(c.site, -1)), texts) for c in report.checks],
     }
 
 
 def _site(change: Change, texts: _Texts) -> list[Any]:
     """Node, module, reason, the globs that leave it out (0: its module), and the names of all nodes that it concerns."""
-    node = change.site.rpartition("(")[2].rstrip(")")
-    names = _concerned(change) - {node}
+    node = site_node(change)
+    names = concerned(change) - {node}
     exclude = 0 if change.exclude == (change.module,) else [texts(glob) for glob in change.exclude]
     return [texts(node), texts(change.module), texts(change.reason), exclude, *sorted(map(texts, names))]
-
-
-def _concerned(change: Change) -> set[str]:
-    """The nodes that a change made, touched or put another in place of. A constant's node is named after it."""
-    constants = (c.replace(".", "_") for c in change.constants)
-    return {*change.replaced, *change.replaced.values(), *change.inserted, *change.touched, *change.erased, *constants}
 
 
 def _check(check: Check, site: int, texts: _Texts) -> list[Any]:
@@ -207,7 +205,7 @@ def _compared(diff: Diff) -> Iterator[dict[str, Any]]:
     for run, name in zip(diff.runs, names, strict=True):
         if run.passes:
             head = ["pass", "contract", "sites", "declined", "measured"]
-            rows = [[p.name, p.contract, str(p.fired), str(len(p.declined)), figure(p)] for p in run.passes]
+            rows = [[p.name, p.contract, str(p.fired), str(len(p.declined)), typeset(figure(p))] for p in run.passes]
             yield {"title": f"Passes of {name}", "head": head, "rows": rows}
         yield from _in_float(run, f" in {name}")
 
@@ -222,7 +220,7 @@ def _facts(run: Run, graph: Graph) -> Iterator[tuple[str, str]]:
     """Name and figure of what two runs are compared by."""
     report, backend = run.report, run.report and run.report.backend
     if report:
-        yield "model", report.origin or graph.kinds.get("") or "–"
+        yield "model", model_name(report.origin, run.history)
         yield "recipe", str(report.recipe.get("name") or "unnamed")
         yield "contracts checked", report.check
     yield "weights", quantity(graph.stored, "B")
@@ -259,4 +257,9 @@ def _measured(backend: BackendReport) -> list[tuple[str, str]]:
 
 
 def _shown(value: float | None, form: Callable[[float], str]) -> str:
-    return "" if value is None else form(value)
+    return "" if value is None else typeset(form(value))
+
+
+def typeset(figures: str) -> str:
+    """Figures as they are printed: with a minus for a hyphen, and the signs of inequality."""
+    return re.sub(r"(?<![\w)-])-(?=\d)|(?<=\de)-(?=\d)", "−", figures).replace("<=", "≤").replace(">=", "≥")

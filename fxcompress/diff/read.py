@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,15 +44,19 @@ def run_in(folder: Path) -> Run:
     with _readable(folder / HISTORY):
         data = json.loads((folder / HISTORY).read_bytes())
         run = _run("", data, report.passes)
-    model = report.origin or run.history.graphs[0].kinds.get("", "") or "model"
-    return replace(run, title=f"{model}, {report.recipe.get('name') or 'unnamed recipe'}", report=report)
+    return replace(run, title=f"{model_name(report.origin, run.history)}, {report.recipe.get('name') or 'unnamed recipe'}", report=report)
 
 
 def run_of(program: Program) -> Run:
     """A program as a run without passes."""
     history = History()
     history.record(program)
-    return Run(program.origin or history.graphs[0].kinds.get("", "") or "model", history)
+    return Run(model_name(program.origin, history), history)
+
+
+def model_name(origin: str, history: History) -> str:
+    """What the model is called: where it came from without the folders, which a reader elsewhere hasn't got; else its class."""
+    return re.sub(r"\S*[/\\](?=\S)", "", origin) or history.graphs[0].kinds.get("", "") or "model"
 
 
 def _run(title: str, history: Mapping[str, Any], passes: Sequence[PassReport], folder: Path | None = None) -> Run:

@@ -59,18 +59,25 @@ def _stands(old: str, new: str, replaced: Mapping[str, str]) -> bool:
     return old == new
 
 
+def rewired(before: Graph, after: Graph, found: Mapping[str, State]) -> list[str]:
+    """Nodes that are as they were and read another value, which stands for the one they read."""
+    both = ((before.nodes[name], node) for name, node in after.nodes.items() if name in before.nodes and name not in found)
+    return [new.name for old, new in both if old.inputs != new.inputs]
+
+
 def alike(before: Graph, after: Graph, found: Mapping[str, State], changes_only: bool) -> dict[str, str]:
     """Numbered module -> the first of its siblings that is the same, states included: "layers.3" -> "layers.0".
 
     The same: ops, arguments, shapes, states and what reads what; what constants and nodes are called doesn't count. changes_only: the same in
-    what changed. Modules inside a folded one aren't listed.
+    what changed, and in what reads another value. Modules inside a folded one aren't listed.
     """
     parents = {**before.parents, **after.parents}
     blocks: dict[str, _Block] = {}
+    others = {*rewired(before, after, found)} if changes_only else set()
     for node in merged(before, after).values():
-        if changes_only and node.name not in found:
+        if changes_only and node.name not in found and node.name not in others:
             continue
-        old = before.nodes.get(node.name) if found.get(node.name) == "changed" else None
+        old = before.nodes.get(node.name) if found.get(node.name) == "changed" or node.name in others else None
         path: str | None = node.region
         while path:
             blocks.setdefault(path, _Block(path)).add(node, old, found.get(node.name))

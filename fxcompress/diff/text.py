@@ -13,6 +13,7 @@ from fxcompress.history import Graph, History, Node
 from fxcompress.report import Check, PassReport
 
 ON_PURPOSE = "changed on purpose, not measured"
+SAME = "no node differs: the same operations, arguments, shapes and weights"
 SIGNS: Mapping[State, str] = {"added": "+", "removed": "-", "changed": "~", "moved": ">"}
 
 
@@ -22,10 +23,16 @@ def text(diff: Diff) -> str:
     for run, label in zip(diff.runs, diff.labels, strict=True):
         lines += ["", *[f"of {label}"] * (len(diff.runs) > 1), *_passes(run.passes, run.history)] if run.passes else []
     lines += ["", f"in all  {_sizes(diff.whole.before, diff.whole.after, diff.sizes if len(diff.runs) == 1 else '')}", *_both(diff)]
+    lines += [SAME] * diff.is_same
     for number, step in enumerate(diff.steps, 1):
-        if step.states:
-            lines += ["", f"{number}  {step.name}: {counted(step.states)}", *_changes(step, diff.was)]
+        if step.states or step.rewired:
+            lines += ["", f"{number}  {step.name}: {_counted(step)}", *_changes(step, diff.was)]
     return "\n".join(lines) + "\n"
+
+
+def _counted(step: Step) -> str:
+    others = [f"{len(step.rewired)} read another value"] if step.rewired else []
+    return ", ".join([*([counted(step.states)] if step.states else []), *others])
 
 
 def _both(diff: Diff) -> Iterator[str]:
@@ -143,16 +150,17 @@ def grouped(lines: Iterable[str]) -> Iterator[str]:
 
 def _changes(step: Step, was: Mapping[str, str]) -> Iterator[str]:
     """Changed nodes by module, in the order in which they run; modules in which the same changed stand under the first of them."""
-    folded, parents, nodes = step.changed_alike, step.parents, step.nodes
+    folded, parents, nodes, rewired = step.changed_alike, step.parents, step.nodes, {*step.rewired}
     regions: dict[str, list[Node]] = {}
-    for name in step.states:
-        regions.setdefault(nodes[name].region, []).append(nodes[name])
+    for name, node in nodes.items():
+        if name in step.states or name in rewired:
+            regions.setdefault(node.region, []).append(node)
     places = {n.region: place for place, n in reversed([*enumerate(nodes.values())]) if n.op != "constant"}
     for path, members in sorted(regions.items(), key=lambda item: places.get(item[0], -1)):
         if _is_folded(path, folded, parents):
             continue
-        others = [p for p, first in folded.items() if first == path or path.startswith(f"{first}.")]
-        yield f"  {path or '<root>'}{_named_in(path, was)}{_as_well(others)}"
+        alike = [p for p, first in folded.items() if first == path or path.startswith(f"{first}.")]
+        yield f"  {path or '<root>'}{_named_in(path, was)}{_as_well(alike)}"
         yield from (f"    {line}" for node in members for line in _node(node, step, was))
 
 
@@ -186,16 +194,25 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _node(node: Node, step: Step, was: Mapping[str, str]) -> Iterator[str]:
-    state = step.states[node.name]
+    if (state := step.states.get(node.name)) is None:
+        yield f"  {node.name} reads {_rewired(node, step.before.nodes[node.name])}"
+        return
     yield f"{SIGNS[state]} {written(node)}{_named_in(node.name, was)}"
     old = step.before.nodes.get(node.name)
     if state == "moved" and old is not None:
         yield f"    from {old.region or '<root>'}"
     if state == "changed" and old is not None:
-        yield f"    was {written(old)}" if written(old) != written(node) else f"    content: {_content(old)} -> {_content(node)}"
+        yield f"    was {written(old)}" if written(old) != written(node) else f"    content: {content(old)} -> {content(node)}"
 
 
-def _content(node: Node) -> str:
+def _rewired(node: Node, old: Node) -> str:
+    """ "dequantize_default instead of weight"."""
+    pairs = [(new, was) for new, was in zip(node.inputs, old.inputs, strict=True) if new != was]
+    return ", ".join(dict.fromkeys(f"{new} instead of {was}" for new, was in pairs))
+
+
+def content(node: Node) -> str:
+    """What a constant holds, by its statistics."""
     if not node.statistics:
         return f"version {node.revision}"
     low, high, mean, std = ("-" if v is None else f"{v:.4g}" for v in node.statistics[:4])

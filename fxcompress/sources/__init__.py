@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from fxcompress.errors import CaptureError
+from fxcompress import artifact, checkpoint
+from fxcompress.errors import CaptureError, FxcError
 from fxcompress.sources.loaded import PICKLED, Loaded, read_config
 
 __all__ = ["Loaded", "call_function", "resolve"]
 
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HERE = __file__
 FORMS = "an nn.Module, an ExportedProgram, a .pt2 or .gguf file, a diffusers or transformers folder, or 'package.module:function'"
 
 
@@ -65,6 +68,10 @@ def _is_pipeline(model: Any) -> bool:
 def _from_folder(folder: Path, component: str | None, dtype: torch.dtype | None) -> Loaded:
     from fxcompress.sources import diffusers, transformers
 
+    for name, what in ((artifact.MANIFEST, "an artifact: a model that is compiled"), (checkpoint.STATE, "a checkpoint of a compilation")):
+        if (folder / name).is_file():
+            do = f"fxcompress diff {folder} shows its graphs, fxcompress explain {folder} NODE one place; or pass {FORMS}"
+            raise CaptureError("the folder holds no model", where=str(folder), why=f"it is {what}", do=do)
     if (folder / "model_index.json").is_file():
         folder = diffusers.component_folder(folder, component)
     if not (folder / "config.json").is_file():
@@ -106,19 +113,42 @@ def _example(program: ExportedProgram) -> Any:
 
 
 def call_function(name: str) -> Any:
-    """What "package.module:function" returns, or the object of that name if it can't be called. CaptureError if it can't be found."""
+    """What "package.module:function" returns, or the object of that name if it can't be called. CaptureError if it can't be found or
+    raises."""
     module_name, _, attribute = name.partition(":")
     try:
         made = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise _raised(f"importing {module_name!r} raises", name, error) from error
         raise CaptureError(
             f"the module {module_name!r} can't be imported", where=name, why=str(error), do="set PYTHONPATH to the folder it is in"
         ) from error
+    except Exception as error:
+        raise _raised(f"importing {module_name!r} raises", name, error) from error
     for part in attribute.split("."):
         if not hasattr(made, part):
             raise CaptureError(f"{module_name} has no {attribute!r}", where=name, do="check the name after the colon")
         made = getattr(made, part)
-    return made() if callable(made) and not isinstance(made, nn.Module) else made
+    if isinstance(made, nn.Module) or not callable(made):
+        return made
+    try:
+        return made()
+    except FxcError:
+        raise
+    except Exception as error:
+        raise _raised("the function raises", name, error) from error
+
+
+def _raised(what: str, name: str, error: Exception) -> CaptureError:
+    """An exception of the user's own code, with the last of its lines that isn't an installed package's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_HERE, "<frozen"))]
+    own = [f for f in frames if "site-packages" not in Path(f.filename).parts] or frames
+    place = [f"at {own[-1].filename}:{own[-1].lineno}  {own[-1].line}"] if own else []
+    if isinstance(error, SyntaxError):
+        place = [f"at {error.filename}:{error.lineno}"]
+    why = "\n".join([f"{type(error).__name__}: {error}", *place])
+    return CaptureError(f"{what} {type(error).__name__}", where=name, why=why, do="call it in Python, which shows the whole traceback")
 
 
 def _from_function(name: str) -> Loaded:

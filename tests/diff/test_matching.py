@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +115,66 @@ def test_names_go_before_weights() -> None:
     other.q.weight, other.k.weight = other.k.weight, other.q.weight  # type: ignore[union-attr]
     found = differences(*(graph_of(captured(m, seeded(2, 3, 8))) for m in (model, other)))
     assert found == {"q_weight": "changed", "k_weight": "changed"}
+
+
+def test_layers_that_exchanged_their_names_are_what_they_hold_where_they_stand() -> None:
+    """k is called q now and q v, each with its weights and its place."""
+    sides = [graph_of(captured(Attention(names), seeded(2, 3, 8))) for names in ("qkvo", "vqko")]
+    assert match_regions(*sides) == {"": "", "v": "q", "q": "k", "k": "v", "o": "o"}
+    assert differences(*sides) == {}
+
+
+INNER = ("conv", "norm", "act")
+
+
+class Folded(nn.Module):
+    """Two branches of a convolution, its norm and an activation. Of the norm a compiled program keeps nothing."""
+
+    def __init__(self, names: str = "ab", inner: tuple[str, str, str] = INNER) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in names:
+            layers = nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2), nn.ReLU()
+            self.add_module(name, nn.Sequential(OrderedDict(zip(inner, layers, strict=True))))
+        self.names = names
+
+    def forward(self, x):
+        one, other = (getattr(self, name)(x) for name in self.names)
+        return one * other + x
+
+
+def finished(program: fxc.Program) -> Run:
+    """Norms folded, weights quantised and packed."""
+    history, reports = History(), []
+    history.record(program)
+    passes: list[tuple[str, dict[str, Any]]] = [
+        ("tidy.fold_batch_norm", {}),
+        ("quant.weight_only", {"weights": "int8/channel"}),
+        ("quant.finalize", {}),
+    ]
+    for name, options in passes:
+        program, report = run(program, name, **options)
+        history.record(program)
+        reports.append(report)
+    return Run("finished", history, reports)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("given", [("cd",), ("ab", ("filter", "scale", "curve")), ("ba",), ("xy", ("norm", "conv", "out"))], ids=str)
+def test_renamed_modules_are_matched_with_those_of_a_finished_run(given: Any, is_first: bool) -> None:
+    """By the graphs that both began with: the finished one has neither norms nor weights that could tell modules apart."""
+    done = finished(captured(Folded(), seeded(2, 2, 4, 4)))
+    renamed, plain = (run_of(captured(Folded(*names), seeded(2, 2, 4, 4))) for names in (given, ()))
+    found, expected = (between(done, other) if is_first else between(other, done) for other in (renamed, plain))
+    assert sorted(found.whole.states.values()) == sorted(expected.whole.states.values())
+    names, inner = given if len(given) > 1 else (given[0], INNER)
+    pairs = {a + i: b + j for a, b in zip("ab", names, strict=True) for i, j in (("", ""), *zip(dotted(INNER), dotted(inner), strict=True))}
+    shown = {path: found.was.get(path, path) for path in found.whole.parents}
+    assert shown == (pairs if is_first else {there: here for here, there in pairs.items()})
+
+
+def dotted(names: Iterable[str]) -> list[str]:
+    return [f".{name}" for name in names]
 
 
 def listed(*layers: nn.Module) -> Graph:
@@ -299,7 +361,7 @@ def test_a_weight_s_quantiser_is_not_taken_for_an_activation_s() -> None:
     program = captured(Net(), seeded(2, 4))
     passes = [("quant.weight_only", {"weights": "int8/channel"}), ("quant.insert", {"weights": "int4/channel", "activations": "int8/token"})]
     first, second = (graph_of(run(program, name, **options)[0]) for name, options in passes)
-    found = aligned(first, second, graph_of(program).nodes.keys()).graph
+    found = aligned(first, second, (graph_of(program), graph_of(program))).graph
     pairs = [(n, found.nodes[n.name]) for n in first.nodes.values() if n.op == "fxc.dequantize.default"]
     assert len(pairs) == 6
     assert all(a.shape == b.shape and b.op == a.op for a, b in pairs)

@@ -16,7 +16,7 @@ import fxcompress as fxc
 from fxcompress import api
 from fxcompress.diff import Run, between
 from fxcompress.diff.exports import as_dot, as_model_explorer
-from fxcompress.diff.read import run_at, run_of
+from fxcompress.diff.read import model_name, run_at, run_in, run_of
 from fxcompress.diff.text import change, quantity
 from fxcompress.history import Graph
 from tests.passes.helpers import lines, seeded
@@ -82,18 +82,20 @@ def test_the_whole_text(model: fxc.CompiledModel) -> None:
 
         in all  256 B -> 160 B, {flops} FLOP at batch=2, 17 -> 26 nodes
 
-        2  quant.weight_only: 9 added
+        2  quant.weight_only: 9 added, 3 read another value
         blocks.0.fc  (the same in blocks.1–2)
         + blocks_0_fc_weight_scale = constant weight.scale  float32[4, 1]
         + quantize_default = fxc.quantize(blocks_0_fc_weight, blocks_0_fc_weight_scale, None, 'int8', [1, -1])  int8[4, 4]
         + dequantize_default = fxc.dequantize(quantize_default, blocks_0_fc_weight_scale, None, 'int8', [1, -1])  float32[4, 4]
+        linear reads dequantize_default instead of blocks_0_fc_weight
 
-        3  quant.finalize: 6 added, 6 removed
+        3  quant.finalize: 6 added, 6 removed, 3 read another value
         blocks.0.fc  (the same in blocks.1–2)
         - blocks_0_fc_weight = constant weight  float32[4, 4]
         + blocks_0_fc_weight_packed = constant weight.packed  uint8[4, 4]
         + unpack_default = fxc.unpack(blocks_0_fc_weight_packed, 'int8', 4)  int8[4, 4]
         - quantize_default = fxc.quantize(blocks_0_fc_weight, blocks_0_fc_weight_scale, None, 'int8', [1, -1])  int8[4, 4]
+        dequantize_default reads unpack_default instead of quantize_default
         """
     )
 
@@ -196,7 +198,76 @@ def test_checkpoints_of_a_run(tmp_path: Path, model: fxc.CompiledModel) -> None:
 def test_two_programs() -> None:
     found = api.diff(fxc.capture(Net().eval(), (seeded(2, 4),)), Net().eval(), (seeded(2, 4),))
     assert found.whole.states == {}
-    assert found.text() == "Net → Net\n\nin all  256 B, 328 FLOP, 17 -> 17 nodes\noperations at batch=2\n"
+    same = "no node differs: the same operations, arguments, shapes and weights\n"
+    assert found.text() == f"Net → Net\n\nin all  256 B, 328 FLOP, 17 -> 17 nodes\noperations at batch=2\n{same}"
+    assert found.is_same and found.summary()["is_same"]
+    other = Net()
+    with torch.no_grad():
+        other.head.weight.mul_(2)
+    found = api.diff(Net().eval(), other.eval(), (seeded(2, 4),))
+    assert not found.is_same and same not in found.text()
+    assert same not in fxc.inspect(Net().eval(), (seeded(2, 4),)).diff.text(), "of one graph there is nothing to say"
+
+
+class Otherwise(Net):
+    """Its argument has another name."""
+
+    def forward(self, hidden, *, gain=None):
+        made = super().forward(hidden)
+        return made if gain is None else made * gain
+
+
+class Scaled(Net):
+    def forward(self, x, scale=None):
+        made = super().forward(x)
+        return made if scale is None else made * scale
+
+
+EXAMPLES: dict[str, Any] = {"order": (seeded(2, 4),), "name": {"x": seeded(2, 4)}, "two": {"x": seeded(2, 4), "scale": seeded(4)}}
+
+
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_arguments_of_other_names_are_taken_in_order(example: Any) -> None:
+    """From a compiled model, a program, and an example given for both."""
+    program = fxc.capture(Scaled().eval(), example)
+    made = fxc.compile(program, {"passes": ["tidy.fold_constants"]}, backend="reference")
+    for found in (made.diff(Otherwise().eval()), fxc.diff(program, Otherwise().eval()), fxc.diff(Scaled().eval(), Otherwise().eval(), example)):
+        assert all(found.whole.nodes[n].op == "input" for n in found.whole.states), "what they are called, at most"
+
+
+def test_each_side_has_its_own_example() -> None:
+    found = fxc.diff(Net().eval(), Otherwise().eval(), (seeded(2, 4),), second_inputs={"hidden": seeded(2, 4), "gain": seeded(4)})
+    assert "added" in found.whole.states.values()
+    with pytest.raises(fxc.InputError, match="the inputs don't fit"):
+        fxc.diff(Net().eval(), Otherwise().eval(), (seeded(2, 4),), second_inputs={"x": seeded(2, 4)})
+
+
+def test_the_summary_says_what_the_text_says(model: fxc.CompiledModel) -> None:
+    """Every word of the text beside its own phrases, and what is folded there."""
+    found = model.diff().summary()
+    (side,) = found["runs"]
+    _, second, third = side["passes"]
+    assert [d["reason"] for d in second["declined"]] == ["head_weight is also read by add_3, not as a weight"]
+    assert (second["fired"], second["worst"]["limit"], second["bytes"]) == (3, model.report.passes[1].worst.limit, [256, 304])  # type: ignore[union-attr]
+    assert (third["nodes"], found["nodes"], found["bytes"]) == ([26, 26], [17, 26], [256, 160])
+    assert side["output_sqnr"]["on the backend"] == model.report.output_sqnr
+    step = found["steps"][2]
+    assert step["alike"] == {"blocks.1": "blocks.0", "blocks.2": "blocks.0"}
+    assert step["written"]["dequantize_default"]["was"].startswith("dequantize_default = fxc.dequantize(quantize_default, ")
+    held = json.dumps(found)
+    for line in model.diff().text().partition("2  quant.weight_only: ")[2].splitlines():
+        if " = " in line:
+            assert json.dumps(line.strip().lstrip("+-~ "))[1:-1] in held
+    compared = api.diff(Net().eval(), Net().eval(), (seeded(2, 4),)).summary()
+    assert [r["title"] for r in compared["runs"]] == ["Net", "Net"]
+
+
+def test_content_and_place_of_what_changed_are_in_the_summary() -> None:
+    other = Net()
+    with torch.no_grad():
+        other.head.weight.mul_(2)
+    written = fxc.diff(Net().eval(), other.eval(), (seeded(2, 4),)).summary()["steps"][0]["written"]
+    assert written["head_weight"]["content"] != written["head_weight"]["content_was"]
 
 
 @pytest.mark.parametrize(("a", "b"), [((2, True), (6, True)), ((6, True), (2, True)), ((2, False), (6, True)), ((6, True), (2, False))])
@@ -239,6 +310,20 @@ def test_folders_are_named_as_far_as_they_differ(model: fxc.CompiledModel, tmp_p
     assert api.diff(places[0], places[1]).text().count("\nof ") == 2
 
 
+@pytest.mark.parametrize(
+    ("origin", "shown"),
+    [
+        ("GGUF LlamaForCausalLM from /home/me/models/smol.gguf", "GGUF LlamaForCausalLM from smol.gguf"),
+        ("diffusers unet from C:\\models\\unet", "diffusers unet from unet"),
+        ("package.module:function", "package.module:function"),
+        ("", "Net"),
+    ],
+)
+def test_titles_name_no_folders(origin: str, shown: str, model: fxc.CompiledModel) -> None:
+    """A page that was sent by mail says nothing of its sender's machine."""
+    assert model_name(origin, run_in(model.folder).history) == shown
+
+
 def test_a_model_takes_the_example_of_what_it_is_compared_with(model: fxc.CompiledModel, tmp_path: Path) -> None:
     """Of a compiled model, an artifact and a program, on either side."""
     folder = model.save(tmp_path / "out")
@@ -266,6 +351,37 @@ def test_a_real_model_is_captured_as_the_compiled_one_was(name: str) -> None:
     found = api.diff(program, module)
     assert found.whole.states == {}
     assert found.sizes == f"at {', '.join(f'{k}={v}' for k, v in run_of(program).history.sizes.items())}"
+
+
+def test_every_object_of_a_checkpoint_is_checked(tmp_path: Path) -> None:
+    """Also those that a diff has no need to read."""
+    fxc.compile(fxc.capture(Net().eval(), (seeded(2, 4),)), {"passes": PASSES}, backend="reference", checkpoint=tmp_path / "run")
+    run_at(tmp_path / "run")
+    for file in sorted((tmp_path / "run/objects").iterdir()):
+        content = file.read_bytes()
+        file.write_bytes(content[:-1])
+        with pytest.raises(fxc.ArtifactError, match="the checkpoint was altered") as caught:
+            api.diff(tmp_path / "run")
+        assert caught.value.where == str(file)
+        file.write_bytes(content)
+    file.unlink()
+    with pytest.raises(fxc.ArtifactError, match="the checkpoint is incomplete"):
+        api.diff(tmp_path / "run")
+
+
+def test_a_checkpoint_is_explained(tmp_path: Path) -> None:
+    made = fxc.compile(fxc.capture(Net().eval(), (seeded(2, 4),)), {"passes": PASSES}, backend="reference", checkpoint=tmp_path / "run")
+    rows = api.explain(tmp_path / "run", "blocks.0.fc")
+    assert [(r["pass"], r["what"]) for r in rows[:2]] == [("quant.weight_only", what) for what in ("changed", "held")]
+    assert rows == api.explain(made.save(tmp_path / "out"), "blocks.0.fc")
+
+
+def test_diff_is_a_function() -> None:
+    """The package of that name is imported as fxcompress.diff all the same."""
+    import importlib
+
+    assert fxc.diff is api.diff
+    assert importlib.import_module("fxcompress.diff").of_run is not None
 
 
 def test_a_place_that_cannot_be_written(model: fxc.CompiledModel, tmp_path: Path) -> None:

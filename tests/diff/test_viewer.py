@@ -14,11 +14,13 @@ from torch import nn
 
 import fxcompress as fxc
 from fxcompress.diff import Diff, Run, Step, between, of_run
-from fxcompress.diff.page import embedded, page
+from fxcompress.diff.page import embedded, page, typeset
 from fxcompress.diff.read import run_in, run_of
 from fxcompress.diff.states import states
 from fxcompress.history import Graph, History, Node
+from fxcompress.report import Change, Check
 from tests.diff.browser import Browser
+from tests.diff.large import report as large_report
 from tests.passes.helpers import captured, seeded
 
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -167,6 +169,10 @@ def test_equal_blocks_are_folded_with_their_number(at: Any) -> None:
     browser.click('#before [data-key="same blocks.0"]')
     browser.wait(ITEM.format("r:blocks.3"))
     assert "same blocks.0" not in items(browser)
+
+
+def test_a_block_s_card_names_those_that_are_the_same(at: Any) -> None:
+    assert "The same in 3 other blocks: blocks.1–3" in text(at("#pass=2&module=blocks.0"), "#card")
 
 
 def test_modules_open_and_close(at: Any) -> None:
@@ -473,6 +479,101 @@ def test_at_1280_nothing_is_cut_off(at: Any) -> None:
     assert browser.run("[...document.querySelectorAll('.scroll')].every((e) => e.scrollWidth <= e.clientWidth + 1)")
 
 
+BOXES = "['before', 'after', 'card'].map((id) => document.getElementById(id).getBoundingClientRect()).map((b) => [b.width, b.height])"
+
+
+@pytest.mark.parametrize("width", [900, 600])
+@pytest.mark.parametrize("fragment", ["", "#pass=2&node=dequantize_default", "#pass=2&node=dequantize_default&split"])
+def test_narrow_windows(width: int, fragment: str, at: Any) -> None:
+    """Nothing is cut off at the side, the tools of 900 columns stand in one line, and the graph has at least half the width."""
+    browser = at()
+    browser.send("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+    try:
+        browser = at(fragment)
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        if not fragment:
+            assert width < 900 or browser.run("document.querySelector('.passes').scrollWidth") <= width
+            return
+        assert width < 900 or browser.run("document.getElementById('tools').clientHeight") < 50
+        widths, heights = zip(*browser.run(BOXES), strict=True)
+        assert sum(widths[:2]) >= width / 2 and heights[0] >= 200 and heights[2] >= 200
+    finally:
+        browser.send("Emulation.setDeviceMetricsOverride", width=1280, height=800, deviceScaleFactor=1, mobile=False)
+
+
+SCROLLED = "['before', 'after'].map((id) => [document.getElementById(id).scrollLeft, document.getElementById(id).scrollTop].map(Math.round))"
+
+
+def test_both_sides_move_together(at: Any) -> None:
+    """However they are moved: by either side's wheel, by changing the size, by coming to the second side."""
+    browser = at("#pass=all")
+    browser.run("state.unfolded.add('same blocks.0'); for (const b of [0, 1, 2, 3]) state.open.add('blocks.' + b); set({ zoom: 2.5 })")
+    browser.run("document.getElementById('before').scrollTo(40, 100)")
+    browser.key("s")
+    browser.wait("document.body.classList.contains('split')")
+    before, after = browser.run(SCROLLED)
+    assert before == after and before[1] > 0
+    for x in (200, 700):
+        last = browser.run(SCROLLED)
+        browser.send("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=400, deltaX=0, deltaY=90)
+        browser.wait(f"JSON.stringify({SCROLLED}) !== {json.dumps(json.dumps(last, separators=(',', ':')))}")
+        browser.wait(f"(([a, b]) => String(a) === String(b))({SCROLLED})")
+    middle = "(() => { const p = document.getElementById('before'); return (p.scrollTop + p.clientHeight / 2) / state.zoom; })()"
+    was = browser.run(middle)
+    browser.key("-")
+    assert abs(browser.run(middle) - was) < 5, "what is in the middle stays there"
+    before, after = browser.run(SCROLLED)
+    assert before == after
+
+
+def test_the_tab_says_what_is_shown(at: Any) -> None:
+    browser = at()
+    assert browser.run("document.title") == "Net, mine – fxcompress"
+    browser.key("]")
+    browser = at("#pass=2&node=dequantize_default")
+    assert browser.run("document.title") == "dequantize_default – quant.weight_only – Net, mine – fxcompress"
+    browser.click("#home")
+    browser.wait("document.title === 'Net, mine – fxcompress'")
+
+
+def test_a_minus_is_one(at: Any) -> None:
+    """Not a hyphen, in figures; names keep theirs."""
+    browser = at("#pass=2&node=blocks_0_up_weight")
+    assert re.search(r"least\s+−0\.\d", text(browser, "#card")) and not re.search(r"\s-\d", text(browser, "#card .statistics"))
+    assert typeset("6.66 MB -53 B; 8.1e-07 <= 0.0001; w8a8-llm; conv-2; 3 >= -1") == "6.66 MB −53 B; 8.1e−07 ≤ 0.0001; w8a8-llm; conv-2; 3 ≥ −1"
+
+
+def test_a_node_that_went_by_itself_says_why(at: Any) -> None:
+    """The float weight: packing took its quantiser away, and no site names it."""
+    browser = at("#pass=3&node=blocks_0_up_weight")
+    card = text(browser, "#card")
+    assert "quant.finalize removed it, since nothing reads it after this: " in card
+    assert "Can't be left out alone: codes are stored" in card
+
+
+def test_what_reads_another_value_says_what_it_read(at: Any) -> None:
+    browser = at("#pass=2&node=linear")
+    now, were = r"arguments\s+x, dequantize_default, blocks_0_up_bias\s+", r"were\s+x, blocks_0_up_weight, blocks_0_up_bias"
+    assert re.search(now + were, text(browser, "#card"))
+
+
+def test_all_checks_of_a_site_can_be_seen(browser: Browser, tmp_path: Path) -> None:
+    """Five at once, the others when they are asked for."""
+    shape, names = "float32[2]", [f"v{i}" for i in range(9)]
+    nodes = {"x": Node("x", "input", (), "x", "", shape)} | {n: Node(n, "mine.op", ("x",), "%", "", shape) for n in names}
+    graph = Graph(nodes, {"": "M"}, {})
+    checks = [Check(site="s  (v0)", value=n, figure=30.0 + i, limit=20.0, verdict="held", why="") for i, n in enumerate(names)]
+    change = Change(site="s  (v0)", module="", reason="why", replaced={}, inserted=(), touched=("v0",), constants=(), erased=())
+    done = large_report(0, graph, graph, [change], checks).model_copy(update={"declined": (), "unit": "dB"})
+    browser.open(of_run(Run("many", History([graph, graph]), [done])).save(tmp_path / "many.html"), "#pass=1&node=v0")
+    count = "document.querySelectorAll('#card .check').length"
+    assert browser.run(count) == 5 and text(browser, "#card .history summary") == "4 more checks"
+    browser.click("#card .history summary")
+    browser.wait(f"{count} === 9")
+    assert "38 dB ≥ 20 dB held at v8" in text(browser, "#card")
+    assert browser.errors == []
+
+
 # comparisons
 
 
@@ -505,12 +606,14 @@ def test_a_comparison_says_what_it_compares(browser: Browser, compared: Path) ->
     """Folders, SQNR of both sides, the sizes of the operations, and a size that can be read."""
     browser.open(compared)
     title = browser.run("document.title")
-    assert title.endswith("new: Renamed, other") and "Net, mine → " in title
+    assert title.endswith("new: Renamed, other – fxcompress") and "Net, mine → " in title
     assert re.fullmatch(r"[\d.]+ dB → [\d.]+ dB", browser.run("[...document.querySelectorAll('.tiles li')].at(-1).children[1].innerText"))
     assert "at batch=4" in text(browser, ".tiles")
     rows = browser.run("[...document.querySelector('section').querySelectorAll('tbody tr')].map((r) => [...r.cells].map((c) => c.innerText))")
     assert ["recipe", "mine", "other"] in rows and ["model", "Net", "Renamed"] in rows
-    browser.open(compared, "#pass=all")
+    for fragment in ("#pass=comparison", "#pass=1", "#pass=all"):
+        browser.open(compared, fragment)
+        assert shown(browser, "#graph") and not shown(browser, "#notice"), fragment
     assert browser.run("state.zoom") >= 0.85
     assert "dB" in text(browser, "#card")
     assert browser.errors == []

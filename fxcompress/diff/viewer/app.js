@@ -5,8 +5,7 @@ const state = { view: null, node: null, region: null, split: false, overlay: "no
 const $ = (id) => document.getElementById(id);
 
 function start() {
-  document.title = data.title;
-  $("title").textContent = data.title;
+  $("title").textContent = $("title").title = data.title;
   $("overview").append(tiles(), passTable(go), ...facts());
   for (const view of views) $("choice").append(el("option", { value: view.index }, view.pass === null ? view.name : `${view.pass + 1}  ${view.name}`));
   controls();
@@ -28,8 +27,8 @@ function controls() {
   $("smaller").addEventListener("click", () => zoom(0.8));
   $("search").addEventListener("input", search);
   $("search").addEventListener("keydown", (event) => { if (event.key === "Enter") firstFound(); if (event.key === "Escape") closeSearch(); });
-  for (const [a, b] of [["before", "after"], ["after", "before"]])
-    $(a).addEventListener("scroll", () => { $(b).scrollLeft = $(a).scrollLeft; $(b).scrollTop = $(a).scrollTop; });
+  $("before").addEventListener("scroll", () => scrollAs("before", "after"));
+  $("after").addEventListener("scroll", () => scrollAs("after", "before"));
   $("help").addEventListener("click", () => $("keys").showModal());
   if (data.single) for (const id of ["split", "fold"]) $(id).closest("label").hidden = true;
   if (views.length === 1) for (const id of ["previous", "choice", "next"]) $(id).hidden = true;
@@ -38,7 +37,7 @@ function controls() {
 // The address says what is shown, so that it can be sent: #pass=3&node=linear_4. pass: a number, a pass's name, or "all".
 function follow() {
   const asked = new URLSearchParams(location.hash.slice(1));
-  const view = asked.has("pass") ? views.find((v) => [v.hash, v.name].includes(asked.get("pass"))) : undefined;
+  const view = asked.has("pass") ? views.find((v) => addresses(v).includes(asked.get("pass"))) : undefined;
   if (!view) {
     overview();
     return notice(location.hash.length > 1 ? `${passes.length ? "No pass" : "Nothing"} here is called “${asked.get("pass") ?? location.hash.slice(1)}”.` : "");
@@ -60,6 +59,9 @@ function follow() {
   centre(fresh);
 }
 
+// A comparison has no passes to be numbered: it is its own first.
+const addresses = (view) => [view.hash, view.name, ...(passes.length ? [] : ["1"])];
+
 // What an address asks for and the page hasn't got.
 function notice(words) {
   $("notice").textContent = words;
@@ -68,6 +70,7 @@ function notice(words) {
 
 function overview() {
   state.view = null;
+  document.title = `${data.title} – fxcompress`;
   document.body.className = "at-overview";
 }
 
@@ -125,8 +128,19 @@ function step(by) {
   if (state.view && views[index]) go({ view: index });
 }
 
+// What is in the middle stays there.
 function zoom(by) {
+  const pane = $("before"), was = state.zoom;
+  const middle = [pane.scrollLeft + pane.clientWidth / 2, pane.scrollTop + pane.clientHeight / 2];
   set({ zoom: Math.min(3, Math.max(0.2, state.zoom * by)) });
+  pane.scrollLeft = middle[0] * state.zoom / was - pane.clientWidth / 2;
+  pane.scrollTop = middle[1] * state.zoom / was - pane.clientHeight / 2;
+  scrollAs("before", "after");
+}
+
+function scrollAs(from, to) {
+  $(to).scrollLeft = $(from).scrollLeft;
+  $(to).scrollTop = $(from).scrollTop;
 }
 
 function act(item) {
@@ -147,6 +161,7 @@ function render() {
   const started = performance.now();
   document.body.className = state.split ? "at-graph split" : "at-graph";
   for (const id of ["split", "fold", "constants"]) $(id).checked = state[id];
+  document.title = [state.node ?? state.region, view.name, data.title, "fxcompress"].filter(Boolean).join(" – ");
   $("overlay").value = state.overlay;
   $("choice").value = String(view.index);
   $("previous").disabled = views.indexOf(view) === 0;
@@ -154,6 +169,7 @@ function render() {
   const kept = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.key : undefined;
   $("before").replaceChildren(drawGraph(view, "", state, state.split ? "before" : "", act));
   $("after").replaceChildren(...(state.split ? [drawGraph(view, "", state, "after", act)] : []));
+  scrollAs("before", "after");
   if (kept) focusOn(kept);
   card();
   document.body.dataset.rendered = (performance.now() - started).toFixed(1);
@@ -180,7 +196,7 @@ function centre(fresh) {
   if (!found) return;
   const box = found.getBoundingClientRect(), pane = $("before").getBoundingClientRect();
   if (box.top < pane.top || box.bottom > pane.bottom) $("before").scrollTop += box.top - pane.top - Math.max(20, (pane.height - box.height) / 3);
-  if (key && (fresh || box.left < pane.left || box.right > pane.right)) $("before").scrollLeft += box.left + box.width / 2 - pane.left - pane.width / 2;
+  if ((key && fresh) || (box.left < pane.left || box.right > pane.right)) $("before").scrollLeft += box.left + box.width / 2 - pane.left - pane.width / 2;
 }
 
 // Search by name, op or module path, in the view's nodes and modules.

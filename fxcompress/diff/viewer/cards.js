@@ -20,14 +20,14 @@ function passRow(pass, index, go) {
     pass.contract,
     pass.fired === pass.legal ? pass.fired : `${pass.fired} of ${pass.legal}`,
     pass.declined.length,
-    el("span", { class: `verdict ${verdict}` }, figure),
+    el("span", { class: `verdict ${verdict}` }, wrapped(figure)),
     pass.output_sqnr === null ? "" : `${pass.output_sqnr.toFixed(1)} dB`,
     change(pass.stored, "B"),
     change(pass.flops, ""),
     pass.nodes[0] === pass.nodes[1] ? String(pass.nodes[0]) : `${pass.nodes[0]} → ${pass.nodes[1]}`,
     `${pass.cpu.toFixed(pass.cpu < 10 ? 2 : 1)} s`,
   ];
-  const row = el("tr", { class: view ? "link" : "" }, cells.map((c, i) => el("td", { class: i > 2 ? "right" : "" }, String(c) === "0" && i === 4 ? "–" : c)));
+  const row = el("tr", { class: view ? "link" : "" }, cells.map((c, i) => el("td", { class: i > 2 ? "right" : "" }, String(c) === "0" && i === 4 ? "–" : typeof c === "string" ? wrapped(c) : c)));
   if (view) row.addEventListener("click", () => go({ view: view.index }));
   return row;
 }
@@ -36,6 +36,9 @@ function change([before, after], unit) {
   const words = changeOf(before, after, unit);
   return before === after ? el("span", { class: "quiet" }, words) : words;
 }
+
+// Figures that a narrow column may break before a sign, and nowhere else.
+const wrapped = (words) => words.split(/ (?=[≤≥→+−])/).map((part, i) => [i ? " " : "", el("span", { class: "whole" }, part)]);
 
 const ON_PURPOSE = "changed on purpose, not measured";
 
@@ -57,12 +60,12 @@ function figureOf(check, unit) {
 const atSizes = (words) => [words, data.sizes ? [" ", el("small", {}, data.sizes)] : ""];
 
 function tiles() {
-  return el("ul", { class: "tiles" }, data.tiles.map(([name, value, note]) => el("li", {}, el("span", { class: "label" }, name), el("strong", {}, value), el("span", { class: "note" }, note))));
+  return el("ul", { class: "tiles" }, data.tiles.map(([name, value, note]) => el("li", {}, el("span", { class: "label" }, name), el("strong", {}, wrapped(value)), el("span", { class: "note" }, note))));
 }
 
 // Columns of figures stand to the right, words to the left.
 function facts() {
-  const isFigures = (rows, i) => i > 0 && rows.every((row) => /^([\d<–+-].{0,24})?$/.test(row[i]));
+  const isFigures = (rows, i) => i > 0 && rows.every((row) => /^([\d<–+−-].{0,24})?$/.test(row[i]));
   return data.tables.map(({ title, head, rows }) => {
     const kinds = head.map((_, i) => (isFigures(rows, i) ? "right" : rows.every((row) => row[i].length < 28) ? "short" : ""));
     const line = (cells, tag) => el("tr", {}, cells.map((c, i) => el(tag, { class: kinds[i], scope: tag === "th" ? "col" : null }, c)));
@@ -86,7 +89,7 @@ function viewCard(view, go) {
       ["sites", `${pass.fired} of ${pass.legal}`], ["weights", change(pass.stored, "B")], ["operations", atSizes(change(pass.flops, ""))], ["CPU time", `${pass.cpu} s`]]));
     parts.push(...pass.notes.map((n) => el("p", { class: "noted" }, n)));
   }
-  if (data.renamed.length) parts.push(more(`${data.renamed.length} renamed modules`, data.renamed.map(text), (path) => [moduleLink(view, path, go), ` there ${was.get(path)}`]));
+  if (data.renamed.length) parts.push(more(`${data.renamed.length} renamed modules`, data.renamed.map(text), (path) => el("span", {}, moduleLink(view, path, go), " there ", broken(was.get(path)))));
   parts.push(...changedList(view, go));
   if (pass && pass.declined.length) parts.push(declinedList(view, pass, go));
   if (pass && Object.keys(pass.options).length) parts.push(el("h3", {}, "options"), rows(Object.entries(pass.options).map(([k, v]) => [k, el("code", {}, JSON.stringify(v))])));
@@ -122,9 +125,9 @@ function more(title, items, one) {
 function nodeLink(view, name, go) {
   const node = view.nodes.get(name);
   const state = node ? node.state : "";
-  const link = el("a", { href: `#pass=${view.hash}&node=${encodeURIComponent(name)}` }, name);
+  const link = el("a", { href: `#pass=${view.hash}&node=${encodeURIComponent(name)}` }, broken(name));
   link.addEventListener("click", (event) => { event.preventDefault(); go({ node: name }); });
-  return state ? [el("span", { class: `chip ${state}`, title: state }, SIGN[state]), " ", link] : link;
+  return state ? [el("span", { class: `chip ${state}`, title: state }, SIGN[state]), link] : link;
 }
 
 function rows(pairs) {
@@ -134,7 +137,7 @@ function rows(pairs) {
 function nodeCard(view, name, go) {
   const node = view.nodes.get(name), now = node.now;
   const parts = [
-    el("h2", {}, shortOp(now.op) + " ", el("small", {}, name)),
+    el("h2", {}, shortOp(now.op) + " ", el("small", {}, broken(name))),
     node.state ? el("p", { class: "chips" }, el("span", { class: `chip ${node.state}` }, `${SIGN[node.state]} ${node.state}`)) : "",
     rows([
       was.has(name) && ["named there", was.get(name)],
@@ -142,8 +145,8 @@ function nodeCard(view, name, go) {
       ["module", now.region ? moduleLink(view, now.region, go) : "root"],
       was.has(now.region) && ["module there", was.get(now.region)],
       ["value", valueOf(node)],
-      ["arguments", el("code", {}, argumentsOf(now))],
-      node.state === "changed" && node.old && argumentsOf(node.old) !== argumentsOf(now) && ["were", el("code", {}, argumentsOf(node.old))],
+      [isConstant(node) ? "constant" : "arguments", el("code", {}, broken(argumentsOf(now)))],
+      node.old && node.new && argumentsOf(node.old) !== argumentsOf(now) && ["were", el("code", {}, argumentsOf(node.old))],
       node.state === "moved" && ["was in", node.old.region || "root"],
       now.source && ["source", el("code", {}, now.source)],
       ["operations", now.flops ? atSizes(quantity(now.flops, "")) : ""], ["stored", now.stored ? quantity(now.stored, "B") : ""],
@@ -182,6 +185,8 @@ function journal(view, node, go) {
   for (const [index, site] of sitesOf.get(node.name) || []) {
     parts.push(el("li", {}, passLink(index), " ", text(site.reason) || "touched it", checksFor(index, node, site), exclusion(passes[index], site.exclude)));
   }
+  for (const [index, site] of sweptBy.get(node.name) || [])
+    parts.push(el("li", {}, passLink(index), " removed it, since nothing reads it after this: ", text(site.reason), exclusion(passes[index], site.exclude)));
   for (const [index, declined] of declinedAt(node))
     parts.push(el("li", { class: "declined" }, passLink(index), " declined: ", text(declined.reason)));
   return parts.length ? [el("h3", {}, "what passes did here"), el("ul", { class: "history" }, parts)] : [];
@@ -196,11 +201,23 @@ function checksFor(index, node, site) {
   const isQuiet = (c) => c.verdict === "held" && !c.histogram && (c.unmeasured || !c.figure);
   const quiet = [false, true].map((unmeasured) => own.filter((c) => isQuiet(c) && c.unmeasured === unmeasured)), rest = own.filter((c) => !isQuiet(c));
   const line = (check, place) => el("div", { class: "check" },
-    el("span", { class: `verdict ${check.verdict}` }, `${figureOf(check, passes[index].unit)} ${check.verdict}`), ` at ${place}`, check.why ? el("p", {}, check.why) : "",
+    el("span", { class: `verdict ${check.verdict}` }, `${figureOf(check, passes[index].unit)} ${check.verdict}`), " at ", broken(place), check.why ? el("p", {}, check.why) : "",
     check.histogram ? histogram(check) : "");
   const alike = (same) => (same.length ? line(same[0], same.length > 1 ? `${same.length} values` : text(same[0].value)) : "");
   const first = (c) => (text(c.value) === node.name ? 0 : 1);
-  return [...rest.sort((a, b) => first(a) - first(b)).slice(0, 6).map((c) => line(c, text(c.value))), ...quiet.map(alike)];
+  rest.sort((a, b) => first(a) - first(b));
+  const all = (checks) => checks.map((c) => line(c, text(c.value)));
+  const hidden = rest.length > MOST + 1 ? rest.splice(MOST) : [];
+  return [...all(rest), ...quiet.map(alike), hidden.length ? opening(`${hidden.length} more checks`, () => all(hidden)) : ""];
+}
+
+const MOST = 5;  // checks with a histogram that a card shows at once
+
+// Something that is made when it is opened for the first time.
+function opening(title, make) {
+  const details = el("details", {}, el("summary", {}, title));
+  details.addEventListener("toggle", () => details.append(...make()), { once: true });
+  return details;
 }
 
 // The pass with its options and one place left out, by the globs that do so; or why that can't be.
@@ -241,7 +258,7 @@ async function copy(words) {
 }
 
 function moduleLink(view, path, go) {
-  const link = el("a", { href: "#" }, path);
+  const link = el("a", { href: "#" }, broken(path));
   link.addEventListener("click", (event) => { event.preventDefault(); go({ region: path, node: null }); });
   return link;
 }
@@ -251,7 +268,7 @@ function moduleCard(view, path, go) {
   const place = rows([
     was.has(path) && ["named there", was.get(path)],
     ["class", region.kind], ["nodes", String(region.size)],
-    ["operations", region.flops ? atSizes(`${quantity(region.flops, "")} (${(100 * region.flops / all).toFixed(1)} %)`) : ""],
+    ["operations", region.flops ? atSizes(`${quantity(region.flops, "")} (${(100 * region.flops / all).toFixed(1)}%)`) : ""],
     ["weights", region.stored ? quantity(region.stored, "B") : ""],
     Object.hasOwn(data.formulas, path) && ["formula", el("code", {}, data.formulas[path])],
     Number.isFinite(loss) && ["worst loss", `${loss.toFixed(1)} dB`]]);
@@ -259,7 +276,7 @@ function moduleCard(view, path, go) {
   const touched = passes.map((pass, index) => [index, pass.sites.filter((s) => text(s.module) === path || text(s.module).startsWith(path + "."))]).filter(([, s]) => s.length);
   return [
     el("h2", {}, path || data.root), el("p", { class: "chips" }, chips(region.counts)), place,
-    same.length ? el("p", {}, `The same in ${same.length} other ${same.length > 1 ? "blocks" : "block"}: ${same.join(", ")}`) : "",
+    same.length ? el("p", {}, `The same in ${same.length} other ${same.length > 1 ? "blocks" : "block"}: ${blockNames(same.map((other) => "r:" + other))}`) : "",
     touched.length ? el("h3", {}, "what passes did here") : "",
     el("ul", { class: "history" }, touched.map(([index, sites]) => el("li", {}, passLink(index), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`,
       exclusion(passes[index], sites.every((s) => s.exclude.length) ? [path.replace(/[[*?]/g, "[$&]")] : [])))),

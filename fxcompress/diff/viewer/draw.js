@@ -20,6 +20,9 @@ function fill(element, attributes, children) {
   return element;
 }
 
+// A name that may be broken behind a dot or an underscore.
+const broken = (name) => name.split(/(?<=[._])/).flatMap((part, i) => (i ? [el("wbr"), part] : [part]));
+
 const SIGN = { added: "+", removed: "−", changed: "~", moved: "→" };
 
 // A state's mark has a form of its own: circle, square, diamond, arrowhead.
@@ -156,7 +159,7 @@ function lossFigure(view, item) {
 function costFigure(view, item) {
   const all = view.tree.get("").flops || 1;
   const own = item.keys.reduce((sum, k) => sum + (k[0] === "r" ? view.tree.get(k.slice(2)).flops : (view.nodes.get(k.slice(2)).new || { flops: 0 }).flops), 0);
-  return own ? [own / all < 0.0005 ? "<0.1 %" : `${(100 * own / all).toFixed(1)} %`, own / all] : ["", 0];
+  return own ? [own / all < 0.0005 ? "<0.1%" : `${(100 * own / all).toFixed(1)}%`, own / all] : ["", 0];
 }
 
 // Before as a line, after as filled bars, on one axis.

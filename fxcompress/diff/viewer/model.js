@@ -152,12 +152,14 @@ function connect(view) {
   }
 }
 
-// What the passes did at a node: [pass, site] each; and what they declined there.
+// What the passes did at a node: [pass, site] each; after which it went because nothing read it any more; and what was measured there.
 const sitesOf = new Map();
+const sweptBy = new Map();
 const checksOf = new Map();
 for (const [index, pass] of passes.entries()) {
   for (const site of pass.sites)
     for (const name of new Set([site.node, ...site.names])) listAt(sitesOf, text(name)).push([index, site]);
+  for (const [name, ...sites] of pass.swept) for (const site of sites) listAt(sweptBy, text(name)).push([index, pass.sites[site]]);
   for (const check of pass.checks) listAt(checksOf, text(check.value)).push([index, check]);
 }
 
@@ -221,5 +223,5 @@ function changeOf(before, after, unit) {
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(digits)));
+  return (size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(digits)))).replace(/-/g, "−");
 }

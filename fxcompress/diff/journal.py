@@ -1,0 +1,139 @@
+"""What the journal of a run says about a node, a module or a constant: what passes did there and why, what was measured, what was declined."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fxcompress.diff import Run
+from fxcompress.diff.text import ON_PURPOSE, measured
+from fxcompress.errors import InputError, nearest
+from fxcompress.history import Graph
+from fxcompress.report import Change, Check, PassReport, worst_of
+
+UNREAD = "nothing reads it after this: "
+Row = dict[str, Any]
+
+
+def explained(run: Run, name: str) -> list[Row]:
+    """Rows in the order of the passes: {"pass", "site", "what", "why"} each, and "exclude" or "alone" where the site was changed: the recipe's
+    line that leaves it out, or why there is none. what: changed, removed, declined, or a verdict. None where no pass did anything.
+
+    InputError with the nearest names for a name that neither the model nor a pass ever had.
+    """
+    graphs = run.history.graphs
+    asked = {name, *_named_by(name, graphs)}
+    steps = zip(run.passes, graphs[:-1], graphs[1:], strict=True)
+    rows = [row for done, before, after in steps for row in _told(done, before, after, name, asked)]
+    if not rows and not asked & (known := _known(run)):
+        do = "fxcompress inspect MODEL lists the module paths"
+        raise InputError(f"the artifact has no {name!r}", where=run.folder, why=nearest(name, known, most=5), do=do)
+    return rows
+
+
+def _told(done: PassReport, before: Graph, after: Graph, name: str, asked: set[str]) -> Iterator[Row]:
+    touched = [c for c in done.changes if asked & _names(c) or is_inside(c.module, name)]
+    for change in touched:
+        yield {"pass": done.name, "site": change.site, "what": "changed", "why": change.reason, **_leaving_out(done, change)}
+    yield from _verdicts(done, [c for c in done.checks if c.site in {t.site for t in touched}])
+    for number in sorted({n for node, numbers in swept(done, before, after).items() if node in asked for n in numbers}):
+        if (change := done.changes[number]) not in touched:
+            yield {"pass": done.name, "site": change.site, "what": "removed", "why": UNREAD + change.reason, **_leaving_out(done, change)}
+    for declined in done.declined:
+        if asked & {declined.site, declined.module} or is_inside(declined.module, name):
+            yield {"pass": done.name, "site": declined.site, "what": "declined", "why": declined.reason}
+
+
+def concerned(change: Change) -> set[str]:
+    """The nodes that a change made, touched or put another in place of. A constant's node is named after it."""
+    constants = (c.replace(".", "_") for c in change.constants)
+    return {*change.replaced, *change.replaced.values(), *change.inserted, *change.touched, *change.erased, *constants}
+
+
+def site_node(change: Change) -> str:
+    """The node of "fc  (linear)"."""
+    return change.site.rpartition("(")[2].rstrip(")")
+
+
+def swept(done: PassReport, before: Graph, after: Graph) -> dict[str, list[int]]:
+    """Nodes that went though no change names them -> the numbers of the changes after which nothing read them."""
+    named: dict[str, list[int]] = {}
+    for number, change in enumerate(done.changes):
+        for name in concerned(change) | {site_node(change)}:
+            named.setdefault(name, []).append(number)
+    readers: dict[str, list[str]] = {}
+    for node in before.nodes.values():
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node.name)
+    found: dict[str, list[int]] = {}
+    for name in reversed(list(before.nodes)):
+        if name not in after.nodes and name not in named:
+            found[name] = sorted({n for r in readers.get(name, ()) for n in named.get(r, found.get(r, []))})
+    return found
+
+
+def exclusion(done: PassReport, change: Change) -> tuple[str, str]:
+    """The pass with its options and this place left out, as a line of a recipe; or "" and why there is none."""
+    if done.whole:
+        return "", done.whole
+    if not change.exclude:
+        return "", "a recipe has no name that means this place and no other"
+    where = done.options.get("where") or {}
+    options = {**done.options, "where": {**where, "exclude": [*(where.get("exclude") or ()), *change.exclude]}}
+    return f"- {done.name}: {flow(options)}", ""
+
+
+def flow(value: Any) -> str:
+    """Plain data as YAML in one line, its texts quoted."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(flow, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {flow(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _leaving_out(done: PassReport, change: Change) -> Row:
+    line, why = exclusion(done, change)
+    return {"exclude": line} if line else {"alone": why}
+
+
+def _verdicts(done: PassReport, checks: Sequence[Check]) -> Iterator[Row]:
+    """One row for each site and verdict: the worst value."""
+    groups: dict[tuple[str, str], list[Check]] = {}
+    for check in checks:
+        groups.setdefault((check.site, check.verdict), []).append(check)
+    for (site, verdict), members in groups.items():
+        yield {"pass": done.name, "site": site, "what": verdict, "why": _verdict(members, done.unit)}
+
+
+def _verdict(checks: Sequence[Check], unit: str) -> str:
+    """The worst figure of some checks and where it is."""
+    worst, compared = worst_of(checks, unit), [c for c in checks if unit != "dB" or not c.unmeasured]
+    if worst is None:
+        return f"{ON_PURPOSE}, at {checks[0].value if len(checks) == 1 else f'{len(checks)} values'}"
+    told, count = measured(worst, unit), len(compared)
+    place = f"{count} values" if told == "equal" and count > 1 else worst.value + (f", the worst of {count} values" if count > 1 else "")
+    return f"{told} at {place}{': ' if worst.why else ''}{worst.why}"
+
+
+def is_inside(module: str, name: str) -> bool:
+    """Whether a module path lies below another; all lie below the root, ""."""
+    return not name or module.startswith(f"{name}.")
+
+
+def _named_by(name: str, graphs: Sequence[Graph]) -> set[str]:
+    """The nodes of a constant, or of a module and those inside it. A site whose ops are in one module may change a value of another."""
+    nodes = (n for g in graphs for n in g.nodes.values())
+    return {n.name for n in nodes if n.region == name or is_inside(n.region, name) or (n.op == "constant" and n.attributes == name)}
+
+
+def _known(run: Run) -> set[str]:
+    nodes = [n for g in run.history.graphs for n in g.nodes.values()]
+    paths = {path for g in run.history.graphs for path in g.kinds}
+    made = {n for done in run.passes for c in done.changes for n in _names(c)}
+    return {*paths, *made, *(n.name for n in nodes), *(n.attributes for n in nodes if n.op == "constant")}
+
+
+def _names(change: Change) -> set[str]:
+    return {change.module, change.site, site_node(change), *change.constants, *concerned(change)}
