@@ -59,6 +59,8 @@ class InsertOptions(Options):
             format, granularity = parse(value)
         except RecipeError as error:
             raise ValueError(f"{error.what}; {error.why or error.do}") from None
+        if format.kind == "log":
+            raise ValueError(f"{format} holds nothing below 0: softmax.adaptive has it for probabilities")
         if granularity not in ("tensor", "token"):
             raise ValueError("an activation has one scale in all or one a token: tensor or token")
         if granularity == "token" and not format.signed:
