@@ -7,8 +7,8 @@
     anything else                                  the law of `numerics.affine`, written out
 
 ln softmax(z) is LogSoftmax(z): then no softmax is computed, and no logarithm of each number. Measured, ONNX Runtime on one AVX-512 thread,
-softmax and product with values of 16 heads, 256 x 256, against the same in float: 1.8 x; with the logarithm of the probabilities 3.3 x; with a
-Gather from a table of 2^bits values 18 x. The product in integers, of even steps: 0.7 x.
+softmax and product with values of 16 heads, 256 x 256, times that in float: 1.9; with the logarithm of the probabilities 3.1; with a Gather
+from a table of 2^bits values 18 or more (`tools/bench/onnx_kernels.py logs`).
 The codes are bit for bit those of `numerics.affine`: QuantizeLinear divides, rounds ties to even and saturates. Formats below 8 bits clip their
 codes. QuantizeLinear has 16 bits from opset 21 only, where GroupNorm is slow, so they are written out.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - as everybody writes it
 from onnx import numpy_helper
 from torch import Tensor
 
+import fxcompress as fxc
 from fxcompress import registry
 from fxcompress.backends.onnx.files import MODEL
 from fxcompress.backends.openvino.session import absent
@@ -28,6 +30,7 @@ from fxcompress.program import Program
 from fxcompress.recipe import Step
 from fxcompress.report import BackendReport
 from tests.passes.helpers import function, named, seeded
+from tools.testbeds import load
 
 BACKENDS = ["onnxruntime", pytest.param("openvino", marks=pytest.mark.skipif(bool(absent()), reason="OpenVINO isn't installed"))]
 HEADS, KEYS, SIZE = 4, 24, 8
@@ -130,6 +133,33 @@ def test_probabilities_that_are_a_result_too(backend: str, tmp_path: Path) -> No
     written(lowered, tmp_path, backend)
     given = registry.find_backend(backend)().open(tmp_path).run(lowered.example)
     torch.testing.assert_close(given[1], interpret(lowered, lowered.example)[1], rtol=1e-4, atol=1e-6)
+
+
+MODELS = {"sam": 11, "vit": 4}  # testbeds, and their attentions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_trained_models(name: str, backend: str) -> None:
+    """The files are judged against the interpreter while compiling, code by code. At 4 bits the decoder's tokens look at the image by powers
+    of two or their roots, which lose at least 3 dB less than even steps, and the image looks at the tokens by even steps."""
+    bed = load(name)
+    items = [item for item, _ in zip(bed.calibration, range(5), strict=False)]
+    recipe = {"passes": ["tidy.fold_constants", {"softmax.adaptive": {"bits": 4}}, {"quant.insert": {"range": "mse"}}, "quant.finalize"]}
+    made = fxc.compile(bed.model, recipe, items[0], calibration=items, backend=backend, check="off")
+    (adaptive,) = [p for p in made.report.passes if p.name == "softmax.adaptive"]
+    assert (adaptive.fired, adaptive.declined) == (MODELS[name], ())
+    assert made.report.backend is not None and made.report.backend.code_flips is not None
+    assert made.report.backend.code_flips < 5e-3
+    looks = {c.module: c.reason for c in adaptive.changes}
+    for module, reason in looks.items():
+        gains = [float(g) for g in re.findall(r"(?:: |uniform )(-?[\d.]+)", reason)][:2]
+        if "token_to_image" in module:
+            assert reason.startswith("log, τ = ") and gains[0] > gains[1] + 3, reason
+        if "image_to_token" in module:
+            assert reason.startswith("uniform"), reason
+    assert name != "sam" or sum("token_to_image" in m for m in looks) == 3
 
 
 # faults: each edits the files
