@@ -102,10 +102,11 @@ class _Trial(JointAccumulator):
 
     def add(self, values: Sequence[Tensor]) -> None:
         a, v = _rows(values[0], values[1], self.count)
-        half = self.count % 2
+        half, wide = self.count % 2, torch.promote_types(a.dtype, torch.float32)
+        v = v.to(wide)
         for i, j in ((i, j) for i in range(self.errors.shape[1]) for j in range(len(SHARES))):
-            self.errors[half, i, j] += _power((self.asked.quantiser(i, j, a.dtype)(a) - a) @ v)
-        self.signal[half] += _power(a @ v)
+            self.errors[half, i, j] += _power((self.asked.quantiser(i, j, a.dtype)(a).to(wide) - a) @ v)
+        self.signal[half] += _power(a.to(wide) @ v)
         self.is_hard = self.is_hard and bool(((a == 0) | (a == 1)).all())
         self.count += 1
 

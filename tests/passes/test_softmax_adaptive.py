@@ -301,12 +301,16 @@ def test_heads_that_share_keys() -> None:
     assert figures(report)[2][figures(report)[0]] == pytest.approx(report.checks[0].figure, abs=0.1), "the probe is the feed here"
 
 
+def products_sqnr(before: Program, after: Program) -> float:
+    old, new = (interpret(p, before.example)[0].double() for p in (before, after))
+    return float(10 * torch.log10(old.square().sum() / (old - new).square().sum()))
+
+
 def test_values_that_all_heads_share() -> None:
     before = function(eager, drawn(), seeded(1, 1, 7, SIZE, seed=1), dynamic=False)
     after, report = run(before, bits=6)
-    old, new = (interpret(p, before.example)[0].double() for p in (before, after))
     chosen, _, gains = figures(report)
-    assert gains[chosen] == pytest.approx(float(10 * torch.log10(old.square().sum() / (old - new).square().sum())), abs=0.06)
+    assert gains[chosen] == pytest.approx(products_sqnr(before, after), abs=0.06)
 
 
 def test_dynamic_sizes() -> None:
@@ -315,6 +319,15 @@ def test_dynamic_sizes() -> None:
     assert report.fired == 1
     other = drawn(5), seeded(1, HEADS, 7, SIZE, seed=3)
     assert interpret(after, other)[0].shape == (1, HEADS, 5, SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    before = function(eager, drawn().to(dtype), seeded(1, HEADS, 7, SIZE, seed=1).to(dtype), dynamic=False)
+    after, report = run(before, bits=4, candidates=(2,))
+    assert after.constants["softmax.scale"].dtype == dtype
+    chosen, _, gains = figures(report)
+    assert gains[chosen] == pytest.approx(products_sqnr(before, after), abs=0.06 if dtype == torch.float64 else 1.0)
 
 
 # what is declined
