@@ -125,8 +125,8 @@ def _guarded(
 ) -> CompiledModel:
     """The compiled model with as few quantised sites in float as the metric needs."""
     manager = Manager(captured.copy(), runner.target, probe, "off", statistics)
-    manager.run(list(takewhile(lambda planned: "finalised" not in planned[1].gives, build(recipe))))
-    ranked = guard.costs(manager.program, probe, run(captured, probe))
+    done = manager.run(list(takewhile(lambda planned: "finalised" not in planned[1].gives, build(recipe))))
+    ranked = guard.named_before(guard.costs(manager.program, probe, run(captured, probe)), done)
     float_metric = float(evaluate(compiled(guard.in_float(recipe))))
     model, report = guard.give_back(recipe, ranked, compiled, evaluate, float_metric, max_drop)
     model.report = model.report.model_copy(update={"guard": report})

@@ -95,6 +95,8 @@ class Bounded:
             raise ValueError(f"{new.name} is no dequantize: a Bounded pass that inserts other ops states its limit")
         _, _, zero_point, format_name, block = new.args
         format, symmetric = formats.format_of(str(format_name)), zero_point is None
+        if format.kind == "log":
+            raise ValueError(f"{new.name} is {format}, which has no ideal: a Bounded pass that inserts it states its limit")
         margin = self.margin if old.numel() >= self.few else self.margin_of_few
         if MEASURED in new.meta:
             lo, hi = new.meta[MEASURED]

@@ -19,7 +19,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+import fxcompress.ops  # noqa: F401 - registers the fxc:: ops named below
 from fxcompress.dataflow import is_move
+from fxcompress.numerics.formats import format_of
 from fxcompress.program import Program
 
 Shape = Sequence[Any]
@@ -61,7 +63,7 @@ class Costs:
         contracted = macs(node, self.shapes)
         packet = str(getattr(node.target, "overloadpacket", node.target)).rpartition(".")[2]
         tensors = [n for n in (node, *node.all_input_nodes) if isinstance(n.meta.get("val"), Tensor)]
-        elementwise = 0 if packet in _FREE else max((prod(self.shapes[n]) for n in tensors), key=self.bound)
+        elementwise = 0 if packet in _FREE and not _takes_logs(node) else max((prod(self.shapes[n]) for n in tensors), key=self.bound)
         traffic = sum(prod(self.shapes[n]) * n.meta["val"].element_size() for n in tensors)
         return Cost(2 * contracted if contracted != 0 else elementwise, 0, traffic)
 
@@ -85,6 +87,11 @@ class Costs:
             named = expression.xreplace(self._names)
             self._sizes[expression] = named if self._formulas and not named.is_number else self.bound(named)
         return self._sizes[expression]
+
+
+def _takes_logs(node: fx.Node) -> bool:
+    """Whether a quantiser or its inverse has a log format, which no product reads as it is."""
+    return node.target in (torch.ops.fxc.quantize.default, torch.ops.fxc.dequantize.default) and format_of(str(node.args[3])).kind == "log"
 
 
 def at_sizes(formula: str, sizes: Mapping[str, int]) -> int:

@@ -20,7 +20,7 @@ from fxcompress.interpret import run
 from fxcompress.program import Program
 from fxcompress.recipe import Recipe, Step, Where
 from fxcompress.registry import find_pass
-from fxcompress.report import GuardReport
+from fxcompress.report import GuardReport, PassReport
 
 QUANTIZE, DEQUANTIZE = torch.ops.fxc.quantize.default, torch.ops.fxc.dequantize.default
 Model = TypeVar("Model")
@@ -58,6 +58,18 @@ def costs(program: Program, probe: Sequence[Tensor], reference: Sequence[Tensor]
         finally:
             for reader, args, kwargs in before:
                 reader.args, reader.kwargs = args, kwargs
+    return found
+
+
+def named_before(ranked: Mapping[str, float], reports: Sequence[PassReport]) -> dict[str, float]:
+    """The costs under names that every quantising pass can leave out: what a pass made that opens and quantises at once goes by the op that it
+    opened, and back to float with all of it."""
+    opening = [r for r in reports if {"opened", "quantised"} <= find_pass(r.name).gives]
+    origins = {new: old for r in opening for change in r.changes for old in change.replaced for new in change.inserted}
+    found: dict[str, float] = {}
+    for name, cost in ranked.items():
+        origin = origins.get(name, name)
+        found[origin] = found.get(origin, 0.0) + cost
     return found
 
 

@@ -31,7 +31,7 @@ def _no_items() -> Iterable[Sequence[Tensor]]:
     )
 
 
-def _without_feed(asked: Iterable[tuple[fx.Node, Any]]) -> Mapping[tuple[fx.Node, Any], Any]:
+def _without_feed(asked: Iterable[tuple[Any, Any]]) -> Mapping[tuple[Any, Any], Any]:
     if list(asked):
         _no_items()
     return {}
@@ -52,7 +52,7 @@ class Kept:
 class Context:
     """What a pass may look at. `probe`: flat inputs kept out of the statistics, on which contracts are measured.
 
-    observe: answers questions (node, observer of `calibrate.observers`) about the program's values from a run over the calibration feed.
+    observe: answers questions (node or nodes, observer of `calibrate.observers`) about the program's values from a run over the feed.
     items: the feed itself, as flat inputs. note: leaves a sentence for the report. progress: tells the user how far a long pass is. kept: what
     it had finished when a run before was cut short.
     """
@@ -61,7 +61,7 @@ class Context:
     target: Target
     probe: tuple[Tensor, ...] = ()
     admits: Callable[[fx.Node], bool] = lambda node: True  # whether the recipe lets a Transform touch a site; Rewrites needn't ask
-    observe: Callable[[Iterable[tuple[fx.Node, Any]]], Mapping[tuple[fx.Node, Any], Any]] = _without_feed
+    observe: Callable[[Iterable[tuple[Any, Any]]], Mapping[tuple[Any, Any], Any]] = _without_feed
     items: Callable[[], Iterable[Sequence[Tensor]]] = _no_items
     note: Callable[[str], None] = lambda sentence: None
     progress: Callable[[str], None] = lambda sentence: None

@@ -96,5 +96,5 @@ def _audit_codes(node: fx.Node, packed: Tensor, name: str, size: int) -> None:
     codes, again = unpack(packed, format, size), unpack(packed, format, size)
     if not torch.equal(codes.view(torch.uint8), again.view(torch.uint8)):
         raise VerifierError(f"{node.name} gives other codes the second time")
-    if format.kind == "int" and codes.numel() and not format.qmin <= int(codes.min()) <= int(codes.max()) <= format.qmax:
+    if format.kind != "float" and codes.numel() and not format.qmin <= int(codes.min()) <= int(codes.max()) <= format.qmax:
         raise VerifierError(f"{node.name} holds codes outside {format.qmin}..{format.qmax}")

@@ -44,6 +44,21 @@ def test_shares_of_the_widths_by_hand():
     assert found == {"float": pytest.approx(UP / TOTAL), "W4A8": pytest.approx(DOWN / TOTAL), "A8A8": pytest.approx(PRODUCT / TOTAL)}
 
 
+def test_codes_of_logs_are_told_from_integers():
+    """Four queries times two keys of width 3, and their probabilities, logs of 4 bits, times values."""
+    q, k, v = (torch.randn(1, n, 3, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 2))
+    recipe = {
+        "passes": [{"softmax.adaptive": {"bits": 4, "candidates": [2]}}, {"quant.insert": {"activations": "uint8/tensor"}}, "quant.finalize"]
+    }
+    program = fxc.compile(Attention().eval(), recipe, (q, k, v), calibration=[(q, k, v), (-q, k, v)], backend="reference").program
+    assert macs_by_width(program) == {"A8A8": 0.5, "L4A8": 0.5}
+
+
+class Attention(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
 def test_fewer_bits_cost_more_and_the_artifact_is_as_good_as_its_simulation():
     model = Mixed().eval()
     x = 0.9 * torch.cat([item["x"] for item in ITEMS])  # within the ranges: what clips would drown what rounds

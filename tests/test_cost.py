@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import sympy
+import torch
 from torch import nn
 
 from fxcompress.cost import Costs, at_sizes
@@ -80,6 +81,15 @@ def test_moves_are_free_and_attention_is_not() -> None:
     found = {n.name: Costs(program).of(n).flops for n in program.graph.nodes if n.op == "call_function"}
     assert found.pop("scaled_dot_product_attention") == 2 * (2 * 2 * 5) * 5 * (4 + 4)
     assert set(found.values()) == {0}
+
+
+@pytest.mark.parametrize(("format", "flops"), [("uint4", 0), ("log4:2", 40)])
+def test_codes_that_no_product_reads_cost_what_makes_and_takes_them(format: str, flops: int) -> None:
+    def pair(x, s):
+        return torch.ops.fxc.dequantize(torch.ops.fxc.quantize(x, s, None, format, [-1, -1]), s, None, format, [-1, -1])
+
+    program = function(pair, seeded(5, 8), s=torch.ones(1, 1), dynamic=False)
+    assert [Costs(program).of(node(program, name)).flops for name in ("quantize", "dequantize")] == [flops, flops]
 
 
 def test_nothing_costs_nothing() -> None:

@@ -21,6 +21,7 @@ from tests.passes.helpers import captured, seeded, zoo
 QUANT: list[Any] = ["quant.insert", {"quant.ranges": {"method": "entropy"}}, "quant.bias_correction", "quant.finalize"]
 RECIPES: dict[str, list[Any]] = {
     "attention opened": ["tidy.fold_constants", "tidy.open_attention", "reparam.smooth", *QUANT],
+    "probabilities of few bits": [{"softmax.adaptive": {"bits": 4}}, *QUANT],
     "attention closed": ["reparam.smooth", *QUANT],
     "everything before": ["tidy.no_ops", "tidy.fold_norm_gain", "rotate.residual", "signs.bimodal", "signs.centre_keys", "tidy.dead_code"],
     "weights alone": [{"quant.weight_only": {"weights": "int4/channel"}}, "quant.finalize"],

@@ -88,3 +88,35 @@ def test_costs_leave_the_program_as_it_was(model: Net) -> None:
     before = [(n.args, n.kwargs) for n in program.graph.nodes]
     assert guard.costs(program, (X,), [model(X).detach()]) == {}
     assert [(n.args, n.kwargs) for n in program.graph.nodes] == before
+
+
+class Attentions(nn.Module):
+    """Two attentions as one op each, of which the first has the sharper probabilities."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+
+    def forward(self, x: Any) -> Any:
+        for i, sharpness in ((0, 4.0), (3, 1.0)):
+            q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in self.layers[i : i + 3])
+            x = x + nn.functional.scaled_dot_product_attention(sharpness * q, k, v).transpose(1, 2).flatten(2)
+        return x
+
+
+def test_an_attention_that_was_opened_to_be_quantised_goes_back_whole() -> None:
+    """Its products have no name in the captured program, so a recipe leaves out the op."""
+    torch.manual_seed(0)
+    net, x = Attentions().eval(), 2 * seeded(4, 9, 8)
+    wanted = net(x).detach()
+    recipe = {"passes": [{"softmax.adaptive": {"bits": 2, "candidates": ["uniform"]}}, "quant.insert", "quant.finalize"]}
+    options: dict[str, Any] = {"calibration": [(x,), (seeded(2, 9, 8, seed=3),)], "backend": "reference", "check": "off"}
+    score = lambda compiled: -float((compiled(x) - wanted).norm() / wanted.norm())  # noqa: E731
+    plain = score(fxc.compile(net, recipe, (x,), **options))
+    kept = fxc.compile(net, recipe, (x,), evaluate=score, max_drop=-plain / 2, **options)
+    report = kept.report.guard
+    assert report is not None
+    assert report.given_back[0].startswith("scaled_dot_product_attention")
+    first = next(p for p in kept.report.passes if p.name == "softmax.adaptive")
+    assert first.fired == 2 - sum(name.startswith("scaled_dot") for name in report.given_back)
+    assert report.float_metric - report.metric <= report.max_drop

@@ -35,7 +35,7 @@ from fxcompress.backends.onnx.parity import end_to_end, site_by_site
 from fxcompress.backends.onnx.rotary import fuse_rotary
 from fxcompress.backends.onnx.session import OnnxSession
 from fxcompress.backends.onnx.siblings import AND, merge_siblings
-from fxcompress.backends.onnx.sites import quantised_sites, share
+from fxcompress.backends.onnx.sites import in_logs, quantised_sites, share
 from fxcompress.backends.onnx.stepwise import Steps, step_by_step
 from fxcompress.backends.onnx.translate import translate
 from fxcompress.cost import macs
@@ -171,7 +171,7 @@ def _reason(node: fx.Node, reasons: Mapping[str, str], kernels: Mapping[str, str
     default = (
         f"ONNX Runtime runs it as {kernels[node.name]}" if node.name in kernels else "its kernel is not in the graph that ONNX Runtime runs"
     )
-    return reasons.get(node.name, default)
+    return in_logs(node) or reasons.get(node.name, default)
 
 
 def _without_rounding(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -116,7 +116,7 @@ def _quantised_leaf(node: fx.Node, program: Program) -> Leaf | None:
         inner = arguments(codes)
         codes, packed = inner["packed"], True
     parts = [codes, given["scale"], *([given["zero_point"]] if given.get("zero_point") is not None else [])]
-    if any(part.op != "get_attr" for part in parts):
+    if any(part.op != "get_attr" for part in parts) or format_of(given["format"]).kind == "log":
         return None
     stored, scale = program.constants[str(codes.target)], program.constants[str(parts[1].target)]
     shape = (*stored.shape[:-1], int(inner["size"])) if packed else tuple(stored.shape)

@@ -9,6 +9,7 @@ from torch import fx
 
 from fxcompress.backends.onnx.outline import DEQUANTIZE, QUANTIZE, Outline, arguments, outline
 from fxcompress.dataflow import before_moves, weight_uses
+from fxcompress.numerics.formats import format_of
 from fxcompress.program import Program
 
 
@@ -34,6 +35,13 @@ def readers(place: fx.Node, shape: tuple[int, ...]) -> list[fx.Node]:
 def reads_codes(node: fx.Node) -> bool:
     """Whether an operand is a dequantised activation."""
     return any(_is_dequantised(a) for a in node.all_input_nodes)
+
+
+def in_logs(node: fx.Node) -> str | None:
+    """Why no integer kernel runs an op that reads codes of a log format; None for others."""
+    values = (before_moves(a) for a in node.all_input_nodes)
+    name = next((n for v in values if v.target is DEQUANTIZE and format_of(n := str(arguments(v)["format"])).kind == "log"), None)
+    return name and f"codes of {name} are multiplied as the numbers they mean"
 
 
 def share(part: Iterable[fx.Node], whole: Collection[fx.Node], work: Mapping[fx.Node, int]) -> float | None:

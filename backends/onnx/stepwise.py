@@ -9,6 +9,7 @@ axis or bias moves numbers that don't.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from fxcompress.dataflow import is_move, pads_with_zeros
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.noise import jittered
+from fxcompress.numerics.formats import format_of
 from fxcompress.program import Program, module_path
 
 ORDERS = (torch.ops.aten.sort.default, torch.ops.aten.topk.default)
@@ -116,13 +118,21 @@ def _judged_codes(node: fx.Node, wanted: Tensor, given: Tensor, held: Mapping[fx
     where = f"{module_path(node) or 'the root module'}  ({node.name})"
     if difference.max() > 1:
         raise refusal(where, f"codes differ by up to {int(difference.max())}, in {share:.1%} of all values, on the same inputs")
-    given_x, scale = (held[arguments(node)[name]].double() for name in ("x", "scale"))
-    ratio = given_x / scale
-    slack = EXACT_LIMIT[torch.float32] * (given_x.square().mean().sqrt() / scale).clamp(min=1)
-    off = ((ratio - ratio.floor() - 0.5).abs() > slack) & differs
+    ratio, slack = _before_rounding(node, held)
+    off = ~((ratio - ratio.floor() - 0.5).abs() <= slack) & differs
     if off.any():
         raise refusal(where, f"{float(off.double().mean()):.1%} of the codes differ by one though nothing is near a rounding edge")
     return share
+
+
+def _before_rounding(node: fx.Node, held: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor]:
+    """The numbers that a quantiser rounds, and how far rounding before it may move them: x by a share of all of it, or each x by a share of it
+    where its logarithm is rounded."""
+    x, scale = (held[arguments(node)[name]].double() for name in ("x", "scale"))
+    limit, format = EXACT_LIMIT[torch.float32], format_of(arguments(node)["format"])
+    if format.kind == "log":
+        return -format.tau * torch.log2(x / scale), torch.tensor(limit * format.tau / math.log(2))
+    return x / scale, limit * (x.square().mean().sqrt() / scale).clamp(min=1)
 
 
 def _is_order(node: fx.Node) -> bool:

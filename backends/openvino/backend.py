@@ -24,7 +24,7 @@ from fxcompress.backends.onnx.elsewhere import check_other_sizes
 from fxcompress.backends.onnx.files import MODEL, WEIGHTS, read_graph, write_model
 from fxcompress.backends.onnx.outline import QUANTIZE, outline
 from fxcompress.backends.onnx.parity import end_to_end
-from fxcompress.backends.onnx.sites import quantised_sites, readers_of_codes, reads_codes, share
+from fxcompress.backends.onnx.sites import in_logs, quantised_sites, readers_of_codes, reads_codes, share
 from fxcompress.backends.onnx.stepwise import step_by_step
 from fxcompress.backends.onnx.translate import translate
 from fxcompress.backends.openvino.bind import bind
@@ -149,6 +149,6 @@ def _in_float(
 
     def reason(node: fx.Node) -> str:
         known = f"OpenVINO runs it as {found[node]}" if node in found else "it isn't a layer of its own in the model that OpenVINO runs"
-        return reasons.get(node.name, known)
+        return in_logs(node) or reasons.get(node.name, known)
 
     return tuple(FloatSite(site=n.name, module=module_path(n), macs=work[n], reason=reason(n)) for n in sites)

@@ -41,6 +41,30 @@ class Observer(ABC):
         """About how many bytes the accumulator of a value of that shape holds."""
 
 
+class JointAccumulator(ABC):
+    """Takes the values that several nodes have in one item, one item after the other."""
+
+    @abstractmethod
+    def add(self, values: Sequence[Tensor]) -> None:
+        """One value of each node, in the order they were asked about."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """What the observer asked for."""
+
+
+class JointObserver(ABC):
+    """A question about several values of one item at once, which are held until the last of them is known."""
+
+    @abstractmethod
+    def start(self) -> JointAccumulator:
+        """An accumulator that has seen nothing."""
+
+    @abstractmethod
+    def memory(self, shapes: Sequence[Sequence[int]]) -> int:
+        """About how many bytes the accumulator holds, and takes while it adds values of these shapes, beside the values."""
+
+
 @dataclass(frozen=True)
 class Extremes:
     """lo, hi: least and greatest value, float64; 0-d, or one entry per index of the observed axes. inf and -inf where there was no value."""

@@ -1,20 +1,21 @@
 """Statistics of a program's values over a feed: one streamed run for all that is asked, answers kept until the value itself changes.
 
-An answer is filed under the value's content: the ops, arguments and constants it is computed from. An edit anywhere upstream makes another
-value of it, so an old answer can't be given by mistake.
+A question is about one value, or about several of one item together. An answer is filed under the content of these values: the ops, arguments
+and constants they are computed from. An edit anywhere upstream makes other values of them, so an old answer can't be given by mistake.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fxcompress.calibrate.observers import Accumulator, Observer
+from fxcompress.calibrate.observers import Accumulator, JointAccumulator, JointObserver, Observer
 from fxcompress.dataflow import ancestors
 from fxcompress.edit import site_name
 from fxcompress.errors import CalibrationError
@@ -23,8 +24,9 @@ from fxcompress.program import Program
 
 MEMORY = 4 << 30  # bytes of accumulators in one run; more is asked for in several runs
 
-Asked = tuple[fx.Node, Observer]
+Asked = tuple[fx.Node, Observer] | tuple[tuple[fx.Node, ...], JointObserver]
 Items = Iterable[Sequence[Tensor]]
+_Take = Callable[[fx.Node, Tensor], None]
 
 
 class Statistics:
@@ -33,47 +35,48 @@ class Statistics:
     def __init__(self, items: Items, memory: int = MEMORY, progress: Callable[[int], None] = lambda _: None) -> None:
         self.items, self.memory, self.progress = items, memory, progress
         self.versions = _Versions()
-        self.answers: dict[tuple[int, Observer], Any] = {}
+        self.answers: dict[Any, Any] = {}
 
-    def __call__(self, program: Program, asked: Iterable[Asked]) -> dict[Asked, Any]:
+    def __call__(self, program: Program, asked: Iterable[Asked]) -> dict[tuple[Any, Any], Any]:
         """The answer to every question about the program's values as it is now; what isn't known yet is measured in as few runs as fit.
 
         CalibrationError for values that aren't finite (item and node), and for one question that needs too much memory.
         """
         version = self.versions.of(program)
-        wanted = list(dict.fromkeys(asked))
-        missing = [(node, observer) for node, observer in wanted if (version[node], observer) not in self.answers]
-        for group in self._groups(missing):
-            for (node, observer), accumulator in self._measured(program, group).items():
-                self.answers[version[node], observer] = accumulator.result()
-        return {(node, observer): self.answers[version[node], observer] for node, observer in wanted}
+        filed = {question: (tuple(version[n] for n in _nodes(question)), question[1]) for question in asked}
+        for group in self._groups([question for question, key in filed.items() if key not in self.answers]):
+            for question, accumulator in self._measured(program, group).items():
+                self.answers[filed[question]] = accumulator.result()
+        return {question: self.answers[key] for question, key in filed.items()}
 
     def _groups(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
-        """The questions, cut so that the accumulators of one run fit into memory."""
+        """The questions, cut so that the accumulators of one run fit into memory, and the values that joint ones hold."""
         group: list[Asked] = []
         held = 0
-        for node, observer in asked:
-            size = observer.memory([n if isinstance(n, int) else 1 for n in node.meta["val"].shape])
+        for question in asked:
+            size, node = _memory(question), _nodes(question)[-1]
             if size > self.memory:
                 raise CalibrationError(
                     "a statistic doesn't fit into memory",
                     where=site_name(node),
-                    why=f"{type(observer).__name__} of {list(node.meta['val'].shape)} takes {size} bytes, the limit is {self.memory}",
+                    why=f"{type(question[1]).__name__} of {list(node.meta['val'].shape)} takes {size} bytes, the limit is {self.memory}",
                     do="exclude the site in the recipe, or raise compile(memory=...)",
                 )
             if group and held + size > self.memory:
                 yield group
                 group, held = [], 0
-            group.append((node, observer))
+            group.append(question)
             held += size
         if group:
             yield group
 
-    def _measured(self, program: Program, asked: Sequence[Asked]) -> dict[Asked, Accumulator]:
+    def _measured(self, program: Program, asked: Sequence[Asked]) -> dict[Asked, Accumulator | JointAccumulator]:
         found = {question: question[1].start() for question in asked}
-        by_node: dict[fx.Node, list[Accumulator]] = {}
-        for (node, _), accumulator in found.items():
-            by_node.setdefault(node, []).append(accumulator)
+        by_node: dict[fx.Node, list[_Take]] = {}
+        for question, accumulator in found.items():
+            take = _taking(accumulator) if isinstance(accumulator, Accumulator) else _Held(_nodes(question), accumulator)
+            for node in dict.fromkeys(_nodes(question)):
+                by_node.setdefault(node, []).append(take)
         nodes = _needed(program, by_node)
         for count, item in enumerate(self.items, 1):
             walk(nodes, program.constants, item, (), partial(_feed, by_node, count - 1))
@@ -81,7 +84,39 @@ class Statistics:
         return found
 
 
-def _feed(by_node: Mapping[fx.Node, Sequence[Accumulator]], index: int, node: fx.Node, value: Any) -> None:
+def _nodes(question: Asked) -> tuple[fx.Node, ...]:
+    return question[0] if isinstance(question[0], tuple) else (question[0],)
+
+
+def _memory(question: Asked) -> int:
+    """Bytes of the accumulator; for a joint question those of the values besides."""
+    nodes, observer = _nodes(question), question[1]
+    shapes = [[n if isinstance(n, int) else 1 for n in node.meta["val"].shape] for node in nodes]
+    if isinstance(observer, Observer):
+        return observer.memory(shapes[0])
+    values: int = sum(prod(shape) * node.meta["val"].element_size() for node, shape in zip(nodes, shapes, strict=True))
+    return observer.memory(shapes) + values
+
+
+def _taking(accumulator: Accumulator) -> _Take:
+    return lambda _, value: accumulator.add(value)
+
+
+class _Held:
+    """The values of one item for a joint question, let go when the last is there."""
+
+    def __init__(self, nodes: tuple[fx.Node, ...], accumulator: JointAccumulator) -> None:
+        self.nodes, self.accumulator = nodes, accumulator
+        self.values: dict[fx.Node, Tensor] = {}
+
+    def __call__(self, node: fx.Node, value: Tensor) -> None:
+        self.values[node] = value
+        if self.values.keys() == set(self.nodes):
+            self.accumulator.add([self.values[n] for n in self.nodes])
+            self.values.clear()
+
+
+def _feed(by_node: Mapping[fx.Node, Sequence[_Take]], index: int, node: fx.Node, value: Any) -> None:
     if node not in by_node:
         return
     if not bool(torch.isfinite(value).all()):
@@ -92,8 +127,8 @@ def _feed(by_node: Mapping[fx.Node, Sequence[Accumulator]], index: int, node: fx
             why=f"{wrong} of {value.numel()} values are inf or nan",
             do="remove the item, or exclude the place in the recipe",
         )
-    for accumulator in by_node[node]:
-        accumulator.add(value)
+    for take in by_node[node]:
+        take(node, value)
 
 
 def _needed(program: Program, wanted: Iterable[fx.Node]) -> list[fx.Node]:

@@ -12,18 +12,21 @@ from fxcompress.errors import RecipeError, nearest
 
 @dataclass(frozen=True)
 class Format:
-    """The set of codes of a quantizer: the integers qmin..qmax, or the finite values of a float type, of which qmin and qmax are the ends.
+    """The set of codes of a quantizer: the integers qmin..qmax, or the finite values of a float type, of which qmin and qmax are the ends; or
+    exponents 0..qmax of which the last means 0, for numbers that aren't negative (`affine`).
 
     bits: width of one code once packed. container: dtype of a tensor of unpacked codes, one element a code (int2 to int6 sit in int8).
+    tau: of a log format, how many codes halve the value; 0 for others.
     """
 
     name: str
     bits: int
-    kind: Literal["int", "float"]
+    kind: Literal["int", "float", "log"]
     signed: bool
     qmin: int
     qmax: int
     container: torch.dtype
+    tau: int = 0
 
     def __str__(self) -> str:
         return self.name
@@ -39,6 +42,11 @@ def _float8(name: str, container: torch.dtype) -> Format:
     return Format(name, 8, "float", True, -greatest, greatest, container)
 
 
+def _log(bits: int, tau: int) -> Format:
+    """At most 2^bits values. None of them is below 2^-63 of the greatest: what is smaller may be 0 in float32."""
+    return Format(f"log{bits}:{tau}", bits, "log", False, 0, min(2**bits - 1, 64 * tau), torch.uint8, tau)
+
+
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
@@ -47,13 +55,17 @@ FORMATS: dict[str, Format] = {
         _integer("int6", 6, True, torch.int8),
         _integer("int8", 8, True, torch.int8),
         _integer("uint2", 2, False, torch.uint8),
+        _integer("uint3", 3, False, torch.uint8),
         _integer("uint4", 4, False, torch.uint8),
+        _integer("uint5", 5, False, torch.uint8),
         _integer("uint6", 6, False, torch.uint8),
+        _integer("uint7", 7, False, torch.uint8),
         _integer("uint8", 8, False, torch.uint8),
         _integer("int16", 16, True, torch.int16),
         _integer("int32", 32, True, torch.int32),
         _float8("float8_e4m3fn", torch.float8_e4m3fn),
         _float8("float8_e5m2", torch.float8_e5m2),
+        *(_log(bits, tau) for bits in range(2, 9) for tau in (1, 2, 4, 8)),
     )
 }
 

@@ -65,7 +65,7 @@ def _check(codes: Tensor, format: Format) -> None:
     _require_narrow(format)
     if codes.dtype != format.container or codes.dim() == 0:
         raise ValueError(f"packing {format} needs {format.container} codes with an axis, not {codes.dtype} of shape {tuple(codes.shape)}")
-    if format.kind == "int" and codes.numel():
+    if format.kind != "float" and codes.numel():
         least, greatest = (int(v) for v in codes.aminmax())
         if least < format.qmin or greatest > format.qmax:
             raise ValueError(f"codes {least}..{greatest} don't fit {format}, {format.qmin}..{format.qmax}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import RecipeError
-from fxcompress.numerics.affine import on_grid, working_dtype
+from fxcompress.numerics.affine import on_grid, on_line, working_dtype
 from fxcompress.numerics.blocks import inside, scale_shape, walk, widen
 from fxcompress.numerics.formats import Format
 
@@ -25,10 +25,10 @@ def scale_from_range(lo: Tensor, hi: Tensor, format: Format, symmetric: bool) ->
 
     Symmetric: s = max(hi / qmax, lo / qmin), no zero point; an unsigned format then needs lo >= 0. It uses the code qmin where the least
     value allows: int4, groups of 32, SQNR against max|x| / qmax 20.7 / 20.3 dB on a gaussian, 21.9 / 21.5 dB on a trained speech network.
-    A negative scale, the value of greatest magnitude over qmin, would give 21.3 and 22.3 dB; here scales stay positive.
+    A negative scale, the value of greatest magnitude over qmin, would give 21.3 and 22.3 dB; here scales stay positive. A log format: s = hi.
     Asymmetric: s = (hi - lo) / (qmax - qmin), z = round(qmin - lo / s), clipped to the codes. lo = hi = 0: s = 1, z = 0.
     lo, hi: equal shapes, float. Returns s in their dtype, at least `least_scale`, z in format.container. Raises ValueError if lo > hi, if
-    they aren't finite, or if an unsigned symmetric format meets lo < 0, and RecipeError for an asymmetric float format.
+    they aren't finite, or if an unsigned symmetric format meets lo < 0, and RecipeError for an asymmetric format other than integers.
     """
     _check_range(lo, hi, format, symmetric)
     work = working_dtype(format, lo.dtype)
@@ -101,7 +101,7 @@ def quantisation_error(x: Tensor, scale: Tensor, zero_point: Tensor | None, form
     for tile, at in walk(x, block, _SEARCH_TILE):
         values, s = tile.to(work), widen(scale[at]).to(work)
         z = None if zero_point is None else widen(zero_point[at]).to(work)
-        grid = on_grid(values, s, z, format)
+        grid = on_line(on_grid(values, s, z, format), format, work)
         error = (grid if z is None else grid.sub_(z)).mul_(s).sub_(values)
         powers = error.square_() if p == 2 else error.abs_().pow_(p)
         out[at] += powers.sum(inside(tile))
@@ -109,7 +109,7 @@ def quantisation_error(x: Tensor, scale: Tensor, zero_point: Tensor | None, form
 
 
 def _symmetric(least: Tensor, greatest: Tensor, format: Format) -> Tensor:
-    positive = greatest / format.qmax
+    positive = greatest / (1 if format.kind == "log" else format.qmax)
     return torch.maximum(positive, least / format.qmin) if format.signed else positive
 
 
@@ -119,8 +119,8 @@ def _asymmetric(least: Tensor, greatest: Tensor, format: Format) -> Tensor:
 
 
 def _check_range(lo: Tensor, hi: Tensor, format: Format, symmetric: bool) -> None:
-    if not symmetric and format.kind == "float":
-        raise RecipeError(f"{format} has no zero point", why="a float format is symmetric", do="symmetric: true")
+    if not symmetric and format.kind != "int":
+        raise RecipeError(f"{format} has no zero point", why="only integers have one", do="symmetric: true")
     if not (lo.isfinite() & hi.isfinite()).all() or (lo > hi).any():
         raise ValueError(f"ranges must be finite with lo <= hi; lo {lo.min():g}..{lo.max():g}, hi {hi.min():g}..{hi.max():g}")
     if symmetric and not format.signed and (lo < 0).any():

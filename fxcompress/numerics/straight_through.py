@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcompress.numerics.affine import dequantize, on_grid, quantize, working_dtype
+from fxcompress.numerics.affine import dequantize, on_grid, on_line, quantize, unclipped, working_dtype
 from fxcompress.numerics.blocks import inside, walk, widen
 from fxcompress.numerics.formats import Format
 
@@ -17,7 +17,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, format: F
     """y = dequantize(quantize(x)), bit for bit, with the straight-through gradient. Shapes, dtype and errors as in the two.
 
     With v = x / s and the code q unclipped: dy/dx = 1 where qmin <= q <= qmax, else 0; dy/ds = q - z - v there, else the bound - z, summed
-    over the block. No factor 1 / sqrt(n qmax) is applied, no gradient goes to z. A float format: the same with q = cast(v).
+    over the block. No factor 1 / sqrt(n qmax) is applied, no gradient goes to z. A float format: the same with q = cast(v). A log format: the
+    same with the value 2^(-code / tau) for q, which counts as clipped above s and where it is 0.
     Source: LSQ (ICLR 2020), section 2.1, eq. 3 and 5.
     """
     result: Tensor = _FakeQuantize.apply(x, scale, zero_point, format, block)  # type: ignore[no-untyped-call]
@@ -47,9 +48,10 @@ def _gradients(
         s = widen(scale[at]).to(work)
         z = None if zero_point is None else widen(zero_point[at]).to(work)
         ratio, code = tile.to(work) / s, on_grid(tile.to(work), s, z, format)
-        free = ratio if format.kind == "float" else ratio.round() if z is None else ratio.round() + z
-        inner = (free >= format.qmin) & (free <= format.qmax)
+        free = ratio if format.kind == "float" else unclipped(tile.to(work), s, z, format)
+        inner = (free >= format.qmin) & (free <= format.qmax - (format.kind == "log"))
         out.copy_(g * inner)
+        code = on_line(code, format, work)
         slope = (code if z is None else code - z) - ratio * inner
         grad_scale[at] += (g * slope).sum(inside(tile))
     return grad_x, grad_scale.to(scale.dtype)

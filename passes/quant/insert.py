@@ -59,6 +59,8 @@ class InsertOptions(Options):
             format, granularity = parse(value)
         except RecipeError as error:
             raise ValueError(f"{error.what}; {error.why or error.do}") from None
+        if format.kind == "log":
+            raise ValueError(f"{format} holds nothing below 0: softmax.adaptive has it for probabilities")
         if granularity not in ("tensor", "token"):
             raise ValueError("an activation has one scale in all or one a token: tensor or token")
         if granularity == "token" and not format.signed:
@@ -142,6 +144,8 @@ class Insert(Transform):
             return Reject("{} multiplies {}, which is of {}", site.node, wrong, wrong.meta["val"].dtype)
         if not self.options.is_static and (site.family in ("conv", "transposed") or max(site.activations) != _position(site)):
             return Reject("{} sums over other axes than the last one of {}, so its tokens can't have scales", site.node, _last(site))
+        if on.target.activations is not None and (codes := _log_codes(site)) is not None:
+            return Reject("{} stays in float: {} has no kernel for {}, codes of {}", site.node, on.target.name, codes, codes.args[3])
         if kernel.needs_output and any(u.op == "output" for u in result.users):
             return Reject("{} is a result of the model; {} computes {} only into integers", result, on.target.name, site.family)
         return None
@@ -240,6 +244,12 @@ def _kept(sites: Iterable[MatmulSite], refusal: Callable[[MatmulSite], Reject | 
         else:
             kept.append(site)
     return kept
+
+
+def _log_codes(site: MatmulSite) -> fx.Node | None:
+    """An operand that is dequantised from a log format, which multiplies as numbers only."""
+    values = (before_moves(v) for v in site.activations.values())
+    return next((v for v in values if v.target is DEQUANTIZE and format_of(str(v.args[3])).kind == "log"), None)
 
 
 def _uncovered(site: MatmulSite) -> Reject:

@@ -70,8 +70,10 @@ def _store(constant: fx.Node, chosen: Tensor, edit: Edit) -> None:
 
 
 def _is_static(node: fx.Node, on: Context) -> bool:
-    """Whether a node quantises an activation with one constant scale of its own."""
+    """Whether a node quantises an activation with one constant scale of its own; the scale of a log format is no range."""
     if node.target is not torch.ops.fxc.quantize.default or node.args[0].op == "get_attr":  # type: ignore[union-attr]
+        return False
+    if format_of(str(node.args[3])).kind == "log":
         return False
     scale = on.constant(node.args[1])
     shared = [u for u in node.args[1].users if u.target is node.target and u is not node]  # type: ignore[union-attr]

@@ -49,6 +49,8 @@ class WeightOnlyOptions(Options):
                 raise ValueError(f"{error.what}; {error.why or error.do}") from None
             if format.bits > 8:
                 raise ValueError(f"codes of {format} are wider than a byte and can't be packed")
+            if format.kind == "log":
+                raise ValueError(f"{format} holds nothing below 0: softmax.adaptive has it for probabilities")
             if granularity == "token":
                 raise ValueError("a weight has no tokens; one of tensor, channel, group:64")
         return value

@@ -12,6 +12,7 @@ Source: the reference implementation in the documentation of torch.nn.functional
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -55,16 +56,20 @@ class OpenAttention(Rewrite):
         return Match(node, given=given, scale=scale_of(given), repeats=repeats)
 
     def apply(self, match: Any, edit: Edit) -> None:
-        """Insert the products, the mask and the softmax."""
-        given = match.given
+        """Its readers read the result of the definition."""
         with edit.site(match.node, "opened"):
-            op = partial(edit.insert, like=match.node)
-            key, value = (_repeated(given[k], n, op) for k, n in zip(("key", "value"), match.repeats, strict=True))
-            scores = op(aten.matmul.default, given["query"], op(aten.transpose.int, key, -2, -1))
-            if match.scale != 1:
-                scores = op(aten.mul.Tensor, scores, match.scale)
-            probabilities = _softmax(scores, given, op)
-            edit.replace(match.node, op(aten.matmul.default, probabilities, value))
+            edit.replace(match.node, inserted(match, edit))
+
+
+def inserted(match: Any, edit: Edit, held: Callable[[fx.Node], fx.Node] = lambda probabilities: probabilities) -> fx.Node:
+    """The products, the mask and the softmax of a match, inserted at the open site; the last product. held: what it reads in place of the
+    probabilities."""
+    given, op = match.given, partial(edit.insert, like=match.node)
+    key, value = (_repeated(given[k], n, op) for k, n in zip(("key", "value"), match.repeats, strict=True))
+    scores = op(aten.matmul.default, given["query"], op(aten.transpose.int, key, -2, -1))
+    if match.scale != 1:
+        scores = op(aten.mul.Tensor, scores, match.scale)
+    return op(aten.matmul.default, held(_softmax(scores, given, op)), value)
 
 
 def scale_of(given: dict[str, Any]) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.calibrate import statistics
-from fxcompress.calibrate.observers import Accumulator, Distribution, Gram, Moments, Observer, Range
+from fxcompress.calibrate.observers import Accumulator, Distribution, Gram, JointAccumulator, JointObserver, Moments, Observer, Range
 from fxcompress.calibrate.statistics import Statistics
 from fxcompress.edit import Edit
 from fxcompress.errors import CalibrationError
@@ -304,3 +304,66 @@ def test_an_answer_that_failed_is_not_kept() -> None:
         with pytest.raises(CalibrationError):
             observe(program, asked(program, "add_tensor"))
         assert items.runs == runs
+
+
+# questions about several values
+
+
+@dataclass(frozen=True)
+class Together(JointObserver):
+    """All values, item by item, as they came."""
+
+    def start(self) -> JointAccumulator:
+        return _Together()
+
+    def memory(self, shapes: Any) -> int:
+        return 100 * len(shapes)
+
+
+class _Together(JointAccumulator):
+    def __init__(self) -> None:
+        self.items: list[list[Tensor]] = []
+
+    def add(self, values: Any) -> None:
+        self.items.append(list(values))
+
+    def result(self) -> list[list[Tensor]]:
+        return self.items
+
+
+def test_values_of_one_item_come_together_in_the_order_asked() -> None:
+    program, items = chain(3), three()
+    nodes = tuple(node(program, n) for n in ("add_tensor_2", "x", "linear_default", "x"))
+    observe = Statistics(items)
+    answers = observe(program, [(nodes, Together()), (nodes[0], Range()), (nodes[:2], Together())])
+    assert items.runs == 1
+    assert [len(values) for values in answers[nodes, Together()]] == [4, 4, 4]
+    for i, values in enumerate(answers[nodes, Together()]):
+        for value, asked_node in zip(values, nodes, strict=True):
+            assert torch.equal(value, seen(program, Items(items.values[i]), asked_node.name))
+    assert answers[nodes[0], Range()].hi == max(values[0].max() for values in answers[nodes, Together()])
+    assert observe(program, [(nodes, Together())])[nodes, Together()] is answers[nodes, Together()]
+    assert items.runs == 1, "kept, like any answer"
+
+
+def test_an_edit_of_one_of_them_asks_again() -> None:
+    program, items = chain(2), three()
+    observe, nodes = Statistics(items), (node(program, "linear_default"), node(program, "add_tensor_1"))
+    before = observe(program, [(nodes, Together())])[nodes, Together()]
+    edit = Edit(program)
+    with edit.site(nodes[1]):
+        edit.fold(node(program, "layer_1_weight"), torch.zeros(8, 8))
+    after = observe(program, [(nodes, Together())])[nodes, Together()]
+    assert torch.equal(before[0][0], after[0][0]) and not torch.equal(before[0][1], after[0][1])
+
+
+def test_joint_questions_count_the_values_they_hold() -> None:
+    program, items = chain(2), three()
+    pairs = [(node(program, f"linear_default{i}"), node(program, f"add_tensor{i}")) for i in ("", "_1")]
+    size = 2 * 100 + 2 * 4 * 4 * 8  # two shapes, two values [4, 8] of float32
+    Statistics(items, memory=2 * size)(program, [(p, Together()) for p in pairs])
+    assert items.runs == 1
+    Statistics(items, memory=2 * size - 1)(program, [(p, Together()) for p in pairs])
+    assert items.runs == 3
+    with pytest.raises(CalibrationError, match=f"Together of .* takes {size} bytes, the limit is {size - 1}"):
+        Statistics(items, memory=size - 1)(program, [(pairs[0], Together())])

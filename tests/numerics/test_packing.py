@@ -14,7 +14,8 @@ PACKED = [f for f in FORMATS.values() if f.bits <= 8]
 def codes_and_format(draw):
     format = draw(st.sampled_from(PACKED))
     shape = [*draw(st.lists(st.integers(0, 5), max_size=2)), draw(st.integers(1, 17))]
-    bits = torch.from_numpy(np.random.default_rng(draw(st.integers(0, 99))).integers(0, 2**format.bits, shape, dtype=np.uint8))
+    count = 2**format.bits if format.kind == "float" else format.qmax - format.qmin + 1
+    bits = torch.from_numpy(np.random.default_rng(draw(st.integers(0, 99))).integers(0, count, shape, dtype=np.uint8))
     return (bits.view(format.container) if format.kind == "float" else (bits.int() + format.qmin).to(format.container)), format
 
 

@@ -16,7 +16,7 @@ fxc = torch.ops.fxc
 def sample(name, shape=(6, 40), block=(1, 16)):
     format = format_of(name)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).abs()
-    scale, zero = minmax_range(x, format, format.kind == "float" or format.signed, block)
+    scale, zero = minmax_range(x, format, format.kind != "int" or format.signed, block)
     return x, scale, zero, list(block)
 
 

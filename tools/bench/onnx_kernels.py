@@ -2,6 +2,7 @@
 
     python tools/bench/onnx_kernels.py nbit [N K]    weights by bits, group and accuracy level: GROUPS of backends/onnx/blocks.py
     python tools/bench/onnx_kernels.py int8 [N K]    activations by storage and granularity: what backends/onnx/codes.py stores, and as what
+    python tools/bench/onnx_kernels.py logs [N]      softmax of N x N scores times values, probabilities as codes of logs (log4:4)
 
 Every line is one interleaved run.
 """
@@ -137,6 +138,37 @@ def int8_table(n: int = 1536, k: int = 576) -> None:
         print(f"conv {name:27}{speed}", flush=True)
 
 
+STEP, LEVELS, SCALE = np.float32(np.log(2) / 4), 2.0 ** (-np.arange(16) / 4) * (np.arange(16) < 15), np.float32(0.9)
+
+
+def logs(first: list[onnx.NodeProto], last: list[onnx.NodeProto], values: np.ndarray) -> Run:
+    """Scores [heads, N, N] -> what first and last make of them, times the values."""
+    given = {"step": STEP, "down": -STEP, "zero": np.uint8(0), "top": np.uint8(15), "s": SCALE, "ln": np.log(SCALE), "v": values}
+    given["levels"] = (LEVELS * SCALE).astype(np.float32)
+    nodes = [*first, *last, *([] if last else [helper.make_node("Identity", ["a"], ["p"])])]
+    used = {name: value for name, value in given.items() if name == "v" or any(name in n.input for n in nodes)}
+    return session([*nodes, helper.make_node("MatMul", ["p", "v"], ["y"])], 3, used)
+
+
+def logs_table(n: int = 256) -> None:
+    """The forms that backends/onnx/quantisers.py chose from."""
+    node = helper.make_node
+    softmax = [node("Softmax", ["x"], ["a"], axis=-1)]
+    rounded = [node("QuantizeLinear", ["l", "step", "zero"], ["c0"]), node("Clip", ["c0", "", "top"], ["c"])]
+    scores = [node("LogSoftmax", ["x"], ["n"], axis=-1), node("Sub", ["ln", "n"], ["l"]), *rounded]
+    probabilities = [*softmax, node("Log", ["a"], ["n"]), node("Sub", ["ln", "n"], ["l"]), *rounded]
+    powers = [node("Cast", ["c"], ["f"], to=TensorProto.FLOAT), node("Mul", ["f", "down"], ["e"]), node("Exp", ["e"], ["w"])]
+    powers += [node("ThresholdedRelu", ["w"], ["t"], alpha=float(2 ** (-14.5 / 4))), node("Mul", ["t", "s"], ["p"])]
+    table = [node("Cast", ["c"], ["i"], to=TensorProto.INT32), node("Gather", ["levels", "i"], ["p"])]
+    forms = {"scores, powers": (scores, powers), "scores, table": (scores, table), "probabilities, powers": (probabilities, powers)}
+    values = RNG.standard_normal((16, n, 32)).astype(np.float32)
+    x = 3 * RNG.standard_normal((16, n, n)).astype(np.float32)
+    dense = logs(softmax, [], values)
+    print(f"[16, {n}, {n}]")
+    for name, form in forms.items():
+        print(f"{name:24}{ratio(dense, logs(*form, values), x):5.2f}x", flush=True)
+
+
 MS = "com.microsoft"
 VARIANTS = (
     ("static", np.uint8, np.int8),
@@ -156,4 +188,4 @@ CONVOLUTIONS = {
 }
 
 if __name__ == "__main__":
-    {"nbit": nbit_table, "int8": int8_table}[sys.argv[1]](*(int(a) for a in sys.argv[2:]))
+    {"nbit": nbit_table, "int8": int8_table, "logs": logs_table}[sys.argv[1]](*(int(a) for a in sys.argv[2:]))

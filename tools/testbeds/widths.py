@@ -14,7 +14,8 @@ from fxcompress.program import Program
 
 def macs_by_width(program: Program) -> dict[str, float]:
     """Shares of all multiply-accumulates on the example inputs: "W4A8" for a weight of 4 by an activation of 8 bits, "A8A8" for a product of
-    two activations, "float" where an operand isn't quantised. The widest first.
+    two activations, "L4A8" where the first are codes of logs, which multiply as the numbers they mean, "float" where an operand isn't
+    quantised. The widest first.
     """
     shapes = Costs(program, formulas=False).shapes
     found: dict[str, int] = {}
@@ -30,11 +31,13 @@ def macs_by_width(program: Program) -> dict[str, float]:
 def _width(node: fx.Node) -> str:
     first = 1 if node.target in SUMMED else 0
     pair = sorted((a for a in node.args[first : first + 2] if isinstance(a, fx.Node)), key=is_constant, reverse=True)
-    bits = [_bits(before_moves(operand)) for operand in pair]
-    if None in bits or len(bits) != 2:
-        return "float"
-    return f"{'W' if is_constant(pair[0]) else 'A'}{bits[0]}A{bits[1]}"
+    widths = [_named(before_moves(operand), is_constant(operand)) for operand in pair]
+    return "float" if "" in widths or len(widths) != 2 else "".join(widths)
 
 
-def _bits(value: fx.Node) -> int | None:
-    return format_of(str(value.args[3])).bits if value.target is torch.ops.fxc.dequantize.default else None
+def _named(value: fx.Node, is_weight: bool) -> str:
+    """Kind and bits of an operand's codes; "" of numbers."""
+    if value.target is not torch.ops.fxc.dequantize.default:
+        return ""
+    format = format_of(str(value.args[3]))
+    return f"{'L' if format.kind == 'log' else 'W' if is_weight else 'A'}{format.bits}"

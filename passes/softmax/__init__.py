@@ -1,0 +1,1 @@
+"""Number formats for the probabilities of attentions."""
