@@ -28,6 +28,9 @@ from fxcompress.numerics.straight_through import fake_quantize
 from fxcompress.pieces import Piece
 from fxcompress.program import Program
 
+DIFFERENTIABLE: Mapping[Any, Callable[..., Any]] = {  # ops that autograd knows under another name only
+    torch.ops.aten.copy.default: lambda old, new, *_: new.to(old.dtype).expand_as(old)
+}
 QUANTIZE, DEQUANTIZE = torch.ops.fxc.quantize.default, torch.ops.fxc.dequantize.default
 WIDE = 16  # bits from which a quantiser is no matter for training
 HELD = 1 << 30  # bytes of values between pieces that stay in memory; more goes to disk
@@ -77,7 +80,10 @@ class Reconstruction:
         self.floats = self._through(piece, self.before, _Forward(piece, self.constants, "float"))
 
     def train(self, piece: Piece, learned: Sequence[Learned], schedule: Schedule, tell: Callable[[int], None] = lambda _: None) -> int:
-        """Train; gives the iterations that were run. What is learned stays in `learned`; the program isn't changed."""
+        """Train; gives the iterations that were run. What is learned stays in `learned`; the program isn't changed.
+
+        Raises Undifferentiable where the gradient of an op of the piece isn't known.
+        """
         rng, compared = torch.Generator().manual_seed(schedule.seed), _compared(piece)
         forward = _Forward(piece, self.program.constants, "trained", learned, schedule.drop)
         optimizer = torch.optim.Adam([{"params": [x.parameter], "lr": x.rate} for x in learned])
@@ -87,7 +93,7 @@ class Reconstruction:
             values = _mixed(piece, self.before[at], self.rounded[at], schedule.mix, rng)
             loss = _relative(self.floats[at], forward(values, rng), compared) / unit
             optimizer.zero_grad()
-            (loss + schedule.penalty * _penalty(learned, schedule.power(i))).backward()  # type: ignore[no-untyped-call]
+            _backward(loss + schedule.penalty * _penalty(learned, schedule.power(i)))
             optimizer.step()
             losses.append(float(loss.detach()))
             if (i + 1) % max(schedule.iterations // LOOKS, 1) == 0:
@@ -115,6 +121,19 @@ class Reconstruction:
     def _kept(self, piece: Piece, values: Values) -> Values:
         own = set(piece.outputs)
         return {n: v for n, v in values.items() if n in own or any(u.op != "output" and u not in self.done for u in n.users)}
+
+
+class Undifferentiable(Exception):  # noqa: N818 - caught by passes, never seen by a user
+    """What autograd says of a piece that it can't differentiate."""
+
+
+def _backward(loss: Tensor) -> None:
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "not implemented" in str(error) or "does not require grad" in str(error):
+            raise Undifferentiable(str(error).splitlines()[0]) from None
+        raise
 
 
 class _Forward:
@@ -154,7 +173,7 @@ class _Forward:
     def _value(self, node: fx.Node, env: _Values, rng: torch.Generator | None) -> Any:
         pair = pair_of(node) if self.form != "rounded" else None
         if pair is None:
-            return evaluate(node, env, env.constants)
+            return _evaluated(node, env)
         value, scale, zero, name, block = pair
         if self.form == "float" or format_of(name).bits > WIDE:
             return env[value]
@@ -207,6 +226,13 @@ class _Shelf:
         """Another shelf, item by item."""
         with torch.no_grad():
             return _Shelf((function(self[i]) for i in range(len(self))), self.held)
+
+
+def _evaluated(node: fx.Node, env: _Values) -> Any:
+    if node.target not in DIFFERENTIABLE:
+        return evaluate(node, env, env.constants)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+    return DIFFERENTIABLE[node.target](*args, **kwargs)
 
 
 def _read(node: fx.Node, form: Form) -> list[fx.Node]:

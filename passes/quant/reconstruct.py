@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from fxcompress.calibrate.learned import Bias, Learned, Rounding, Scale
-from fxcompress.calibrate.reconstruct import Reconstruction, Schedule
+from fxcompress.calibrate.reconstruct import Reconstruction, Schedule, Undifferentiable
 from fxcompress.contract import Lossy
 from fxcompress.dataflow import pair_of
 from fxcompress.edit import Edit
@@ -73,16 +73,24 @@ class Reconstruct(Transform):
         for number, piece in enumerate(parts):
             learned = list(self._learned(piece, on, declined))
             walk.enter(piece)
-            if learned:
-                settled = self._settled(walk, piece, learned, on.kept, partial(clock, number))
-                before, after = walk.error(piece), walk.error(piece, settled)
-                if after < before:
-                    _store(learned, settled, edit, f"of a block whose squared error goes from {before:.3g} to {after:.3g}")
-                else:
-                    reject = Reject("the squared error of its block would go from {} to {}", f"{before:.3g}", f"{after:.3g}")
-                    declined.update({x.node.name: reject for x in learned})
+            if learned and (reject := self._trained(walk, piece, learned, on.kept, partial(clock, number), edit)):
+                declined.update({x.node.name: reject for x in learned})
             walk.leave(piece)
         return declined
+
+    def _trained(
+        self, walk: Reconstruction, piece: Piece, learned: Sequence[Learned], kept: Kept, tell: Callable[[int], None], edit: Edit
+    ) -> Reject | None:
+        """Train a piece and store what is better; why it stays as it was."""
+        try:
+            settled = self._settled(walk, piece, learned, kept, tell)
+        except Undifferentiable as error:
+            return Reject("its block can't be trained: {}", str(error))
+        before, after = walk.error(piece), walk.error(piece, settled)
+        if not after < before:
+            return Reject("the squared error of its block would go from {} to {}", f"{before:.3g}", f"{after:.3g}")
+        _store(learned, settled, edit, f"of a block whose squared error goes from {before:.3g} to {after:.3g}")
+        return None
 
     def _settled(
         self, walk: Reconstruction, piece: Piece, learned: Sequence[Learned], kept: Kept, tell: Callable[[int], None]
@@ -115,7 +123,7 @@ class Reconstruct(Transform):
         for node in piece.nodes:
             pair = pair_of(node)
             scale = pair and on.constant(pair.scale)
-            if pair is None or scale is None or (format := format_of(pair.format)).kind != "int" or format.bits > NARROW:
+            if pair is None or scale is None or (format := format_of(pair.format)).kind == "float" or format.bits > NARROW:
                 continue
             weight = on.constant(pair.value)
             if weight is not None and o.rounding:
