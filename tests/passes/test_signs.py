@@ -164,6 +164,38 @@ def test_a_change_on_one_side_only_is_caught(use: str) -> None:
         program.constants[name] = new
 
 
+def test_signs_of_the_wrong_head_are_caught() -> None:
+    """The queries' signs put in order of another grouping of heads."""
+    program = attention(bias=5.0 * torch.tensor([-1.0, 1, 1, 1, 1, -1, -1, 1]))
+    old = program.constants["wq"]
+    edit = opened(program, named("signs.bimodal"))
+    turned = program.constants["wq"] / old
+    assert not torch.equal(turned, turned.roll(SIZE, 0))
+    program.constants["wq"] = old * turned.roll(SIZE, 0)
+    assert any(m.verdict == "broken" for m in check(program, edit, named("signs.bimodal").contract, program.example))
+
+
+def normed(norm: Callable[[Tensor], Tensor]) -> Body:
+    """Attention with a norm of queries and keys, head by head."""
+    return lambda q, k, v: F.scaled_dot_product_attention(norm(q), norm(k), v)
+
+
+def test_signs_pass_a_norm_without_a_mean_and_stop_at_one_with() -> None:
+    """And folded through the latter all the same, they change the result."""
+    program = attention(normed(lambda x: F.rms_norm(x, (SIZE,), eps=1e-6)))
+    after, report = run(program, "signs.bimodal")
+    assert report.fired == 1
+    assert torch.equal(outputs(program), outputs(after))
+    program = attention(normed(lambda x: F.layer_norm(x, (SIZE,))))
+    after, report = run(program, "signs.bimodal")
+    assert report.fired == 0
+    assert "layer_norm" in declined(report)[0][1]
+    for name in ("wq", "wk", "bk"):
+        value = after.constants[name]
+        after.constants[name] = value * OFFSETS.sign().reshape(-1, *[1] * (value.dim() - 1))
+    assert relative_error(outputs(program), outputs(after)) > 0.1
+
+
 def test_a_mean_of_nothing_has_a_sign() -> None:
     """A dead key channel must not take its query with it."""
     program = attention()
