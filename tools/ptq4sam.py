@@ -16,7 +16,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from tools.testbeds.widths import macs_by_width
 
 WIDTHS = {"W8A8": ("int8", "uint8", 8), "W6A6": ("int6", "uint6", 6), "W4A4": ("int4", "uint4", 4)}
 PARTS = {"keys": ("signs.bimodal", "signs.centre_keys"), "softmax": ("softmax.adaptive",), "training": ("quant.reconstruct",)}
-VARIANTS = ("min-max", "full", *(f"without {part}" for part in PARTS))
+VARIANTS = {"min-max": (), "full": tuple(PARTS), **{f"without {out}": tuple(p for p in PARTS if p != out) for out in PARTS}}
 DEVIATIONS = 8.0
 
 
@@ -50,7 +50,7 @@ def main() -> None:
         for width in options.widths:
             for variant in options.variants:
                 start = time.process_time()
-                made = judge.compiled(recipe(width, variant, options.iterations))
+                made = judge.compiled(recipe(width, VARIANTS[variant], options.iterations))
                 row = {"keys": keys, "width": width, "variant": variant, **judge(made), "cpu_seconds": round(time.process_time() - start)}
                 rows.append(row)
                 print(" | ".join(f"{k} {v}" for k, v in row.items()), flush=True)
@@ -69,21 +69,14 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def recipe(width: str, variant: str, iterations: int) -> dict[str, Any]:
-    """The shipped recipe at a width, less what the variant leaves out."""
+def recipe(width: str, parts: Sequence[str], iterations: int) -> dict[str, Any]:
+    """The shipped recipe at a width with these parts of it; without any, on min-max ranges."""
     weight, activation, bits = WIDTHS[width]
-    out = PARTS.get(variant.removeprefix("without "), ()) if variant != "min-max" else [p for part in PARTS.values() for p in part]
-    told: dict[str, dict[str, Any]] = {
-        "quant.insert": {
-            "weights": f"{weight}/channel",
-            "activations": f"{activation}/tensor",
-            "range": "minmax" if variant == "min-max" else "mse",
-        },
-        "softmax.adaptive": {"bits": bits},
-        "quant.reconstruct": {"iterations": iterations},
-    }
+    insert = {"weights": f"{weight}/channel", "activations": f"{activation}/tensor", "range": "mse" if parts else "minmax"}
+    told = {"quant.insert": insert, "softmax.adaptive": {"bits": bits}, "quant.reconstruct": {"iterations": iterations}}
+    out = {use for part, uses in PARTS.items() if part not in parts for use in uses}
     steps = [step.use for step in load_recipe("ptq4sam").passes if step.use not in out]
-    return {"name": f"{width}-{variant}", "passes": [{use: told[use]} if use in told else use for use in steps]}
+    return {"name": f"{width}-{'-'.join(parts) or 'minmax'}", "passes": [{use: told[use]} if use in told else use for use in steps]}
 
 
 class Judge:
