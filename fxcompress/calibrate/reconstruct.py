@@ -252,7 +252,7 @@ def _relative(wanted: Values, found: Values, outputs: Sequence[fx.Node]) -> Tens
     """Σ over the outputs of |found - wanted|² / |wanted|²; what isn't finite in one is left out."""
     total = torch.zeros(())
     for node in outputs:
-        old, new = wanted[node], found[node]
+        old, new = wanted[node].float(), found[node].float()
         if not bool(old.isfinite().all()):
             old, new = (torch.where(old.isfinite(), v, 0) for v in (old, new))
         total = total + (new - old).square().sum() / old.square().sum().clamp(min=1e-12)

@@ -10,7 +10,8 @@ calibration items is kept. Per row, as ratios of fxcompress to the rival:
     to file    nn.Module -> file, each through its own exporter (CPU seconds; peak memory beside it)
     latency    one call of the file in the plain runtime, both in one process in turn: median over the median
     SQNR       of the outputs on held-out items against the float model, in dB, higher is better
-    task       share of 2 976 test images that are recognised, of trained models
+    task       share of 2 976 test images that are recognised, of trained classifiers; mean IoU of 400 held-out objects asked for by boxes, of
+               the trained segmenter's decoder on the float encoder's embeddings
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 ITEMS, HELD_OUT, BATCH = 8, 4, 32
-TRAINED = ("resnet", "vit", "mobilenet")
+SCENES, SAM_BATCH = 200, 8
+TRAINED = ("resnet", "vit", "mobilenet", "sam-encoder", "sam-decoder")
 MODELS = ("resnet", "vit", "bert", "unet", "dit", "llama", *(f"{name}-trained" for name in TRAINED))
 PAIRS = (("fxcompress-ov", "nncf-ov"), ("fxcompress-ort", "ort-static"))
 
@@ -111,14 +113,60 @@ def opened(file: Path) -> Callable[[dict[str, Any]], Any]:
 
 
 def _task(name: str, call: Callable[[dict[str, Any]], Any]) -> float | None:
-    if not name.endswith("-trained"):
+    if not name.endswith("-trained") or name.startswith("sam-encoder"):
         return None
+    if name.startswith("sam-decoder"):
+        return _segmented(call)
     from tools.testbeds import fashion, load
 
     test = load(name.removesuffix("-trained")).test
     batches = list(zip(fashion.pixels(test.images).split(BATCH), test.labels.split(BATCH), strict=True))
     hits = [call({"pixel_values": x}).argmax(-1) == y for x, y in batches if len(x) == BATCH]  # rivals' files are of one batch size
     return float(sum(h.float().sum() for h in hits) / (len(hits) * BATCH))
+
+
+def _segmented(call: Callable[[dict[str, Any]], Any]) -> float:
+    import torch
+    import torch.nn.functional as F  # noqa: N812 - as everybody writes it
+
+    from fxcompress.evaluate import mask_iou
+    from tools.testbeds import load, scenes
+
+    _, draw = _segmenter("sam-decoder")
+    asked = scenes.held_out(load("sam").test, SCENES, seed=1)
+    low = [call(draw(1000 + i))[:, :, 0] for i in range(SCENES // SAM_BATCH)]
+    found = [F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False) > 0 for x in low]
+    return mask_iou(torch.cat(found), asked.masks).value
+
+
+def _segmenter(name: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
+    """The segmenter's encoder, or its decoder on what the encoder gives; items are batches of 8 scenes, to calibrate on of training images."""
+    import torch
+
+    from tools.testbeds import fashion, load, scenes
+
+    found = load("sam")
+    model, images = found.model, {False: fashion.read("train"), True: found.test}
+    drawn = {held: scenes.held_out(images[held], SCENES, seed=int(held)) for held in (False, True)}
+
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, image_embeddings: Any, input_boxes: Any) -> Any:
+            return self.model(image_embeddings=image_embeddings, input_boxes=input_boxes, multimask_output=False).pred_masks
+
+    def draw(seed: int) -> dict[str, Any]:
+        start = SAM_BATCH * (seed % 1000)
+        rows = slice(start, start + SAM_BATCH)
+        pixels = {"pixel_values": 2 * drawn[seed >= 1000].images[rows]}
+        if name == "sam-encoder":
+            return pixels
+        with torch.no_grad():
+            return {"image_embeddings": model.vision_encoder(**pixels).last_hidden_state, "input_boxes": drawn[seed >= 1000].boxes[rows]}
+
+    return (model.vision_encoder if name == "sam-encoder" else Decoder()).eval(), draw
 
 
 def built(name: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
@@ -158,6 +206,8 @@ def _trained(name: str) -> tuple[Any, Callable[[int], dict[str, Any]]]:
     """A testbed; its items are batches of 32 images, those to calibrate on from the training split."""
     from tools.testbeds import fashion, load
 
+    if name.startswith("sam"):
+        return _segmenter(name)
     found = load(name)
     images = {False: fashion.pixels(fashion.read("train").images), True: fashion.pixels(found.test.images)}
 
