@@ -103,9 +103,9 @@ TESTBEDS = {
         Plan(steps=2500, batch=128, lr=2e-3, channels_last=True),
         note="90 % was asked for: this plan misses it by 0.9 points",
     ),
-    "convnext": _classifier(classify.convnext, Plan(steps=3000, batch=128, lr=2e-3), loss=partial(classify.loss, reach=1)),
+    "convnext": _classifier(classify.convnext, Plan(steps=2600, batch=128, lr=2e-3), loss=partial(classify.loss, reach=1)),
     "unet": _denoiser(denoise.unet, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
-    "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=2400, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
+    "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=2000, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
     "sam": Testbed(
         segment.sam,
         Plan(steps=12500, batch=16, lr=1e-3, weight_decay=0.02, ema=0.998),
@@ -118,7 +118,7 @@ TESTBEDS = {
     ),
     "vae": Testbed(
         latent.autoencoder,
-        Plan(steps=800, batch=32, lr=2e-3, weight_decay=0.01),
+        Plan(steps=700, batch=32, lr=2e-3, weight_decay=0.01),
         loss=latent.coding_loss,
         finish=latent.standardise,
         metrics=latent.coding_metrics,
@@ -126,7 +126,7 @@ TESTBEDS = {
     ),
     "latent": _denoiser(
         latent.unet,
-        Plan(steps=2600, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998),
+        Plan(steps=2300, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998),
         loss=latent.loss,
         metrics=latent.metrics,
         feed=lambda model, data, seed: latent.states(model, seed),
@@ -134,7 +134,7 @@ TESTBEDS = {
     ),
     "yolos": _digits(
         detect.yolos,
-        Plan(steps=4000, batch=32, lr=1e-3, weight_decay=0.02, ema=0.998),
+        Plan(steps=3200, batch=32, lr=1e-3, weight_decay=0.02, ema=0.998),
         loss=detect.loss,
         metrics=detect.metrics,
         feed=lambda model, data, seed: detect.feed(data, seed),
@@ -142,7 +142,7 @@ TESTBEDS = {
     ),
     "video_judge": _digits(
         video.judge,
-        Plan(steps=1200, batch=64, lr=2e-3),
+        Plan(steps=1000, batch=64, lr=2e-3),
         loss=video.judging_loss,
         finish=partial(classify.settle, loss=video.judging_loss),
         metrics=video.judging_metrics,
@@ -151,7 +151,7 @@ TESTBEDS = {
     ),
     "video": _digits(
         video.latte,
-        Plan(steps=2200, batch=16, lr=1e-3, weight_decay=0.01, ema=0.998),
+        Plan(steps=1700, batch=16, lr=1e-3, weight_decay=0.01, ema=0.998),
         loss=video.loss,
         metrics=video.metrics,
         feed=lambda model, data, seed: video.states(model, seed),
