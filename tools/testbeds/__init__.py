@@ -103,9 +103,19 @@ TESTBEDS = {
         Plan(steps=2500, batch=128, lr=2e-3, channels_last=True),
         note="90 % was asked for: this plan misses it by 0.9 points",
     ),
-    "convnext": _classifier(classify.convnext, Plan(steps=2600, batch=128, lr=2e-3), loss=partial(classify.loss, reach=1)),
+    "convnext": _classifier(
+        classify.convnext,
+        Plan(steps=2600, batch=128, lr=2e-3),
+        loss=partial(classify.loss, reach=1),
+        note="90 % was asked for: this plan misses it by 0.7 points",
+    ),
     "unet": _denoiser(denoise.unet, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
-    "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=2000, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
+    "unet_outliers": _denoiser(
+        denoise.unet_outliers,
+        Plan(steps=2000, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998),
+        note=SETTLED + "; at most 10 points below the marks of the unet was asked for: this plan misses that by 4 points of recall in the "
+        "worst class, and its Fréchet ratio is 11.7, not 8",
+    ),
     "sam": Testbed(
         segment.sam,
         Plan(steps=12500, batch=16, lr=1e-3, weight_decay=0.02, ema=0.998),
