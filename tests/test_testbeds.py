@@ -10,25 +10,37 @@ import torch
 from torch import nn
 
 import fxcompress
+from fxcompress.calibrate.trajectory import first_tensor
 from fxcompress.capture import capture
-from fxcompress.evaluate import accuracy, recall, step_sqnr
+from fxcompress.evaluate import accuracy, mean_average_precision, recall, step_sqnr
 from fxcompress.interpret import run as interpret
 from fxcompress.signature import Inputs
 from tools.demo_diffusion import STEPS, ClassPipeline
-from tools.testbeds import TESTBEDS, classify, denoise, fashion, load, weights
+from tools.testbeds import TESTBEDS, Loaded, classify, denoise, detect, fashion, latent, load, video, weights
 from tools.testbeds.fashion import Split
 from tools.testbeds.train import Run, train
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = weights.published()
 CLASSIFIERS = [name for name in PUBLISHED if TESTBEDS[name].metrics is classify.metrics]
-DENOISERS = [name for name in PUBLISHED if TESTBEDS[name].metrics is denoise.metrics]
-LIMITS = {"resnet": 0.90, "mobilenet": 0.89, "convnext": 0.90, "vit": 0.87}
+SPACES = {denoise.metrics: denoise, latent.metrics: latent}
+DENOISERS = [name for name in PUBLISHED if TESTBEDS[name].metrics in SPACES]
+DETECTORS = [name for name in PUBLISHED if TESTBEDS[name].metrics is detect.metrics]
+VIDEOS = [name for name in PUBLISHED if TESTBEDS[name].metrics is video.metrics]
+LIMITS = {"resnet": 0.90, "mobilenet": 0.89, "convnext": 0.89, "vit": 0.87}
+DRAWN = {"unet": (0.85, 0.60, 8), "dit": (0.85, 0.60, 8), "unet_outliers": (0.75, 0.45, 12)}  # recognised, of the worst class, Fréchet
+
+
+class Shelf(dict[str, Loaded]):
+    """Loads what is asked for, once: the feed of a denoiser takes it some seconds to draw."""
+
+    def __missing__(self, name: str) -> Loaded:
+        return self.setdefault(name, load(name))
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    return {name: load(name) for name in PUBLISHED}
+    return Shelf()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -69,24 +81,91 @@ def test_a_damaged_classifier_is_not(loaded, name):
 @pytest.mark.parametrize("name", DENOISERS)
 def test_denoisers_draw_what_their_card_says(loaded, name):
     """100 samples, ten a class, seen by the ResNet: within three standard errors of the card's share of 1000."""
-    bed = loaded[name]
-    said = bed.card["metrics"]
+    said = loaded[name].card["metrics"]
     labels = torch.arange(100) % 10
-    drawn = denoise.sample(bed.model, labels, seed=2)
-    found = accuracy(classify.logits(loaded["resnet"].model), fashion.doubled(drawn), labels).value
+    found = accuracy(classify.logits(loaded["resnet"].model), drawn(loaded, name, labels), labels).value
     assert abs(found - said["recognised"]) < 3 * math.sqrt(said["recognised"] * (1 - said["recognised"]) * (1 / 100 + 1 / 1000))
-    assert said["recognised"] >= 0.85
-    assert said["recall_worst_class"] >= 0.60
-    assert said["frechet_ratio"] <= 8
+    recognised, worst, frechet = DRAWN[name]
+    assert said["recognised"] >= recognised
+    assert said["recall_worst_class"] >= worst
+    assert said["frechet_ratio"] <= frechet
     assert said["nearest_ratio"] >= 0.9
 
 
 @pytest.mark.parametrize("name", DENOISERS)
 def test_denoisers_listen_to_the_label(loaded, name):
     labels = torch.arange(50) % 10
-    drawn = fashion.doubled(denoise.sample(loaded[name].model, labels, seed=2))
-    found = recall(classify.logits(loaded["resnet"].model), drawn, (labels + 1) % 10)
+    found = recall(classify.logits(loaded["resnet"].model), drawn(loaded, name, labels), (labels + 1) % 10)
     assert sum(found.values()) / 10 < 0.2
+
+
+def drawn(loaded: dict[str, Loaded], name: str, labels: torch.Tensor) -> torch.Tensor:
+    """As the ResNet sees it."""
+    space = SPACES[TESTBEDS[name].metrics]
+    return fashion.doubled(space.drawn(space.sample(loaded[name].model, labels, seed=2)))
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_keep_what_their_card_says(loaded, name):
+    """80 clips, two a kind: within three standard errors of the card's shares of 400, and far from the shares of other kinds."""
+    said, kinds = loaded[name].card["metrics"], torch.arange(80) % video.KINDS
+    clips, judge = video.sample(loaded[name].model, kinds, seed=2), loaded["video_judge"].model
+    found = video.kept(judge, clips, kinds)
+    for what in ("digit", "direction"):
+        assert said[what] >= 0.85
+        assert abs(found[what] - said[what]) < 3 * math.sqrt(max(said[what] * (1 - said[what]), 0.01) * (1 / 80 + 1 / 400))
+    assert video.kept(judge, clips, (kinds + 1) % video.KINDS)["direction"] < 0.2
+    assert video.kept(judge, clips, (kinds + 4) % video.KINDS)["digit"] < 0.2
+
+
+@pytest.mark.parametrize("name", ["video_judge"] if VIDEOS else [])
+def test_the_judge_of_videos_is_as_good_as_its_card_says(loaded, name):
+    clips = video.held_out(loaded[name].test, 500, seed=5)
+    said, found = loaded[name].card["metrics"], video.kept(loaded[name].model, clips.videos, clips.kinds)
+    assert said["both"] >= 0.85
+    assert abs(found["both"] - said["both"]) < 3 * math.sqrt(said["both"] * (1 - said["both"]) * (1 / 500 + 1 / 2000))
+    assert video.kept(loaded[name].model, clips.videos.flip(2), clips.kinds)["direction"] < 0.05  # played backwards
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors_find_what_their_card_says(loaded, name):
+    """On 400 other canvases; with every fourth kernel negated, next to nothing."""
+    bed = loaded[name]
+    asked = detect.held_out(bed.test, 400, seed=5)
+    damaged = TESTBEDS[name].build().eval()
+    damaged.load_state_dict(bed.model.state_dict())
+    with torch.no_grad():
+        for kernel in [p for p in damaged.parameters() if p.dim() > 1][::4]:
+            kernel.neg_()
+    found, broken = (mean_average_precision(detect.detections(m, asked.images), asked.truth()) for m in (bed.model, damaged))
+    assert bed.card["metrics"]["map50"] >= 0.6
+    assert abs(found - bed.card["metrics"]["map50"]) < 0.05
+    assert broken < 0.3
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name == "vae"])
+def test_an_autoencoder_keeps_what_its_card_says(loaded, name):
+    bed, said = loaded[name], loaded[name].card["metrics"]
+    x, z = fashion.pixels(bed.test.images), latent.encode(bed.model, bed.test.images)
+    psnr = 10 * math.log10(4 / float(nn.functional.mse_loss(latent.decode(bed.model, z), x)))
+    assert said["psnr"] >= 20
+    assert abs(psnr - said["psnr"]) < 0.15
+    assert 0.8 < float(z.std()) < 1.25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_testbed_compiles_to_integers(loaded, name):
+    """The int8 recipe on ONNX Runtime: nearly all multiplications in integers, and the outputs of inputs that calibration never saw stay."""
+    bed = loaded[name]
+    made = fxcompress.compile(bed.model, "int8", next(iter(bed.calibration)), calibration=bed.calibration, check="end", threads=1)
+    assert made.report.backend.integer_share > 0.95
+    signal = noise = 0.0
+    with torch.no_grad():
+        for item in map(Inputs.of, itertools.islice(bed.evaluation, 6)):
+            a, b = (first_tensor(m(*item.args, **item.kwargs)).double() for m in (bed.model, made))
+            signal, noise = signal + float(a.square().sum()), noise + float((a - b).square().sum())
+    assert 10 * math.log10(signal / noise) > 15
 
 
 def test_the_pipeline_of_the_demo_samples_as_the_testbed_does(loaded):
@@ -107,7 +186,7 @@ def test_calibration_and_evaluation_share_nothing(loaded, name):
 
 
 def _images(item: object) -> torch.Tensor:
-    return next(v for v in Inputs.of(item).kwargs.values() if v.dim() == 4)
+    return next(v for v in Inputs.of(item).kwargs.values() if v.dim() >= 4)
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -136,7 +215,7 @@ def test_rounded_weights_show_on_the_states_of_both_models(loaded, name):
     rounded.load_state_dict({k: _rounded(v) if v.dim() > 1 else v for k, v in bed.model.state_dict().items()})
     few = list(itertools.islice(bed.evaluation, 40))
     held_out = step_sqnr(bed.model, rounded, few)
-    own = step_sqnr(bed.model, rounded, denoise.states(rounded, seed=1, n=4))
+    own = step_sqnr(bed.model, rounded, SPACES[TESTBEDS[name].metrics].states(rounded, seed=1, n=4))
     assert 10 < held_out.worst <= held_out.mean < 45
     assert 10 < own.worst <= own.mean < 45
     assert step_sqnr(bed.model, bed.model, few).worst == math.inf

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxcompress.calibrate import Feed, images
-from tools.testbeds import classify, denoise, fashion, segment, weights
+from tools.testbeds import classify, denoise, detect, fashion, latent, segment, video, weights
 from tools.testbeds.fashion import Split
 
+DIGITS = Path(__file__).parent / "data/digits"
 CALIBRATION, EVALUATION = 0, 1  # seeds of the noise that denoisers start from
 
 
@@ -34,6 +36,31 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where images come from. whole: the folder that training reads. subset: the committed one that everything else reads."""
+
+    words: str
+    licence: str
+    whole: Path
+    subset: Path
+
+
+FASHION = Source(
+    "Fashion-MNIST, its 60 000 training images; the metrics are over its 10 000 test images or as many samples as they say",
+    "MIT, Zalando SE",
+    fashion.WHOLE,
+    fashion.SUBSET,
+)
+
+HANDWRITTEN = Source(
+    "the handwritten digits of scikit-learn, 1 437 of 1 797; the metrics are over the other 360 or as many samples as they say",
+    "CC BY 4.0, E. Alpaydin and C. Kaynak (UCI), and BSD 3-Clause, scikit-learn",
+    DIGITS,
+    DIGITS,
+)
+
+
+@dataclass(frozen=True)
 class Testbed:
     """What makes one model. finish: what is settled after training. metrics: of model, training split and test split, for the card.
 
@@ -48,6 +75,7 @@ class Testbed:
     metrics: Callable[[nn.Module, Split, Split], dict[str, float]]
     feed: Callable[[nn.Module, Split, int], Feed]
     note: str = ""
+    source: Source = FASHION
 
 
 _classifier = partial(
@@ -65,6 +93,7 @@ _denoiser = partial(
     metrics=denoise.metrics,
     feed=lambda model, data, seed: denoise.states(model, seed),
 )
+_digits = partial(Testbed, finish=lambda model, data: None, source=HANDWRITTEN)
 
 TESTBEDS = {
     "resnet": _classifier(classify.resnet, Plan(steps=3500, batch=128, lr=2e-3)),
@@ -74,9 +103,19 @@ TESTBEDS = {
         Plan(steps=2500, batch=128, lr=2e-3, channels_last=True),
         note="90 % was asked for: this plan misses it by 0.9 points",
     ),
-    "convnext": _classifier(classify.convnext, Plan(steps=3500, batch=128, lr=2e-3)),
+    "convnext": _classifier(
+        classify.convnext,
+        Plan(steps=2600, batch=128, lr=2e-3),
+        loss=partial(classify.loss, reach=1),
+        note="90 % was asked for: this plan misses it by 0.7 points",
+    ),
     "unet": _denoiser(denoise.unet, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998)),
-    "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
+    "unet_outliers": _denoiser(
+        denoise.unet_outliers,
+        Plan(steps=2000, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998),
+        note=SETTLED + "; at most 10 points below the marks of the unet was asked for: this plan misses that by 4 points of recall in the "
+        "worst class, and its Fréchet ratio is 11.7, not 8",
+    ),
     "sam": Testbed(
         segment.sam,
         Plan(steps=12500, batch=16, lr=1e-3, weight_decay=0.02, ema=0.998),
@@ -86,6 +125,47 @@ TESTBEDS = {
         feed=lambda model, data, seed: segment.feed(data, seed),
         note="scenes: tools/testbeds/scenes.py; one mask an object (multimask_output=False): the three multimask tokens aren't trained; "
         "0.80 was asked for: this plan misses it by 1.3 points with boxes, 5.2 with points",
+    ),
+    "vae": Testbed(
+        latent.autoencoder,
+        Plan(steps=700, batch=32, lr=2e-3, weight_decay=0.01),
+        loss=latent.coding_loss,
+        finish=latent.standardise,
+        metrics=latent.coding_metrics,
+        feed=lambda model, data, seed: latent.coding_feed(data),
+    ),
+    "latent": _denoiser(
+        latent.unet,
+        Plan(steps=2300, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998),
+        loss=latent.loss,
+        metrics=latent.metrics,
+        feed=lambda model, data, seed: latent.states(model, seed),
+        note=SETTLED + "; latents of the vae testbed; what is drawn is decoded and halved before it is judged",
+    ),
+    "yolos": _digits(
+        detect.yolos,
+        Plan(steps=3200, batch=32, lr=1e-3, weight_decay=0.02, ema=0.998),
+        loss=detect.loss,
+        metrics=detect.metrics,
+        feed=lambda model, data, seed: detect.feed(data, seed),
+        note="canvases: tools/testbeds/detect.py",
+    ),
+    "video_judge": _digits(
+        video.judge,
+        Plan(steps=1000, batch=64, lr=2e-3),
+        loss=video.judging_loss,
+        finish=partial(classify.settle, loss=video.judging_loss),
+        metrics=video.judging_metrics,
+        feed=lambda model, data, seed: video.clip_feed(data, seed),
+        note="clips: tools/testbeds/video.py",
+    ),
+    "video": _digits(
+        video.latte,
+        Plan(steps=1700, batch=16, lr=1e-3, weight_decay=0.01, ema=0.998),
+        loss=video.loss,
+        metrics=video.metrics,
+        feed=lambda model, data, seed: video.states(model, seed),
+        note=SETTLED + "; judged by the video_judge testbed",
     ),
     "dit": _denoiser(denoise.dit, Plan(steps=6000, batch=32, lr=1e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
 }
@@ -110,6 +190,6 @@ def load(name: str) -> Loaded:
     testbed = TESTBEDS[name]
     with torch.random.fork_rng(devices=[]):
         model = weights.read(testbed.build(), name)
-    train, test = fashion.read("train"), fashion.read("t10k")
+    train, test = (fashion.read(split, testbed.source.subset) for split in ("train", "t10k"))
     few = Split(train.images[:512], train.labels[:512])
     return Loaded(model, testbed.feed(model, few, CALIBRATION), testbed.feed(model, test, EVALUATION), test, weights.card(name))

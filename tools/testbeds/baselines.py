@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,43 @@ from torch import Tensor, nn
 
 import fxcompress as fxc
 from fxcompress.calibrate import Feed
-from fxcompress.evaluate import Estimate, accuracy, bootstrap, frechet, mask_iou, noise_floor, paired_distance, rollout
-from tools.testbeds import EVALUATION, Loaded, classify, denoise, fashion, language, load, scenes, segment, weights
+from fxcompress.evaluate import (
+    Estimate,
+    Rollout,
+    accuracy,
+    bootstrap,
+    frame_difference_error,
+    frechet,
+    image_snr,
+    mask_iou,
+    mean_average_precision,
+    noise_floor,
+    paired_distance,
+    rollout,
+)
+from tools.testbeds import (
+    EVALUATION,
+    TESTBEDS,
+    Loaded,
+    classify,
+    denoise,
+    detect,
+    fashion,
+    language,
+    latent,
+    load,
+    scenes,
+    segment,
+    video,
+    weights,
+)
 from tools.testbeds.widths import macs_by_width
 
 WIDTHS = {"W8A8": ("int8", "uint8"), "W6A6": ("int6", "uint6"), "W4A8": ("int4", "uint8"), "W4A4": ("int4", "uint4")}
 INTEGER = "W8A8"  # what ONNX Runtime has integer kernels for
 Figures = dict[str, str]
+Models = dict[str, Callable[..., Any]]
+Judge = Callable[[Models], Figures]
 
 
 def main() -> None:
@@ -61,7 +92,7 @@ class Subject:
     """A model, how models of its kind are judged, and a calibration feed for each way in which it is called."""
 
     model: nn.Module
-    judge: Callable[[dict[str, Callable[..., Any]]], Figures]
+    judge: Judge
     feeds: dict[str, Feed]
 
 
@@ -94,16 +125,12 @@ def _subject(name: str, options: argparse.Namespace) -> Subject:
     if name == "smollm2":
         model, tokenizer = language.load()
         return Subject(model, lambda models: _read(models[""], tokenizer, options.windows), {"": language.feed(tokenizer)})
-    loaded = load(name)
-    metrics, feeds = loaded.card["metrics"], {"": loaded.calibration}
-    if "accuracy" in metrics:
-        return Subject(loaded.model, lambda models: _classified(models[""], loaded), feeds)
-    if "iou_boxes" in metrics:
+    loaded, metrics = load(name), TESTBEDS[name].metrics
+    feeds = {"": loaded.calibration}
+    if metrics is segment.metrics:
         few = fashion.read("train")
-        return Subject(
-            loaded.model, lambda models: _segmented(models, loaded), {kind: segment.feed(few, 0, kind=kind) for kind in segment.PROMPTS}
-        )
-    return Subject(loaded.model, _Denoised(loaded, options.samples), feeds)
+        feeds = {kind: segment.feed(few, 0, kind=kind) for kind in segment.PROMPTS}
+    return Subject(loaded.model, JUDGES[metrics](loaded, options.samples), feeds)
 
 
 def _read(model: Callable[..., Any], tokenizer: Any, windows: int) -> Figures:
@@ -112,50 +139,135 @@ def _read(model: Callable[..., Any], tokenizer: Any, windows: int) -> Figures:
     return {f"perplexity, {domain}": f"{p.value:.1f} ± {(p.high - p.low) / 2:.1f}" for domain, p in found.items()}
 
 
-def _classified(model: Callable[..., Any], loaded: Loaded) -> Figures:
+def _classified(loaded: Loaded, samples: int) -> Judge:
     x, labels = fashion.pixels(loaded.test.images), loaded.test.labels
-    both = [torch.cat([m(pixel_values=rows).logits.detach() for rows in x.split(250)]).argmax(1) for m in (model, loaded.model)]
-    share = bootstrap(lambda hits: float(hits.mean()), (both[0] == labels).double())
-    return {"accuracy": _percent(share), "other answer than float": f"{float((both[0] != both[1]).double().mean()):.1%}"}
+
+    def judge(models: Models) -> Figures:
+        both = [torch.cat([m(pixel_values=rows).logits.detach() for rows in x.split(250)]).argmax(1) for m in (models[""], loaded.model)]
+        share = bootstrap(lambda hits: float(hits.mean()), (both[0] == labels).double())
+        return {"accuracy": _percent(share), "other answer than float": f"{float((both[0] != both[1]).double().mean()):.1%}"}
+
+    return judge
 
 
-def _segmented(models: dict[str, Callable[..., Any]], loaded: Loaded) -> Figures:
+def _segmented(loaded: Loaded, samples: int) -> Judge:
     asked = scenes.held_out(loaded.test, 500, seed=EVALUATION + 1)
-    return {f"IoU, {kind}": _percent(mask_iou(segment.masks(model, asked, kind), asked.masks)) for kind, model in models.items()}
+    return lambda models: {f"IoU, {kind}": _percent(mask_iou(segment.masks(model, asked, kind), asked.masks)) for kind, model in models.items()}
+
+
+def _detected(loaded: Loaded, samples: int) -> Judge:
+    """In brackets the float model's figure on as many other canvases."""
+    asked, others = (detect.held_out(loaded.test, 500, seed=seed) for seed in (EVALUATION + 1, EVALUATION + 2))
+
+    def figure(model: Callable[..., Any], canvases: detect.Canvases) -> float:
+        return mean_average_precision(detect.detections(model, canvases.images), canvases.truth())
+
+    floor = figure(loaded.model, others)
+    return lambda models: {"mAP50": f"{figure(models[''], asked):.3f} [{floor:.3f}]"}
+
+
+def _decoded(loaded: Loaded, samples: int) -> Judge:
+    """Of images that went through the autoencoder and back."""
+    x, labels = fashion.pixels(loaded.test.images[:1000]), loaded.test.labels[:1000]
+    resnet = classify.logits(weights.read(classify.resnet(), "resnet"))
+
+    def judge(models: Models) -> Figures:
+        with torch.no_grad():
+            mine, floats = (torch.cat([m(sample=rows).sample for rows in x.split(50)]) for m in (models[""], loaded.model))
+        figures = {"recognised": _percent(accuracy(resnet, mine, labels)), "dB to the image": f"{image_snr(x, mine).mean:.1f}"}
+        return figures if models[""] is loaded.model else figures | {"dB to float's": f"{image_snr(floats, mine).mean:.1f}"}
+
+    return judge
 
 
 class _Denoised:
     """Judges samples from one noise: what the ResNet sees in them, their distance to real images and to the float model's samples."""
 
-    def __init__(self, loaded: Loaded, samples: int) -> None:
-        self.loaded, self.labels = loaded, torch.arange(samples) % len(fashion.CLASSES)
-        self.how = denoise.sampler(guidance=loaded.card["metrics"]["guidance"])
+    def __init__(self, loaded: Loaded, samples: int, space: Any = denoise) -> None:
+        self.loaded, self.space, self.labels = loaded, space, torch.arange(samples) % len(fashion.CLASSES)
+        self.how = space.sampler(guidance=loaded.card["metrics"]["guidance"])
         self.resnet = weights.read(classify.resnet(), "resnet")
         self.real = self._features(denoise.images(loaded.test))
         floor = noise_floor(frechet, self.real, samples, 2000)
         self.floor = sum(floor) / len(floor)
-        self.other = denoise.sample(loaded.model, self.labels, seed=3, how=self.how)
+        self.other = self._features(space.drawn(space.sample(loaded.model, self.labels, seed=3, how=self.how)))
 
-    def __call__(self, models: dict[str, Callable[..., Any]]) -> Figures:
-        asked = {"shape": denoise.SHAPE, "conditions": {"class_labels": self.labels}, "seed": 2}
+    def __call__(self, models: Models) -> Figures:
+        asked = {"shape": self.space.SHAPE, "conditions": self.space.conditions(self.labels), "seed": 2}
         found = rollout(self.loaded.model, models[""], self.how, len(self.labels), **asked)
-        mine, floats, other = (self._features(x) for x in (found.changed, found.reference, self.other))
+        reference, changed = (self.space.drawn(samples) for samples in (found.reference, found.changed))
+        mine, floats = self._features(changed), self._features(reference)
         figures = {
-            "recognised": _percent(accuracy(classify.logits(self.resnet), fashion.doubled(found.changed), self.labels)),
+            "recognised": _percent(accuracy(classify.logits(self.resnet), fashion.doubled(changed), self.labels)),
             "Fréchet, real": f"{frechet(mine, self.real[:2000]) / self.floor:.2f} x real",
         }
         if models[""] is self.loaded.model:
             return figures
-        paired = paired_distance(found.reference, found.changed)
-        return figures | {
-            "Fréchet, float's samples": f"{frechet(mine, floats):.2f} [{frechet(other, floats):.2f}]",
-            "distance, same noise": f"{paired.value:.3f} [1]",
-            "dB, float's states": f"{found.given.mean:.1f}, worst {found.given.worst:.1f}",
-            "dB, own states": f"{found.own.mean:.1f}, worst {found.own.worst:.1f}",
-        }
+        return figures | {"Fréchet, float's samples": f"{frechet(mine, floats):.2f} [{frechet(self.other, floats):.2f}]"} | _apart(found)
 
     def _features(self, x: Tensor) -> Tensor:
         return classify.features(self.resnet, fashion.doubled(x))
+
+
+def _judged(loaded: Loaded, samples: int) -> Judge:
+    """The share of clips whose digit and direction are both recognised."""
+    clips = video.held_out(loaded.test, 1000, seed=EVALUATION + 1)
+    return lambda models: {
+        name: _percent(bootstrap(lambda rows: float(rows.mean()), right.double()))
+        for name, right in video.hits(models[""], clips.videos, clips.kinds).items()
+    }
+
+
+class _Filmed:
+    """Judges clips from one noise: digits and directions that the judge sees, distances to real clips and to the float model's."""
+
+    def __init__(self, loaded: Loaded, samples: int) -> None:
+        self.loaded, self.kinds = loaded, torch.arange(samples) % video.KINDS
+        self.by = weights.read(video.judge(), "video_judge")
+        self.real = video.features(self.by, video.held_out(loaded.test, 3000, seed=2).videos)
+        floor = noise_floor(frechet, self.real, samples, 2000)
+        self.floor = sum(floor) / len(floor)
+        self.other = video.sample(loaded.model, self.kinds, seed=3)
+
+    def __call__(self, models: Models) -> Figures:
+        asked = {"shape": video.SHAPE, "conditions": video.conditions(self.kinds), "seed": 2}
+        found = rollout(self.loaded.model, models[""], video.sampler(), len(self.kinds), **asked)
+        mine, floats, other = (video.features(self.by, x) for x in (found.changed, found.reference, self.other))
+        hits = video.hits(self.by, found.changed, self.kinds)
+        figures = {name: _percent(bootstrap(lambda rows: float(rows.mean()), right.double())) for name, right in hits.items()}
+        figures["Fréchet, real"] = f"{frechet(mine, self.real[:2000]) / self.floor:.2f} x real"
+        if models[""] is self.loaded.model:
+            return figures
+        flicker = frame_difference_error(found.reference, found.changed).value
+        return (
+            figures
+            | {
+                "Fréchet, float's samples": f"{frechet(mine, floats):.2f} [{frechet(other, floats):.2f}]",
+                "frame differences": f"{flicker:.3f} [{frame_difference_error(found.reference, self.other).value:.3f}]",
+            }
+            | _apart(found)
+        )
+
+
+def _apart(found: Rollout) -> Figures:
+    paired = paired_distance(found.reference, found.changed)
+    return {
+        "distance, same noise": f"{paired.value:.3f} [1]",
+        "dB, float's states": f"{found.given.mean:.1f}, worst {found.given.worst:.1f}",
+        "dB, own states": f"{found.own.mean:.1f}, worst {found.own.worst:.1f}",
+    }
+
+
+JUDGES: dict[Any, Callable[[Loaded, int], Judge]] = {
+    classify.metrics: _classified,
+    segment.metrics: _segmented,
+    detect.metrics: _detected,
+    latent.coding_metrics: _decoded,
+    denoise.metrics: _Denoised,
+    latent.metrics: partial(_Denoised, space=latent),
+    video.metrics: _Filmed,
+    video.judging_metrics: _judged,
+}
 
 
 def _percent(share: Estimate) -> str:

@@ -88,29 +88,46 @@ def sample(model: Callable[..., Any], labels: Tensor, seed: int, how: Sampler | 
     """[N, 1, 16, 16], one image a label. The same seed gives the same noise, whatever the model. A captured UNet takes fewer than 64 rows."""
     noise = torch.randn(len(labels), *SHAPE, generator=torch.Generator().manual_seed(seed))
     rows = zip(noise.split(25), labels.split(25), strict=True)
-    return torch.cat([(how or sampler()).run(model, x, {"class_labels": y}) for x, y in rows])
+    return torch.cat([(how or sampler()).run(model, x, conditions(y)) for x, y in rows])
+
+
+def conditions(labels: Tensor) -> dict[str, Tensor]:
+    """What the model is told about each image."""
+    return {"class_labels": labels}
+
+
+def drawn(samples: Tensor) -> Tensor:
+    """The images that samples stand for: these models draw them as they are."""
+    return samples
 
 
 def states(model: nn.Module, seed: int, n: int = 20, steps: int = 20) -> Feed:
     """What the model sees while it draws n images, two of each class for 20: both halves of the guidance in each item."""
-    return trajectory(model, sampler(steps), n, shape=SHAPE, conditions={"class_labels": torch.arange(n) % len(CLASSES)}, seed=seed)
+    return trajectory(model, sampler(steps), n, shape=SHAPE, conditions=conditions(torch.arange(n) % len(CLASSES)), seed=seed)
 
 
 def metrics(model: nn.Module, train: Split, test: Split) -> dict[str, float]:
-    """Figures of 1000 samples, 100 a class, guided by GUIDANCE and, as "unguided_...", not guided. Features and classes are the ResNet's."""
+    """Figures of 1000 samples, 100 a class: `judged`."""
+    return judged(lambda labels, guidance: sample(model, labels, seed=1, how=sampler(guidance=guidance)), images(train), images(test), test)
+
+
+def judged(draw: Callable[[Tensor, float], Tensor], train: Tensor, real: Tensor, test: Split) -> dict[str, float]:
+    """Of what is drawn with GUIDANCE and, as "unguided_...", with none. Features and classes are the ResNet's.
+
+    draw: from labels [N] and a guidance scale to [N, 1, 16, 16]. train, real: images of the same form, real those of test.
+    """
     judge = weights.read(classify.resnet(), "resnet")
-    real = accuracy(classify.logits(judge), doubled(images(test)), test.labels).value
-    guided, free = (_judged(judge, model, sampler(guidance=g), images(train), images(test)) for g in (GUIDANCE, 1.0))
-    return {"guidance": GUIDANCE, "recognised_real": real, **guided, **{f"unguided_{key}": value for key, value in free.items()}}
+    labels = torch.arange(1000) % len(CLASSES)
+    guided, free = (_figures(judge, draw(labels, g), labels, train, real) for g in (GUIDANCE, 1.0))
+    known = accuracy(classify.logits(judge), doubled(real), test.labels).value
+    return {"guidance": GUIDANCE, "recognised_real": known, **guided, **{f"unguided_{key}": value for key, value in free.items()}}
 
 
-def _judged(judge: nn.Module, model: nn.Module, how: Sampler, train: Tensor, test: Tensor) -> dict[str, float]:
+def _figures(judge: nn.Module, drawn: Tensor, labels: Tensor, train: Tensor, real: Tensor) -> dict[str, float]:
     """frechet_ratio: the distance to 5000 training images over that of 1000 other training images, mean of two draws.
 
     nearest_ratio: median pixel distance to the nearest training image over that of 1000 test images: far below 1 where they are copied.
     """
-    labels = torch.arange(1000) % len(CLASSES)
-    drawn = sample(model, labels, seed=1, how=how)
     features = [classify.features(judge, doubled(x)) for x in (drawn, train[:6000])]
     distance, floor = frechet(features[0], features[1][:5000]), noise_floor(frechet, features[1], 1000, 5000)
     found = recall(classify.logits(judge), doubled(drawn), labels)
@@ -119,7 +136,7 @@ def _judged(judge: nn.Module, model: nn.Module, how: Sampler, train: Tensor, tes
         "recall_worst_class": min(found.values()),
         "frechet": distance,
         "frechet_ratio": distance * len(floor) / sum(floor),
-        "nearest_ratio": nearest(drawn, train) / nearest(test[:1000], train),
+        "nearest_ratio": nearest(drawn, train) / nearest(real[:1000], train),
     }
 
 

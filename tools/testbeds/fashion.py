@@ -18,7 +18,7 @@ KINDS = {"images": (3, "images-idx3-ubyte.gz"), "labels": (1, "labels-idx1-ubyte
 
 @dataclass(frozen=True)
 class Split:
-    """images: [N, 28, 28], uint8. labels: [N], int64."""
+    """images: [N, 28, 28], uint8 (digits: [N, 8, 8], 0 to 16). labels: [N], int64."""
 
     images: Tensor
     labels: Tensor

@@ -104,10 +104,10 @@ def publish(name: str, run: Run, folder: Path) -> dict[str, Any]:
     card = {
         "model": f"{type(model).__name__} of {type(model).__module__.partition('.')[0]}",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "data": "Fashion-MNIST, its 60 000 training images; the metrics are over its 10 000 test images or as many samples as they say",
+        "data": run.testbed.source.words,
         "data_sha256": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.gz"))},
         **({"note": run.testbed.note} if run.testbed.note else {}),
-        "licence": "of the data: MIT, Zalando SE; of the weights: Apache-2.0",
+        "licence": f"of the data: {run.testbed.source.licence}; of the weights: Apache-2.0",
         "command": f"python -m tools.testbeds.train {name}",
         "plan": asdict(run.plan),
         "cpu_minutes": round(run.seconds / 60, 1),
@@ -122,14 +122,15 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=TESTBEDS)
-    parser.add_argument("--data", type=Path, default=fashion.WHOLE, help="the folder of the four idx .gz files")
+    parser.add_argument("--data", type=Path, help="the folder of the four idx .gz files, if it isn't where Debian's package puts it")
     parser.add_argument("--checkpoints", type=Path, default=Path(".cache/testbeds"))
     parser.add_argument("--minutes", type=float, default=45.0, help="CPU minutes after which it stops, to go on later")
     options = parser.parse_args()
     torch.set_num_threads(1)
     run = Run(TESTBEDS[options.name])
-    train(run, fashion.read("train", options.data), options.checkpoints / f"{options.name}.pt", options.minutes)
-    print(json.dumps(publish(options.name, run, options.data)["metrics"]))
+    folder = options.data or run.testbed.source.whole
+    train(run, fashion.read("train", folder), options.checkpoints / f"{options.name}.pt", options.minutes)
+    print(json.dumps(publish(options.name, run, folder)["metrics"]))
 
 
 if __name__ == "__main__":
