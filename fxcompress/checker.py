@@ -7,6 +7,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from fxcompress.contract import MEASURED, Bounded, Contract, Exact, Lossy, Measured
-from fxcompress.dataflow import is_read, is_zero
+from fxcompress.dataflow import is_read, is_zero, pair_of
 from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
 from fxcompress.measure import filled, greatest_distance, has_zeros, histograms, relative_error, rounded
@@ -99,9 +100,13 @@ class _Checker:
             floors = self._floors(pair, env, after, bound)
             figure = self._figure(before, after, floors)
         holds = self.contract.holds(figure, bound)
-        wrong = (
-            (self._worst_block(pair, before, after) or self._off_grid(pair, env, before, after) or self._hidden(pair, bound)) if holds else ""
+        looks: tuple[Callable[[], str], ...] = (
+            partial(self._unrecorded, pair),
+            partial(self._worst_block, pair, before, after),
+            partial(self._off_grid, pair, env, before, after),
+            partial(self._hidden, pair, bound),
         )
+        wrong = next((why for look in looks if (why := look())), "") if holds else ""
         spread = None if isinstance(self.contract, Exact) else histograms(before, after)
         product = after if pair.new.target in PRODUCTS else None
         del after  # a decoded weight may be large, and the flipped ones are as large
@@ -116,6 +121,25 @@ class _Checker:
             filling = self._over_range(pair)
             return Measured(pair.site.name, pair.new.name, figure, bound, filling.verdict, filling.why, spread)
         return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why, spread, figure == -math.inf)
+
+    def _unrecorded(self, pair: Pair) -> str:
+        """How a pair makes something else of its value than the edit recorded, or how the new nodes, with the value itself in the pair's
+        place, give another one than the old node, as a sentence; "" if neither, and where no pair is recorded."""
+        env = {node: self._changed(root, node) for node, root in pair.frontier.items()}
+        nodes = [] if self.pairs.is_old(pair.new) else [*_between(pair.new, env), pair.new]
+        if self.edit.made.keys().isdisjoint(nodes):
+            return ""
+        for node in nodes:
+            env[node] = evaluate(node, env, self.program.constants)
+            if node in self.edit.made:
+                found = pair_of(node)
+                value = None if found is None else env[found.value]
+                if value is None or not torch.equal(self.edit.made[node](value), env[node]):
+                    return f"{node.name} makes something else of its value than {pair.site.name} recorded"
+                env[node] = value
+        error = _worst_error(self._changed(pair.old, pair.new), env[pair.new])
+        limit = Exact().bound(_leaves(env[pair.new])[0], pair.new)
+        return "" if error <= limit else f"without its quantiser {pair.new.name} is {error:.3g} off, not {limit:.3g}"
 
     def _off_grid(self, pair: Pair, env: Mapping[fx.Node, Any], before: Any, after: Any) -> str:
         """How a number of the range that a quantiser of integers is for moves by more than half a step, as a sentence; "" if none does. The

@@ -65,6 +65,7 @@ class Edit:
         self.changes: dict[fx.Node, list[Callable[[Any], Any]]] = {}  # per old value what happens to it, one after the other; else nothing
         self.rewired: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}  # per reader what it was given in place of what, one after the other
         self.updated: set[fx.Node] = set()  # old nodes that were given other arguments
+        self.made: dict[fx.Node, Callable[[Tensor], Tensor]] = {}  # inserted pairs, with what they make of the value they quantise
         self.nulls: set[fx.Node] = set()  # values whose zeros are 0 for every input, as the pass has shown: nothing hides behind them
         self._undo: list[Callable[[], None]] = []
         self._erased: dict[fx.Node, None] = {}
@@ -131,6 +132,11 @@ class Edit:
         made = node.args[0] if node.target is operator.getitem else node  # a tuple is checked whole
         around = [n for n in (made, *node.users) if isinstance(n, fx.Node) and n.op == "call_function"]
         self._site().carried.extend(n for n in around if n not in self._site().carried)
+
+    def makes(self, pair: fx.Node, change: Callable[[Tensor], Tensor]) -> None:
+        """Record what an inserted pair makes of the value it quantises: a Lossy contract, which has no limit, holds it to that."""
+        self.made[pair] = change
+        self._undo.append(lambda: self.made.pop(pair))  # type: ignore[arg-type]
 
     def loosen(self, nodes: Iterable[fx.Node]) -> None:
         """Record that these values change in a way that only what swallows it makes good; their readers are checked from what they read."""

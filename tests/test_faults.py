@@ -41,6 +41,10 @@ SAMPLES: tuple[tuple[str, str, int], ...] = (  # model, case, faults
     ("vit", "quant.insert {'activations': 'int8/token', 'products': False}", 15),
     ("vit", "quant.ranges", 20),
     ("vit", "quant.bias_correction", 15),
+    ("vit", "quant.reconstruct {'iterations': 3}", 15),
+    ("vit", "signs.bimodal", 15),
+    ("vit", "signs.centre_keys", 15),
+    ("vit", "softmax.adaptive {'bits': 4}", 20),
 )
 KINDS = (
     "negate",
@@ -145,7 +149,8 @@ def test_one_fault_among_two_hundred_sites_is_named_with_its_node() -> None:
     assert [o.named for o in found] == [(value[o.fault.site],) for o in found]
 
 
-ONE_STEP = ("quant.insert", "zero_point", "one more"), (str(CASES[-3]), "div_tensor", "one more in argument 1")
+TOKENS = "quant.insert {'activations': 'int8/token', 'products': False}"
+ONE_STEP = ("quant.insert", "zero_point", "one more"), (TOKENS, "div_tensor", "one more in argument 1")
 
 
 @pytest.mark.parametrize(("name", "at", "kind"), ONE_STEP)

@@ -148,7 +148,9 @@ def _pair(a: fx.Node, quantiser: Quantiser, before: fx.Node, edit: Edit) -> fx.N
     zero = quantiser.zero_point
     scale_node = edit.constant(f"{a.name}.scale", quantiser.scale.reshape(one), **at)
     zero_node = None if zero is None else edit.constant(f"{a.name}.zero_point", zero.reshape(one), **at)
-    return insert_pair(edit, a, scale_node, zero_node, quantiser.format, [-1] * len(one), **at)
+    pair = insert_pair(edit, a, scale_node, zero_node, quantiser.format, [-1] * len(one), **at)
+    edit.makes(pair, quantiser)
+    return pair
 
 
 def _called(candidate: Candidate) -> str:
