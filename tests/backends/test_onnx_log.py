@@ -135,7 +135,7 @@ def test_probabilities_that_are_a_result_too(backend: str, tmp_path: Path) -> No
     torch.testing.assert_close(given[1], interpret(lowered, lowered.example)[1], rtol=1e-4, atol=1e-6)
 
 
-MODELS = {"sam": 11, "vit": 4}  # testbeds, and their attentions
+MODELS = {"sam": 11, "vit": 6}  # testbeds, and their attentions
 
 
 @pytest.mark.slow
