@@ -39,6 +39,7 @@ def flat_graph(exported: ExportedProgram, strip: str = "") -> tuple[fx.Graph, di
     flattener = _Flattener(exported, strip)
     flattener.run()
     functionalise(flattener.graph)
+    write_fixed_sizes(flattener.graph)
     for node in flattener.graph.nodes:
         node.target = RESHAPES.get(node.target, node.target)
     open_experts(flattener.graph, flattener.constants)
@@ -181,6 +182,20 @@ def functionalise(graph: fx.Graph) -> None:
         node.target = functional
         for user in [u for u in list(target.users) if order.get(u, -1) > order[node]]:
             user.replace_input_with(target, node)
+
+
+def write_fixed_sizes(graph: fx.Graph) -> None:
+    """A size that export fixed, and what is computed of it, is the number itself in every op: what is made of it alone is a constant then."""
+    for node in graph.nodes:
+        size = node.meta.get("val")
+        if not isinstance(size, torch.SymInt) or (number := size.node.maybe_as_int()) is None:
+            continue
+
+        def written(a: fx.Node, node: fx.Node = node, number: int = number) -> Any:
+            return number if a is node else a
+
+        for user in [u for u in node.users if u.op == "call_function"]:
+            user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), written)
 
 
 def _functional_form(node: fx.Node) -> Callable[..., Any] | None:

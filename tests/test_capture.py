@@ -113,6 +113,17 @@ def test_an_axis_the_code_fixes_is_fixed_and_reported() -> None:
     assert program.notes == ("axis 1 of x is fixed to 12: the model's code depends on its size",)
 
 
+def test_a_fixed_size_is_a_number_in_every_op() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.reshape(x.shape[0], 3, 4).sum(1).sum() + torch.arange(x.shape[1]).float() + x
+
+    program = capture(Fixed().eval(), (torch.randn(2, 12),))
+    assert program.inputs[0].shape == ("batch", 12)
+    assert [n.args for n in program.graph.nodes if n.target is torch.ops.aten.arange.default] == [(12,)]
+    assert [n.args[1] for n in program.graph.nodes if n.target is torch.ops.aten.sym_size.int] == [0]
+
+
 def test_asking_for_an_axis_the_code_fixes_is_an_error() -> None:
     class Fixed(nn.Module):
         def forward(self, x):

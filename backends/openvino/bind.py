@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
+import onnx_ir.passes.common as cleanup
 import torch
 from torch import Tensor, fx
 
@@ -23,6 +24,7 @@ from fxcompress.backends.onnx.outline import Leaf, Outline, Quantised
 from fxcompress.backends.onnx.quantisers import bind_grids
 from fxcompress.backends.onnx.sites import readers
 from fxcompress.backends.onnx.translate import Skeleton
+from fxcompress.backends.openvino.legalise import Legaliser
 from fxcompress.errors import BackendRefusal
 from fxcompress.numerics.packing import unpack
 from fxcompress.program import module_path
@@ -44,6 +46,8 @@ def bind(skeleton: Skeleton, constants: Mapping[str, Tensor]) -> Bound:
     build, outlined = Builder(skeleton.model), skeleton.outline
     _refuse(skeleton)
     bind_grids(build, outlined.leaves, constants)
+    Legaliser(build, outlined, constants).run()
+    cleanup.RemoveUnusedNodesPass()(skeleton.model)
     in_float: dict[str, str] = {}
     for index, leaf in enumerate(outlined.leaves):
         value = skeleton.model.graph.initializers.pop(leaf_name(index), None)

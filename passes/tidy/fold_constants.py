@@ -3,10 +3,11 @@
     f(c1, c2, ...) -> c
 
 A cone is everything a value is computed from; it is constant if no input and no dynamic size is in it (torch.arange, zeros, full with literal
-sizes have neither). Each maximal one becomes a constant. Legal because ops are functions of their arguments: those that draw random numbers or
-leave memory as it was found are not. Weight-side quantisers (fxc::) stay, or the weight would be float again. Exact, bit for bit. Costs file
-size where the result is larger than the constants it replaces, which are those read by nothing else; past 1 MiB and four times their size the
-cone is declined, and the largest cones inside it are folded in its place. Source: constant folding as in any compiler.
+sizes have neither). Each maximal one becomes a constant. Legal because ops are functions of their arguments: those that draw random
+numbers (a dropout that is switched off doesn't) or leave memory as it was found are not. Weight-side quantisers (fxc::) stay, or the weight
+would be float again. Exact, bit for bit. Costs file size where the result is larger than the constants it replaces, which are those read by
+nothing else; past 1 MiB and four times their size the cone is declined, and the largest cones inside it are folded in its place. Source:
+constant folding as in any compiler.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def _is_function(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return True
     packet = target._schema.name.split("::")[1]
-    return target.namespace != "fxc" and torch.Tag.nondeterministic_seeded not in target.tags and packet not in UNDEFINED
+    draws = torch.Tag.nondeterministic_seeded in target.tags and not (target is torch.ops.aten.dropout.default and node.args[2:] == (False,))
+    return target.namespace != "fxc" and not draws and packet not in UNDEFINED
 
 
 def _reason_to_stay(root: fx.Node, program: Program, constant: Mapping[fx.Node, None]) -> Reject | None:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 import fxcompress as fxc
 from fxcompress.backends.onnx import forms
+from fxcompress.backends.onnx.drift import check_drift
 from fxcompress.backends.onnx.elsewhere import check_other_sizes
 from fxcompress.errors import BackendRefusal, InputError
 from fxcompress.interpret import run
+from tests.backends.integer_helpers import integer
 from tests.backends.onnx_helpers import program_of
 from tests.zoo import ZOO
 
@@ -55,6 +57,27 @@ def test_a_cache_is_tried_empty():
     program = fxc.capture(ZOO["llama"]()[0], {"input_ids": ids, "use_cache": True})
     check_other_sizes(program, lambda inputs: seen.append(inputs) or run(program, inputs))
     assert [0 in [n for t in inputs for n in t.shape] for inputs in seen] == [False, True]
+
+
+@pytest.mark.parametrize(("off_by", "is_right"), [(1e-6, True), (1e-2, False)])
+def test_an_output_that_no_code_leads_to_is_held_to_rounding(off_by, is_right):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.layer(x), x.mean(-1)
+
+    torch.manual_seed(0)
+    program = integer(program_of(Two(), torch.randn(2, 8)))
+    wanted = run(program, program.example)
+    given = [wanted[0], wanted[1] * (1 + off_by)]
+    if is_right:
+        check_drift(program, program.example, wanted, given)
+    else:
+        with pytest.raises(BackendRefusal, match="with every code off by one it is inf dB"):
+            check_drift(program, program.example, wanted, given)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])

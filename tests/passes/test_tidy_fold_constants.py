@@ -85,6 +85,12 @@ def test_weight_quantisers_stay() -> None:
         return linear""")
 
 
+def test_a_dropout_that_is_off_is_no_random_number() -> None:
+    before = function(lambda x, w: x + nnf.dropout(w, 0.5, training=False) * 2, X, w=W[0])
+    after, _ = run(before, "tidy.fold_constants")
+    assert [v.tolist() for v in after.constants.values()] == [(W[0] * 2).tolist()]
+
+
 def test_random_numbers_stay() -> None:
     before = function(lambda x, w: x + nnf.dropout(w, 0.5, training=True) * 0, X, w=W[0])
     after, report = run(before, "tidy.fold_constants")
