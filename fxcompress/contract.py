@@ -66,7 +66,8 @@ class Bounded:
     """May lose what the number format must lose: SQNR >= that of an ideal quantiser of its width on the measured range, less 3 dB; and in a
     constant without a measured range no block loses more than rounding on its own range may (`noise.excess`).
 
-    Of fewer than 32 entries every one may be half a step off by chance, 10 log10 3 = 4.8 dB beyond the mean: less 5 dB there.
+    Of fewer than 32 entries every one may be half a step off by chance, 10 log10 3 = 4.8 dB beyond the mean: less 5 dB there, and on a
+    measured range, whose numbers are held to half a step one by one, and which one number may fill, such as the background of an image.
     The measured range is the one a pass filed under meta[MEASURED] of the dequantize node, (lo, hi) from calibration; else that of the value.
     limit: another bound in dB, from the recipe; blocks are then not looked at one by one.
     """
@@ -100,7 +101,7 @@ class Bounded:
         margin = self.margin if old.numel() >= self.few else self.margin_of_few
         if MEASURED in new.meta:
             lo, hi = new.meta[MEASURED]
-            return noise.static_sqnr(old, format, lo, hi, symmetric) - margin
+            return noise.static_sqnr(old, format, lo, hi, symmetric) - self.margin_of_few
         return noise.ideal_sqnr(old, format, tuple(block), symmetric) - margin  # type: ignore[arg-type]
 
     def is_half_step(self, new: fx.Node) -> bool:

@@ -813,3 +813,14 @@ def test_a_range_far_beyond_the_probe_is_checked_on_numbers_that_fill_it(monkeyp
     monkeypatch.setattr(insert, "grid_of", lambda *args: replace(right(*args), zero_point=right(*args).zero_point + 9))
     with pytest.raises(ContractViolation):
         run(before, before.example, [outlier])
+
+
+def test_a_background_half_a_step_off_is_no_violation() -> None:
+    """-1 lies between two codes of the range -1 to 1, and fills the image."""
+    x = seeded(1, 1, 16, 16).clamp(-1, 1)
+    x = torch.where(seeded(1, 1, 16, 16, seed=1) > 1.3, x, -1.0)
+    x[..., 0, 0] = 1.0
+    program = function(lambda x, w: F.conv2d(x, w), x, w=seeded(4, 1, 3, 3, seed=2))
+    _, report = run(program, [x])
+    assert report.fired
+    assert min(c.figure - c.limit for c in report.checks) < 2
