@@ -28,7 +28,7 @@ DENOISERS = [name for name in PUBLISHED if TESTBEDS[name].metrics in SPACES]
 DETECTORS = [name for name in PUBLISHED if TESTBEDS[name].metrics is detect.metrics]
 VIDEOS = [name for name in PUBLISHED if TESTBEDS[name].metrics is video.metrics]
 LIMITS = {"resnet": 0.90, "mobilenet": 0.89, "convnext": 0.89, "vit": 0.87}
-DRAWN = {"unet": (0.85, 0.60, 8), "dit": (0.85, 0.60, 8), "unet_outliers": (0.75, 0.45, 12)}  # recognised, of the worst class, Fréchet
+DRAWN = dict.fromkeys(DENOISERS, (0.85, 0.6, 8)) | {"unet_outliers": (0.75, 0.45, 12)}  # recognised, of the worst class, Fréchet
 
 
 class Shelf(dict[str, Loaded]):

@@ -161,7 +161,7 @@ TESTBEDS = {
     ),
     "video": _digits(
         video.latte,
-        Plan(steps=1700, batch=16, lr=1e-3, weight_decay=0.01, ema=0.998),
+        Plan(steps=1400, batch=16, lr=1e-3, weight_decay=0.01, ema=0.998),
         loss=video.loss,
         metrics=video.metrics,
         feed=lambda model, data, seed: video.states(model, seed),
