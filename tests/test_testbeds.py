@@ -118,7 +118,7 @@ def test_videos_keep_what_their_card_says(loaded, name):
     assert video.kept(judge, clips, (kinds + 4) % video.KINDS)["digit"] < 0.2
 
 
-@pytest.mark.parametrize("name", ["video_judge"] if VIDEOS else [])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if TESTBEDS[name].metrics is video.judging_metrics])
 def test_the_judge_of_videos_is_as_good_as_its_card_says(loaded, name):
     clips = video.held_out(loaded[name].test, 500, seed=5)
     said, found = loaded[name].card["metrics"], video.kept(loaded[name].model, clips.videos, clips.kinds)
