@@ -28,7 +28,7 @@ DENOISERS = [name for name in PUBLISHED if TESTBEDS[name].metrics in SPACES]
 DETECTORS = [name for name in PUBLISHED if TESTBEDS[name].metrics is detect.metrics]
 VIDEOS = [name for name in PUBLISHED if TESTBEDS[name].metrics is video.metrics]
 LIMITS = {"resnet": 0.90, "mobilenet": 0.89, "convnext": 0.89, "vit": 0.87}
-DRAWN = {"unet": (0.85, 0.60, 8), "dit": (0.85, 0.60, 8), "unet_outliers": (0.75, 0.45, 12)}  # recognised, of the worst class, Fréchet
+DRAWN = dict.fromkeys(DENOISERS, (0.85, 0.6, 8)) | {"unet_outliers": (0.75, 0.45, 12)}  # recognised, of the worst class, Fréchet
 
 
 class Shelf(dict[str, Loaded]):
@@ -118,7 +118,7 @@ def test_videos_keep_what_their_card_says(loaded, name):
     assert video.kept(judge, clips, (kinds + 4) % video.KINDS)["digit"] < 0.2
 
 
-@pytest.mark.parametrize("name", ["video_judge"] if VIDEOS else [])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if TESTBEDS[name].metrics is video.judging_metrics])
 def test_the_judge_of_videos_is_as_good_as_its_card_says(loaded, name):
     clips = video.held_out(loaded[name].test, 500, seed=5)
     said, found = loaded[name].card["metrics"], video.kept(loaded[name].model, clips.videos, clips.kinds)

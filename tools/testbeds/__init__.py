@@ -144,7 +144,7 @@ TESTBEDS = {
     ),
     "yolos": _digits(
         detect.yolos,
-        Plan(steps=3200, batch=32, lr=1e-3, weight_decay=0.02, ema=0.998),
+        Plan(steps=12000, batch=32, lr=1e-3, weight_decay=0.02, ema=0.998),
         loss=detect.loss,
         metrics=detect.metrics,
         feed=lambda model, data, seed: detect.feed(data, seed),
@@ -161,7 +161,7 @@ TESTBEDS = {
     ),
     "video": _digits(
         video.latte,
-        Plan(steps=1700, batch=16, lr=1e-3, weight_decay=0.01, ema=0.998),
+        Plan(steps=8000, batch=16, lr=1e-3, weight_decay=0.01, ema=0.998),
         loss=video.loss,
         metrics=video.metrics,
         feed=lambda model, data, seed: video.states(model, seed),
