@@ -4,8 +4,9 @@
 
 To nearest is the best rounding of a weight, not of a sum of products: which neighbour each weight goes to is learned for all weights of a
 block together. A block is what lies between two places of the graph where few values are alive (`pieces`). A site is a constant that was
-trained. Declined: constants that several blocks read, and blocks whose error on the feed didn't fall, which stay as they were. Lossy by
-nature: the figures are those of the outputs. Costs nothing at run time; needs a feed of some hundred rows. Give it before `quant.finalize`.
+trained. Declined: constants that several blocks read, or that are read otherwise too, and blocks whose error on the feed didn't fall, which
+stay as they were. Lossy by nature: the figures are those of the outputs. Costs nothing at run time; needs a feed of some hundred rows. Give it
+before `quant.finalize`.
 Source: AdaRound (arXiv 2004.10568), BRECQ (arXiv 2102.05426), LSQ (arXiv 1902.08153), QDrop (arXiv 2203.05740).
 """
 
@@ -113,7 +114,10 @@ class Reconstruct(Transform):
             if x.constant in found or not any(on.admits(n) for n in _readers(x.node)):
                 continue
             found[x.constant] = x
-            if stranger := next((n for n in _readers(x.constant) if n not in own), None):
+            others = [] if x.constant is x.node else [u for u in x.constant.users if u is not x.node.args[0]]
+            if others:
+                declined[x.node.name] = Reject("{} is read by {} too, in float or on another grid", x.constant, others[0])
+            elif stranger := next((n for n in _readers(x.constant) if n not in own), None):
                 declined[x.node.name] = Reject("{} is read by {} too, in another block", x.constant, stranger)
             else:
                 yield x

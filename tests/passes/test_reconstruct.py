@@ -20,10 +20,10 @@ from fxcompress.interpret import run as interpret
 from fxcompress.manager import Manager, lowest_sqnr
 from fxcompress.numerics.noise import sqnr
 from fxcompress.program import Program
-from fxcompress.recipe import Where, build, load_recipe
+from fxcompress.recipe import Step, Where, build, load_recipe
 from fxcompress.report import PassReport
 from fxcompress.target import Target
-from tests.passes.helpers import captured, declined, seeded
+from tests.passes.helpers import Builder, captured, declined, named, seeded
 
 W4A4 = {"weights": "int4/channel", "activations": "uint4/tensor"}
 INSERT: dict[str, Any] = {"quant.insert": W4A4}
@@ -126,6 +126,20 @@ class TestDeclined:
         reasons = dict(declined(report))
         assert any("is read by" in r and "in another block" in r for r in reasons.values())
         assert not any("shared" in name for c in report.changes for name in c.constants)
+
+    def test_a_weight_that_is_also_read_in_float(self) -> None:
+        built, weight = Builder(x=ITEMS[0][0]), seeded(8, 16, seed=3)
+        leaf, scale = built.constant("w", weight), built.constant("w.scale", weight.abs().amax(1, keepdim=True) / 7)
+        grid = (scale, None, "int4", [1, -1])
+        codes = built.op(torch.ops.fxc.quantize.default, leaf, *grid)
+        layer = built.op(torch.ops.aten.linear.default, built.x, built.op(torch.ops.fxc.dequantize.default, codes, *grid))
+        program = built.program(built.op(torch.ops.aten.add.Tensor, layer, built.op(torch.ops.aten.sum.dim_IntList, leaf, [1])))
+        manager = Manager(program, Target(name="test"), ITEMS[0], "each", Statistics(ITEMS))
+        manager.gave.add("quantised")
+        (report,) = manager.run([(Step(use="quant.reconstruct"), named("quant.reconstruct", iterations=5))])
+        assert report.fired == 0
+        assert "read by sum_dim_int_list too, in float" in declined(report)[0][1]
+        assert torch.equal(manager.program.constants["w"], weight)
 
     def test_a_block_that_would_lose_stays_as_it_was(self, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
         def worse(self: Reconstruction, piece: Any, learned: Any, *rest: Any) -> int:
