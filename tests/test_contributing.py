@@ -70,11 +70,12 @@ def test_the_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert space["fast"].report.backend.integer_share == 1.0
 
 
-def test_the_readme_recipe_is_valid(tmp_path: Path) -> None:
-    (source,) = blocks("README.md", "yaml")
-    file = tmp_path / "mine.yaml"
-    file.write_text(source, encoding="utf-8")
-    assert load_recipe(file).name == "mine"
+def test_the_readme_recipes_are_valid(tmp_path: Path) -> None:
+    file, names = tmp_path / "mine.yaml", []
+    for source in blocks("README.md", "yaml"):
+        file.write_text(source, encoding="utf-8")
+        names.append(load_recipe(file).name)
+    assert names == ["trained", "mine"]
 
 
 def test_every_pass_backend_and_recipe_is_in_the_readme() -> None:

@@ -119,7 +119,7 @@ def test_yaml_builds_no_objects() -> None:
 def test_order_lists_every_unmet_need_at_once() -> None:
     assert message("name: x\npasses: [quant.finalize, quant.weight_only]") == (
         "recipe 'x' can't run in this order\n"
-        "  why   pass 1 quant.finalize needs 'quantised' before it, which quant.insert, quant.weight_only gives\n"
+        "  why   pass 1 quant.finalize needs 'quantised' before it, which quant.insert, quant.weight_only, softmax.adaptive gives\n"
         "        pass 2 quant.weight_only can't run on a program that is 'finalised' already\n"
         "  do    reorder or add the passes named"
     )

@@ -40,9 +40,10 @@ class Codebook(nn.Module):
         return nn.functional.silu(self.convolution(torch.tensor(0.0) + self.table(x.argmax(-1)).permute(0, 2, 1)))
 
 
-@pytest.mark.parametrize("model, shape", [(Cast(), (2, 8, 20)), (Codebook(), (2, 40, 16))], ids=["cast", "codebook"])
+@pytest.mark.parametrize("model, shape", [(Cast, (2, 8, 20)), (Codebook, (2, 40, 16))], ids=["cast", "codebook"])
 def test_every_product_is_in_integers(model, shape):
-    report = compiled(model, *shape).report
+    torch.manual_seed(0)
+    report = compiled(model(), *shape).report
     assert report.backend is not None and report.output_sqnr is not None
     assert (report.backend.integer_share, report.backend.in_float) == (1, ())
     assert report.output_sqnr > FLOOR

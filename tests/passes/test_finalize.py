@@ -216,6 +216,6 @@ def test_order_is_checked_before_anything_runs() -> None:
         fxc.compile(Small().eval(), {"name": "late", "passes": [NAME]}, (seeded(2, 6),), backend="reference")
     assert str(caught.value) == (
         "recipe 'late' can't run in this order\n"
-        "  why   pass 1 quant.finalize needs 'quantised' before it, which quant.insert, quant.weight_only gives\n"
+        "  why   pass 1 quant.finalize needs 'quantised' before it, which quant.insert, quant.weight_only, softmax.adaptive gives\n"
         "  do    reorder or add the passes named"
     )

@@ -292,7 +292,7 @@ def test_a_tied_table_needs_a_kernel_for_both_uses() -> None:
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "a format": ({"weights": "int5"}, "weights: unknown number format 'int5'; did you mean 'int8'?"),
+    "a format": ({"weights": "int5"}, "weights: unknown number format 'int5'; did you mean 'uint5'?"),
     "a granularity": (
         {"weights": "int8/row"},
         "weights: unknown granularity 'row'; one of tensor, channel, token, group:64 (any positive group size)",
