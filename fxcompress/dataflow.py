@@ -166,6 +166,12 @@ def pair_of(node: Any) -> Quantised | None:
     return Quantised(*codes.args) if is_pair else None  # type: ignore[union-attr]
 
 
+def before_pair(node: fx.Node) -> fx.Node:
+    """The value that a pair stands for, or the node itself."""
+    pair = pair_of(node)
+    return node if pair is None else pair.value
+
+
 def decided_by_inputs(program: Program) -> set[fx.Node]:
     """The nodes whose values an input decides."""
     found: set[fx.Node] = set()

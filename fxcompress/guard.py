@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
 
-from fxcompress.dataflow import is_move, pads_with_zeros
+from fxcompress.dataflow import before_pair, is_move, pads_with_zeros, pair_of
 from fxcompress.errors import ContractViolation
 from fxcompress.interpret import run
 from fxcompress.program import Program
@@ -22,7 +22,7 @@ from fxcompress.recipe import Recipe, Step, Where
 from fxcompress.registry import find_pass
 from fxcompress.report import GuardReport, PassReport
 
-QUANTIZE, DEQUANTIZE = torch.ops.fxc.quantize.default, torch.ops.fxc.dequantize.default
+QUANTIZE = torch.ops.fxc.quantize.default
 Model = TypeVar("Model")
 
 
@@ -30,7 +30,7 @@ def quantised_sites(program: Program) -> dict[fx.Node, list[fx.Node]]:
     """The nodes that compute with dequantised values, each with the nodes that read these for it: itself, or what moves the numbers there."""
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in program.graph.nodes:
-        if node.target is not QUANTIZE and any(_is_pair(a) for a in node.all_input_nodes):
+        if node.target is not QUANTIZE and any(pair_of(a) for a in node.all_input_nodes):
             found.setdefault(_computing(node), []).append(node)
     return found
 
@@ -53,7 +53,7 @@ def costs(program: Program, probe: Sequence[Tensor], reference: Sequence[Tensor]
         before = [(reader, reader.args, reader.kwargs) for reader in readers]
         try:
             for reader, args, kwargs in before:
-                reader.args, reader.kwargs = fx.node.map_arg((args, kwargs), lambda n: _source(n) if _is_pair(n) else n)
+                reader.args, reader.kwargs = fx.node.map_arg((args, kwargs), before_pair)
             found[site.name] = total - _noise(reference, run(program, probe))
         finally:
             for reader, args, kwargs in before:
@@ -145,16 +145,6 @@ def without(recipe: Recipe, sites: Sequence[str]) -> Recipe:
         for step in recipe.passes
     ]
     return recipe.model_copy(update={"passes": tuple(steps)})
-
-
-def _is_pair(node: fx.Node) -> bool:
-    """Whether a value is dequantised from what a quantiser made of a float value."""
-    return node.target is DEQUANTIZE and node.args[0].target is QUANTIZE  # type: ignore[union-attr]
-
-
-def _source(pair: Any) -> Any:
-    """The float value that a pair quantises."""
-    return pair.args[0].args[0]
 
 
 def _noise(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:

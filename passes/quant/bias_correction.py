@@ -21,10 +21,10 @@ from torch import Tensor, fx
 
 from fxcompress.calibrate.observers import Moments
 from fxcompress.contract import Lossy
-from fxcompress.dataflow import WeightUse, weight_uses
+from fxcompress.dataflow import WeightUse, before_pair, weight_uses
 from fxcompress.edit import Edit
 from fxcompress.interpret import constant_value
-from fxcompress.passes.quant.grids import DEQUANTIZE, QUANTIZE
+from fxcompress.passes.quant.grids import DEQUANTIZE
 from fxcompress.passes.quant.sites import MatmulSite, matmul_sites, summed_axis
 from fxcompress.passes.tidy.schema import arguments
 from fxcompress.rewrite import Context, Reject, Transform
@@ -85,7 +85,7 @@ def _layers(on: Context, declined: dict[str, Reject]) -> Iterator[_Layer]:
         if found is None or given.get("bias") is None:
             continue
         after, weight, quantised = found
-        bias = _leaf(given["bias"])
+        bias = before_pair(given["bias"])
         uses = weight_uses(weight, on.program.constants[str(weight.target)])
         use = _use(quantised, site, on)
         if bias.op != "get_attr" or len(bias.users) > 1:
@@ -93,14 +93,14 @@ def _layers(on: Context, declined: dict[str, Reject]) -> Iterator[_Layer]:
         elif use is None or uses[0]:
             declined[site.node.name] = Reject("{} has groups, or a weight that is read otherwise too", site.node)
         else:
-            yield _Layer(site, bias, _leaf(after), after, weight, quantised, use)
+            yield _Layer(site, bias, before_pair(after), after, weight, quantised, use)
 
 
 def _quantised(site: MatmulSite, given: Mapping[str, Any]) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """Input, weight constant and quantised weight of a layer whose weight is quantised."""
     x = next(iter(site.activations.values()))
     pair = next((n for n in site.node.all_input_nodes if n is not x and n is not given.get("bias") and n.target is DEQUANTIZE), None)
-    leaf = _leaf(pair) if pair is not None else None
+    leaf = before_pair(pair) if pair is not None else None
     return None if pair is None or leaf is None or leaf.op != "get_attr" else (x, leaf, pair)
 
 
@@ -110,11 +110,6 @@ def _use(quantised: fx.Node, site: MatmulSite, on: Context) -> WeightUse | None:
     use = next((u for u in weight_uses(quantised, torch.empty(tuple(shape), device="meta"))[0] if u.node is site.node), None)
     x = next(iter(site.activations.values())).meta["val"]
     return use if use is not None and x.shape[summed_axis(site)] == shape[use.contraction] else None
-
-
-def _leaf(node: fx.Node) -> fx.Node:
-    """What a pair quantises, or the node itself."""
-    return node.args[0].args[0] if node.target is DEQUANTIZE and node.args[0].target is QUANTIZE else node  # type: ignore[union-attr, return-value]
 
 
 def _summed(weight: Tensor, use: WeightUse) -> Tensor:

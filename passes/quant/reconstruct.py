@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from fxcompress.calibrate.learned import Bias, Learned, Rounding, Scale
 from fxcompress.calibrate.reconstruct import Reconstruction, Schedule, Undifferentiable
 from fxcompress.contract import Lossy
-from fxcompress.dataflow import pair_of
+from fxcompress.dataflow import before_pair, pair_of
 from fxcompress.edit import Edit
 from fxcompress.numerics.formats import format_of
 from fxcompress.passes.quant.grids import DEQUANTIZE, QUANTIZE
@@ -136,9 +136,8 @@ class Reconstruct(Transform):
                 yield Scale(pair.scale, scale, o.rate / 10)
         for node in piece.layers if o.biases else ():
             bias = arguments(node).get("bias")
-            leaf = pair.value if (pair := pair_of(bias)) else bias
-            if isinstance(bias, fx.Node) and isinstance(leaf, fx.Node) and (constant := on.constant(leaf)) is not None:
-                yield Bias(bias, leaf, constant, o.rate / 10)
+            if isinstance(bias, fx.Node) and (constant := on.constant(before_pair(bias))) is not None:
+                yield Bias(bias, before_pair(bias), constant, o.rate / 10)
 
 
 def _store(learned: Sequence[Learned], settled: Mapping[str, Tensor], edit: Edit, why: str) -> None:

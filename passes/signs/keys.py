@@ -13,6 +13,7 @@ from fxcompress.calibrate.observers import Distribution, Moments, Range
 from fxcompress.edit import Edit
 from fxcompress.numerics.histogram import Histogram
 from fxcompress.passes.quant.sites import matmul_sites
+from fxcompress.passes.softmax.attentions import SOFTMAXES
 from fxcompress.passes.tidy.schema import arguments
 from fxcompress.program import Program
 from fxcompress.rewrite import Context, Reject
@@ -22,7 +23,6 @@ GAIN = 0.99  # of the range, squared: what a uniform quantiser's noise goes with
 
 aten = torch.ops.aten
 ATTENTIONS = (aten.scaled_dot_product_attention.default,)
-SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 ON_SCORES = (  # what may stand between a product and its softmax, score by score
     *(aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.where.self, aten.where.ScalarOther, aten.tanh.default),
     *(aten.masked_fill.Scalar, aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.reshape.default, aten.maximum.default),

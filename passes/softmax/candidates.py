@@ -101,6 +101,7 @@ class _Trial(JointAccumulator):
         self.signal = torch.zeros(2, dtype=torch.float64)
 
     def add(self, values: Sequence[Tensor]) -> None:
+        """The errors of one item's products, [..., queries, keys] by [..., keys, size], under every candidate and scale."""
         a, v = _rows(values[0], values[1], self.count)
         half, wide = self.count % 2, torch.promote_types(a.dtype, torch.float32)
         v = v.to(wide)

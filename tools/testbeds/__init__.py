@@ -71,9 +71,9 @@ class Testbed:
     build: Callable[[], nn.Module]
     plan: Plan
     loss: Callable[[nn.Module, Split, int], Tensor]
-    finish: Callable[[nn.Module, Split], None]
     metrics: Callable[[nn.Module, Split, Split], dict[str, float]]
     feed: Callable[[nn.Module, Split, int], Feed]
+    finish: Callable[[nn.Module, Split], None] = lambda model, data: None
     note: str = ""
     source: Source = FASHION
 
@@ -89,11 +89,10 @@ SETTLED = "the guidance scale was settled before any figure was taken"
 _denoiser = partial(
     Testbed,
     loss=denoise.loss,
-    finish=lambda model, data: None,
     metrics=denoise.metrics,
     feed=lambda model, data, seed: denoise.states(model, seed),
 )
-_digits = partial(Testbed, finish=lambda model, data: None, source=HANDWRITTEN)
+_digits = partial(Testbed, source=HANDWRITTEN)
 
 TESTBEDS = {
     "resnet": _classifier(classify.resnet, Plan(steps=3500, batch=128, lr=2e-3)),
@@ -120,7 +119,6 @@ TESTBEDS = {
         segment.sam,
         Plan(steps=12500, batch=16, lr=1e-3, weight_decay=0.02, ema=0.998),
         loss=segment.loss,
-        finish=lambda model, data: None,
         metrics=segment.metrics,
         feed=lambda model, data, seed: segment.feed(data, seed),
         note="scenes: tools/testbeds/scenes.py; one mask an object (multimask_output=False): the three multimask tokens aren't trained; "
