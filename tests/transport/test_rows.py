@@ -145,6 +145,7 @@ ROWS: dict[str, Row] = {
     "einsum ellipsis": Row(
         aten.einsum.default, "...qc,...kc->...qk", [rand(2, 2, 3, 4), rand(2, 5, 4)], lands="scale sign permute rotate remove"
     ),
+    "einsum without a result": Row(aten.einsum.default, "...ac,bc", [rand(2, 3, 4), rand(5, 4)], lands="scale sign permute rotate remove"),
     "einsum of three": Row(
         aten.einsum.default, "ac,bc,dc->abd", [rand(3, 4), rand(2, 4), rand(5, 4)], lands="scale sign permute rotate remove"
     ),

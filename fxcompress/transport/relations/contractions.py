@@ -390,9 +390,9 @@ def _padding(node: fx.Node, given: Mapping[str, Any], transposed: bool) -> str:
 def einsum_products(facts: Facts, node: fx.Node) -> list[Product]:
     """The products, two operands at a time from the left, that an equation spells; none for one operand, and where a letter stands twice."""
     operands: Any = node.args[1]
-    terms, arrow, result = _spelled(facts, node).partition("->")
+    terms, _, result = _spelled(facts, node).partition("->")
     parts = terms.split(",")
-    if len(parts) < 2 or not arrow or any(len(set(p)) != len(p) for p in (*parts, result)):
+    if len(parts) < 2 or any(len(set(p)) != len(p) for p in (*parts, result)):
         return []
     sizes = {letter: size for x, part in zip(operands, parts, strict=True) for letter, size in zip(part, facts.shape(x) or (), strict=True)}
     left, products = Port(operands[0], tuple(parts[0])), list[Product]()
@@ -407,11 +407,14 @@ def einsum_products(facts: Facts, node: fx.Node) -> list[Product]:
 
 
 def _spelled(facts: Facts, node: fx.Node) -> str:
-    """The equation with a letter for every axis that `...` stands for."""
+    """The equation with a letter for every axis that `...` stands for, and with its result: unsaid, it is the letters that stand once."""
     equation = str(node.args[0]).replace(" ", "")
-    terms, arrow, result = equation.partition("->")
+    if "->" not in equation:
+        once = "".join(sorted(x for x in set(equation) if x.isalpha() and equation.count(x) == 1))
+        equation += f"->{'...' * ('...' in equation)}{once}"
+    terms, _, result = equation.partition("->")
     free = "".join(x for x in string.ascii_letters if x not in equation)
-    if "..." not in equation or not arrow:
+    if "..." not in equation:
         return equation
     operands: Any = node.args[1]
     counts = [len(facts.shape(x) or ()) - len(part.replace(".", "")) for x, part in zip(operands, terms.split(","), strict=True)]
@@ -423,8 +426,8 @@ def einsum(s: Solver, node: fx.Node) -> None:
     """Several operands: products, one after the other. One: its axes in another order, if none is summed."""
     equation, operands = _spelled(s.facts, node), node.args[1]
     assert isinstance(operands, list | tuple)
-    terms, arrow, result = equation.partition("->")
-    if len(operands) == 1 and arrow and sorted(terms) == sorted(result) and len(set(terms)) == len(terms):
+    terms, _, result = equation.partition("->")
+    if len(operands) == 1 and sorted(terms) == sorted(result) and len(set(terms)) == len(terms):
         source, target = Port(operands[0], tuple(terms)), Port(node, tuple(result))
         for port, other in ((source, target), (target, source)):
             for label in s.labels(port.node):
