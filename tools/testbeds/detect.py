@@ -17,7 +17,7 @@ from tools.testbeds.fashion import Split
 from tools.testbeds.scenes import boxes_of
 
 SIZE, OBJECTS, FOUND, DIGITS = 40, 3, 8, 10
-LEAST, MOST = 8, 15  # pixels of the square that a digit is drawn in
+LEAST, MOST = 12, 20  # pixels of the square that a digit is drawn in
 ORDERS = torch.tensor(list(permutations(range(FOUND), OBJECTS)))
 
 
@@ -50,7 +50,7 @@ def yolos() -> nn.Module:
 
 
 def compose(data: Split, n: int) -> Canvases:
-    """n canvases drawn with the global random state: up to three digits of 8 to 15 pixels anywhere, none touching an earlier one."""
+    """n canvases drawn with the global random state: up to three digits of 12 to 20 pixels anywhere, none touching an earlier one."""
     at = torch.randint(len(data), (n, OBJECTS))
     size = torch.randint(LEAST, MOST + 1, (n, OBJECTS, 1)).float()
     corner = (torch.rand(n, OBJECTS, 2) * (SIZE - size + 1)).floor()
@@ -109,8 +109,9 @@ def _matched(logits: Tensor, boxes: Tensor, labels: Tensor, wanted: Tensor) -> T
     likely = nn.functional.pad(logits.softmax(2)[..., :DIGITS], (0, 1))
     cost = _apartness(boxes[:, :, None], wanted[:, None]) - 2 * likely.gather(2, labels[:, None].expand(-1, FOUND, -1))
     cost = cost.masked_fill(labels[:, None] == DIGITS, 0.0)
-    total = sum(cost[:, ORDERS[:, k], k] for k in range(OBJECTS))
-    return ORDERS[total.argmin(1)]
+    orders = ORDERS.to(cost.device)
+    total = sum(cost[:, orders[:, k], k] for k in range(OBJECTS))
+    return orders[total.argmin(1)]
 
 
 def _apartness(a: Tensor, b: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> Split:
+        """The same on a device."""
+        return Split(self.images.to(device), self.labels.to(device))
+
 
 def read(split: str, folder: Path = SUBSET) -> Split:
     """split: "train" or "t10k", the names of the data set's own files."""

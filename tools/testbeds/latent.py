@@ -119,7 +119,7 @@ def loss(model: nn.Module, data: Split, batch: int) -> Tensor:
     """Mean squared error of the velocity at random timesteps; a tenth of the images has the tokens that say "no class"."""
     at = torch.randint(len(data), (batch,))
     z = _latents(data)[at]
-    tokens = TOKENS[torch.where(torch.rand(batch) < 0.1, NO_CLASS, data.labels[at])]
+    tokens = TOKENS.to(z.device)[torch.where(torch.rand(batch) < 0.1, NO_CLASS, data.labels[at])]
     t = torch.randint(PROCESS.config.num_train_timesteps, (batch,))
     noise = torch.randn_like(z)
     return nn.functional.mse_loss(model(PROCESS.add_noise(z, noise, t), t, tokens).sample, PROCESS.get_velocity(z, noise, t))

@@ -1,6 +1,7 @@
 """Trains one testbed: `python -m tools.testbeds.train NAME [--data FOLDER] [--minutes N]`. Started again, it goes on where it stopped.
 
-Each step draws from a seed of its own, so a run that was interrupted gives the weights of one that wasn't. Minutes are CPU time of one thread.
+Each step draws from a seed of its own, so a run that was interrupted gives the weights of one that wasn't. It trains on a GPU where there is
+one, from the same first weights but with that device's random numbers; the card says so. Minutes are CPU time of one thread.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ class Run:
     def __init__(self, testbed: Testbed) -> None:
         self.testbed, self.plan = testbed, testbed.plan
         torch.manual_seed(self.plan.seed)
-        self.model = testbed.build().train().to(memory_format=torch.channels_last if self.plan.channels_last else torch.contiguous_format)
+        with torch.device("cpu"):
+            model = testbed.build()
+        form = torch.channels_last if self.plan.channels_last else torch.contiguous_format
+        self.model = model.train().to(torch.get_default_device(), memory_format=form)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         decayed = [p for p in self.model.parameters() if p.dim() > 1]
         others = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": decayed, "weight_decay": self.plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=self.plan.lr, betas=(0.9, 0.99))
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.made_by = 0, 0.0, _made_by()
 
     def advance(self, data: Split) -> float:
         """One step; gives the loss."""
@@ -50,8 +54,7 @@ class Run:
         self.step += 1
         with torch.no_grad():
             decay = min(self.plan.ema, self.step / (self.step + 10))
-            for name, p in self.model.named_parameters():
-                self.average[name].lerp_(p, 1 - decay)
+            torch._foreach_lerp_(list(self.average.values()), list(self.model.parameters()), 1 - decay)
         return loss.item()
 
     def _share(self) -> float:
@@ -62,18 +65,23 @@ class Run:
         content = {"model": self.model.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict()}
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        torch.save(content | {"step": self.step, "seconds": self.seconds, "plan": asdict(self.plan)}, part)
+        torch.save(content | {"step": self.step, "seconds": self.seconds, "made_by": self.made_by, "plan": asdict(self.plan)}, part)
         part.rename(path)
 
     def restore(self, path: Path) -> None:
         """SystemExit for a checkpoint of another plan."""
-        content = torch.load(path, weights_only=True)
+        content = torch.load(path, weights_only=True, map_location=torch.get_default_device())
         if content["plan"] != asdict(self.plan):
             raise SystemExit(f"{path} was trained by another plan: {content['plan']}; remove it")
         self.model.load_state_dict(content["model"])
         self.average = content["average"]
         self.optimizer.load_state_dict(content["optimizer"])
-        self.step, self.seconds = content["step"], content["seconds"]
+        self.step, self.seconds, self.made_by = content["step"], content["seconds"], content["made_by"]
+
+
+def _made_by() -> dict[str, str]:
+    device = torch.get_default_device()
+    return {"device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU", "torch": str(torch.__version__)}
 
 
 def train(run: Run, data: Split, checkpoint: Path, minutes: float) -> None:
@@ -98,6 +106,7 @@ def publish(name: str, run: Run, folder: Path) -> dict[str, Any]:
     """Weights in half precision and their card; the figures are those of the weights as they are on disk."""
     train_split, test = (fashion.read(split, folder) for split in ("train", "t10k"))
     run.model.load_state_dict(run.average, strict=False)
+    run.model.cpu()
     run.testbed.finish(run.model, train_split)
     weights.save(run.model, name)
     model = weights.read(run.testbed.build(), name)
@@ -111,7 +120,7 @@ def publish(name: str, run: Run, folder: Path) -> dict[str, Any]:
         "command": f"python -m tools.testbeds.train {name}",
         "plan": asdict(run.plan),
         "cpu_minutes": round(run.seconds / 60, 1),
-        "torch": torch.__version__,
+        **run.made_by,
         "metrics": {key: round(value, 4) for key, value in run.testbed.metrics(model, train_split, test).items()},
     }
     (weights.FOLDER / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
@@ -127,9 +136,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=45.0, help="CPU minutes after which it stops, to go on later")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run = Run(TESTBEDS[options.name])
-    folder = options.data or run.testbed.source.whole
-    train(run, fashion.read("train", folder), options.checkpoints / f"{options.name}.pt", options.minutes)
+    testbed = TESTBEDS[options.name]
+    folder = options.data or testbed.source.whole
+    data = fashion.read("train", folder)
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+    run = Run(testbed)
+    train(run, data.to(torch.get_default_device()), options.checkpoints / f"{options.name}.pt", options.minutes)
+    torch.set_default_device("cpu")
     print(json.dumps(publish(options.name, run, folder)["metrics"]))
 
 

@@ -122,7 +122,7 @@ def tokens(kinds: Tensor) -> Tensor:
     none = kinds == KINDS
     first = torch.where(none, DIGITS + len(MOVES), digit)
     second = torch.where(none, DIGITS + len(MOVES) + 1, DIGITS + move)
-    return TOKENS[torch.stack([first, second], 1)]
+    return TOKENS.to(kinds.device)[torch.stack([first, second], 1)]
 
 
 def loss(model: nn.Module, data: Split, batch: int) -> Tensor:
