@@ -70,9 +70,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for name in options.names or weights.published():
-        for row in rows_of(_subject(name, options), options.widths):
+        for row in rows_of(subject(name, options.samples, options.windows), options.widths):
             rows.append({"model": name, **row})
-            print(_line(rows[-1]), flush=True)
+            print(line(rows[-1]), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1))
 
@@ -121,16 +121,17 @@ def _compiled(model: nn.Module, feed: Feed, width: str, backend: str) -> fxc.Com
     return fxc.compile(model, recipe, next(iter(feed)), calibration=feed, backend=backend, check="off", threads=1)
 
 
-def _subject(name: str, options: argparse.Namespace) -> Subject:
+def subject(name: str, samples: int, windows: int) -> Subject:
+    """A testbed by name, judged on as many samples, if it draws, or windows, if it reads."""
     if name == "smollm2":
         model, tokenizer = language.load()
-        return Subject(model, lambda models: _read(models[""], tokenizer, options.windows), {"": language.feed(tokenizer)})
+        return Subject(model, lambda models: _read(models[""], tokenizer, windows), {"": language.feed(tokenizer)})
     loaded, metrics = load(name), TESTBEDS[name].metrics
     feeds = {"": loaded.calibration}
     if metrics is segment.metrics:
         few = fashion.read("train")
         feeds = {kind: segment.feed(few, 0, kind=kind) for kind in segment.PROMPTS}
-    return Subject(loaded.model, JUDGES[metrics](loaded, options.samples), feeds)
+    return Subject(loaded.model, JUDGES[metrics](loaded, samples), feeds)
 
 
 def _read(model: Callable[..., Any], tokenizer: Any, windows: int) -> Figures:
@@ -274,7 +275,8 @@ def _percent(share: Estimate) -> str:
     return f"{100 * share.value:.1f} ± {50 * (share.high - share.low):.1f} %"
 
 
-def _line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any]) -> str:
+    """A row of a table."""
     shares = ", ".join(f"{width} {share:.1%}" for width, share in row.get("macs", {}).items())
     figures = "; ".join(f"{name} {value}" for name, value in row["figures"].items())
     return f"| {row['model']} | {row['width']} | {row['runs']} | {shares} | {figures} |"
