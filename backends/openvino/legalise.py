@@ -63,13 +63,13 @@ class Legaliser:
         value = node.inputs[0]
         if value is None or value.shape is None or value.shape[1] != value.shape[2]:
             return
-        first = self.build.ints(0)
-        wide = ir.node("Unsqueeze", [value, first])
+        second = self.build.ints(1)  # another first axis than the batch is more than its search for shuffled channels can take
+        wide = ir.node("Unsqueeze", [value, second])
         self.graph.insert_before(node, wide)
         node.replace_input_with(0, wide.outputs[0])
-        node.attributes["perm"] = ir.AttrInt64s("perm", [0, *(axis + 1 for axis in HEADS_FIRST)])
+        node.attributes["perm"] = ir.AttrInt64s("perm", [0, 1, *(axis + 1 for axis in HEADS_FIRST[1:])])
         wide.outputs[0].name, wide.outputs[0].type = f"{node.name}.wide", value.type
-        self._hand_over(node, ir.node("Squeeze", [node.outputs[0], first]))
+        self._hand_over(node, ir.node("Squeeze", [node.outputs[0], second]))
 
     def _has_bias(self, node: ir.Node) -> bool:
         """Whether anything but zeros is added in the same op: torch.onnx writes linear of three axes as MatMul and Add."""
