@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
 from fxcompress.backends.onnx.blocks import Blocks, blocks_of, matrix_of
 from fxcompress.backends.onnx.build import CONTRIB, Builder
 from fxcompress.backends.onnx.dense import dense
-from fxcompress.backends.onnx.exported import FX_INDEX, leaf_name
+from fxcompress.backends.onnx.exported import FX_INDEX, as_real, leaf_name
 from fxcompress.backends.onnx.integer import Legaliser
 from fxcompress.backends.onnx.outline import Leaf, Outline
 from fxcompress.backends.onnx.quantisers import bind_grids
@@ -77,8 +76,7 @@ class _Binder:
     def bind(self, value: ir.Value, leaf: Leaf) -> None:
         """Give one leaf its numbers."""
         if leaf.quantised is None:
-            tensor = self.constants[leaf.name]
-            tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor  # as torch.onnx writes complex numbers
+            tensor = as_real(self.constants[leaf.name])
             value.replace_all_uses_with(self.build.constant(leaf.name, tensor), replace_graph_outputs=True)
             return
         for reader in list(_readers(value, tuple(range(len(leaf.shape))))):

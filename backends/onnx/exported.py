@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import fx
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -34,11 +34,17 @@ FX_INDEX = "fxc.node"  # under which a node's number in the outline travels, in 
 
 aten = torch.ops.aten
 _COPIES = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other)
+_RESHAPES = (aten.unsqueeze.default, aten.flatten.using_ints)  # of complex numbers torch.onnx knows but view
 
 
 def leaf_name(index: int) -> str:
     """The name of a leaf's buffer, and of its initializer in a skeleton."""
     return f"fxc_leaf_{index}"
+
+
+def as_real(value: Tensor) -> Tensor:
+    """As torch.onnx writes complex numbers: their two parts on an axis more, the last."""
+    return torch.view_as_real(value) if value.is_complex() else value
 
 
 class Exported(ExportedProgram):
@@ -88,6 +94,9 @@ def _does_nothing(node: fx.Node) -> bool:
 def _respelled(graph: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -> fx.Node:
     if node.target in _COPIES:
         return graph.call_function(aten._to_copy.default, (env[node.all_input_nodes[0]],), {"dtype": node.meta["val"].dtype})
+    if node.target in _RESHAPES and node.meta["val"].is_complex():
+        sizes = [n if isinstance(n, int) else -1 for n in node.meta["val"].shape]
+        return graph.call_function(aten.view.default, (env[node.all_input_nodes[0]], sizes))
     new = graph.node_copy(node, env.__getitem__)
     new.target = SAME_OP.get(node.target, node.target)
     if grouped := before_groups(node):

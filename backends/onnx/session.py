@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.backend import Session
+from fxcompress.backends.onnx.exported import as_real
 from fxcompress.errors import ArtifactError, InputError
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
@@ -43,7 +44,7 @@ class OnnxSession(Session):
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Outputs in the program's order. InputError for a value that doesn't fit the model."""
         try:
-            feed = {name: value.numpy(force=True) for name, value in zip(self.names, inputs, strict=True)}
+            feed = {name: as_real(value).numpy(force=True) for name, value in zip(self.names, inputs, strict=True)}
             return [torch.from_numpy(value) for value in self.runtime.run(None, feed)]
         except (ValueError, *_REFUSALS) as error:
             raise InputError("the inputs don't fit the model", why=str(error)) from error

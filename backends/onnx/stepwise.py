@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from fxcompress.backends.onnx.codes import SIGNED
 from fxcompress.backends.onnx.outline import QUANTIZE, arguments
-from fxcompress.backends.onnx.parity import Run, exposing, limit_of, refusal, rounding_excused
+from fxcompress.backends.onnx.parity import CEILING, NOISE_TIMES, Run, exposing, limit_of, refusal, rounding_excused
 from fxcompress.contract import EXACT_LIMIT
 from fxcompress.dataflow import is_move, pads_with_zeros
 from fxcompress.interpret import run
@@ -48,14 +48,15 @@ def step_by_step(program: Program, products: Collection[fx.Node], model: onnx.Mo
     held: dict[fx.Node, Any] = {}
     read = {operand for node in seen for operand in node.all_input_nodes}
     read |= {_sorted(node) for node in seen if _is_order(node)}
-    steps, loose = Steps(), list[tuple[fx.Node, Tensor, float]]()
+    steps, loose, edges = Steps(), list[tuple[fx.Node, Tensor, float]](), dict[fx.Node, _Edges]()
 
     def visit(node: fx.Node, value: Any) -> Any:
         given = seen.get(node, value)
         if node in read:
             held[node] = given
         if node in seen and node.target is QUANTIZE:
-            steps.flips[node.name] = _judged_codes(node, value, given, held)
+            steps.flips[node.name], far = _judged_codes(node, value, given, held)
+            edges.update({node: far} if far else {})
         elif node in seen and _is_order(node):
             _judge_order(node, value, given, held[_sorted(node)])
         elif node in seen:
@@ -65,8 +66,8 @@ def step_by_step(program: Program, products: Collection[fx.Node], model: onnx.Mo
         return given
 
     run(program, probe, visit)
-    if loose:
-        _refuse_beyond_noise(program, probe, seen, loose)
+    if loose or edges:
+        _refuse_beyond_noise(program, probe, seen, loose, edges)
     return steps
 
 
@@ -109,20 +110,26 @@ def _in_format(value: Tensor, dtype: torch.dtype) -> Tensor:
     return (value.to(torch.int16) + (128 if dtype == torch.uint8 else -128)).to(dtype)
 
 
-def _judged_codes(node: fx.Node, wanted: Tensor, given: Tensor, held: Mapping[fx.Node, Any]) -> float:
+@dataclass(frozen=True)
+class _Edges:
+    """numbers: what was rounded to codes. away: from the edge between both codes, in codes, where the model has the other one; 0 elsewhere."""
+
+    numbers: Tensor
+    away: Tensor
+
+
+def _judged_codes(node: fx.Node, wanted: Tensor, given: Tensor, held: Mapping[fx.Node, Any]) -> tuple[float, _Edges | None]:
+    """The share of codes that differ, and what of them an exact rewrite's rounding doesn't explain."""
     difference = (given.to(torch.int32) - wanted.to(torch.int32)).abs() if given.shape == wanted.shape else torch.tensor([2])
     differs = difference > 0
     if not differs.any():
-        return 0.0
+        return 0.0, None
     share = float(differs.double().mean())
-    where = f"{module_path(node) or 'the root module'}  ({node.name})"
     if difference.max() > 1:
-        raise refusal(where, f"codes differ by up to {int(difference.max())}, in {share:.1%} of all values, on the same inputs")
+        raise refusal(_place(node), f"codes differ by up to {int(difference.max())}, in {share:.1%} of all values, on the same inputs")
     ratio, slack = _before_rounding(node, held)
-    off = ~((ratio - ratio.floor() - 0.5).abs() <= slack) & differs
-    if off.any():
-        raise refusal(where, f"{float(off.double().mean()):.1%} of the codes differ by one though nothing is near a rounding edge")
-    return share
+    away = (ratio - ratio.floor() - 0.5).abs() * differs
+    return share, _Edges(ratio, away) if (away > slack).any() else None
 
 
 def _before_rounding(node: fx.Node, held: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor]:
@@ -159,21 +166,42 @@ def _judge_order(node: fx.Node, wanted: Tensor, given: Tensor, values: Tensor) -
         ours, theirs = ours.sort(dim).values, theirs.sort(dim).values
     error = relative_error(ours, theirs)
     if not error <= EXACT_LIMIT.get(values.dtype, 0.0):
-        raise refusal(f"{module_path(node) or 'the root module'}  ({sort.name})", f"another order, whose values differ by {error:.1e}")
+        raise refusal(_place(sort), f"another order, whose values differ by {error:.1e}")
 
 
 def _refuse_beyond_noise(
-    program: Program, probe: Sequence[Tensor], seen: Mapping[fx.Node, Tensor], loose: Sequence[tuple[fx.Node, Tensor, float]]
+    program: Program,
+    probe: Sequence[Tensor],
+    seen: Mapping[fx.Node, Tensor],
+    loose: Sequence[tuple[fx.Node, Tensor, float]],
+    edges: Mapping[fx.Node, _Edges],
 ) -> None:
-    """The limit of a long float part is what rounding alone does to it."""
+    """The limit of a long float part is what rounding alone does to it, whether its numbers are read or the codes they become."""
     noisy: dict[fx.Node, Any] = {}
+    read = {operand for node in edges for operand in node.all_input_nodes}
 
     def visit(node: fx.Node, value: Any) -> Any:
-        noisy[node] = value if node in seen else None
+        noisy[node] = value if node in seen or node in read else None
+        if node in edges:
+            _refuse_off_edge(node, edges[node], _before_rounding(node, noisy)[0])
         return seen.get(node)
 
     jittered(program, probe, visit)
     for node, value, error in loose:
         if not error <= (limit := limit_of(value, noisy[node])):
-            where = f"{module_path(node) or 'the root module'}  ({node.name})"
-            raise refusal(where, f"relative error {error:.1e} on the probe inputs, limit {limit:.1e}")
+            raise refusal(_place(node), f"relative error {error:.1e} on the probe inputs, limit {limit:.1e}")
+
+
+def _refuse_off_edge(node: fx.Node, edges: _Edges, noisy: Tensor) -> None:
+    numbers = edges.numbers
+    noise = torch.minimum(NOISE_TIMES * _usual(noisy - numbers), CEILING * _usual(numbers))
+    if (off := edges.away > noise).any():
+        raise refusal(_place(node), f"{float(off.double().mean()):.1%} of the codes differ by one though nothing is near a rounding edge")
+
+
+def _usual(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def _place(node: fx.Node) -> str:
+    return f"{module_path(node) or 'the root module'}  ({node.name})"

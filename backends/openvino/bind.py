@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from fxcompress.backends.onnx.build import CONTRIB, Builder
 from fxcompress.backends.onnx.dense import dense
-from fxcompress.backends.onnx.exported import FX_INDEX, leaf_name
+from fxcompress.backends.onnx.exported import FX_INDEX, as_real, leaf_name
 from fxcompress.backends.onnx.outline import Leaf, Outline, Quantised
 from fxcompress.backends.onnx.quantisers import bind_grids
 from fxcompress.backends.onnx.sites import readers
@@ -65,7 +65,7 @@ def _value(build: Builder, leaf: Leaf, constants: Mapping[str, Tensor]) -> ir.Va
     """The tensor of the leaf as the graph computes with it."""
     quantised = leaf.quantised
     if quantised is None:
-        return build.constant(leaf.name, constants[leaf.name])
+        return build.constant(leaf.name, as_real(constants[leaf.name]))
     if _unfit(leaf, quantised):
         return dense(build, leaf, quantised, constants)
     codes = constants[leaf.name]

@@ -3,6 +3,7 @@
     product of codes           ->  product + 2^-100       unless it has a bias. Without an addition its scale is moved past what reads it, and
                                                           where several do, some get it twice
     Q(concat(a, b))            ->  concat(Q(a), Q(b))     it does so itself, but gives each index a zero point, which no product can take
+    Q(x * negative channels)   ->  Q(max(x * .., -2^126)) it divides the quantiser's range by them, and the codes of those come out reversed
     reduce to fewer axes       ->  reduce, then squeeze   a quantiser with a scale for each channel looks for them on the axis that is gone
     x + zeros, x * ones        ->  x                      it does so itself, and a concat is before a quantiser then
     average of a large window  ->  of a smaller one       it refuses windows larger than what they average, which one window covers
@@ -26,7 +27,7 @@ from fxcompress.backends.onnx.integer import PRODUCTS
 from fxcompress.backends.onnx.outline import Leaf, Outline, arguments
 from fxcompress.backends.onnx.views import integer, rank
 
-BIAS = 2.0**-100
+BIAS, LEAST = 2.0**-100, -(2.0**126)
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 HEADS_FIRST = (0, 2, 1, 3)
 NEUTRAL = {"Add": 0, "Mul": 1}
@@ -57,6 +58,7 @@ class Legaliser:
             elif node.op_type in NEUTRAL:
                 self._drop_neutral(node)
             elif node.op_type == "QuantizeLinear":
+                self._part_from_signs(node)
                 self._quantise_parts(node)
 
     def _transpose_apart(self, node: ir.Node) -> None:
@@ -110,6 +112,21 @@ class Legaliser:
             if other.shape == node.outputs[0].shape and (self.constants[leaf.name] == NEUTRAL[node.op_type]).all():
                 node.outputs[0].replace_all_uses_with(other)
                 return
+
+    def _part_from_signs(self, node: ir.Node) -> None:
+        value = node.inputs[0]
+        product = value.producer() if value is not None else None
+        if product is not None and product.op_type == "Add":  # a constant summand goes into the range as well
+            product = next((v.producer() for v in product.inputs if v is not None and v.producer() is not None), None)
+        if value is None or product is None or product.op_type != "Mul":
+            return
+        leaves = (self.leaves.get(v.name) for v in product.inputs if v is not None)
+        if not any((self.constants[leaf.name] < 0).any() for leaf in leaves if leaf is not None and leaf.quantised is None):
+            return
+        kept = ir.node("Max", [value, self.build.constant("least_of_all", torch.tensor(LEAST))])
+        kept.outputs[0].name, kept.outputs[0].type, kept.outputs[0].shape = f"{node.name}.kept", value.type, value.shape
+        self.graph.insert_before(node, kept)
+        node.replace_input_with(0, kept.outputs[0])
 
     def _quantise_parts(self, node: ir.Node) -> None:
         concat = node.inputs[0].producer() if node.inputs[0] is not None else None

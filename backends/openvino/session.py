@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.backend import Session
+from fxcompress.backends.onnx.exported import as_real
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError
 
 INSTALL = "pip install 'fxcompress[openvino]'"
@@ -61,7 +62,7 @@ class OpenVinoSession(Session):
 
 
 def _array(value: Tensor, port: Any) -> Any:
-    array, wanted = value.detach().cpu().contiguous().numpy(), port.get_element_type().to_dtype()
+    array, wanted = as_real(value).detach().cpu().contiguous().numpy(), port.get_element_type().to_dtype()
     if array.dtype != wanted:
         raise InputError("the inputs don't fit the model", why=f"{port.get_any_name()} is {array.dtype}, the model takes {wanted}")
     return array

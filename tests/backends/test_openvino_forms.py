@@ -69,14 +69,24 @@ def averaged() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return model, (torch.randn(2, 7, 16),)
 
 
+def scaled() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    model = Holding(lambda m, x: m.layer(x * m.gain), layer=nn.Conv2d(16, 24, 3), gain=torch.linspace(-2, 2, 16)[:, None, None])
+    return model, (torch.randn(2, 16, 7, 7),)
+
+
+def scaled_and_moved() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    model = Holding(lambda m, x: m.layer(x * m.gain + 0.5), layer=nn.Conv2d(16, 24, 3), gain=torch.linspace(-2, 2, 16)[:, None, None])
+    return model, (torch.randn(2, 16, 7, 7),)
+
+
 def codes_of(make: Make) -> Program:
     torch.manual_seed(0)
     model, inputs = make()
-    dynamic = None if make is read_twice else False  # where it goes wrong
+    dynamic = None if make in (read_twice, scaled, scaled_and_moved) else False  # where it goes wrong
     return integer(capture(model.eval(), inputs, dynamic=dynamic), outputs=lambda n: False)
 
 
-QUANTISED = (read_twice, picked_from, concatenated, concatenated_times_ones, averaged)
+QUANTISED = (read_twice, picked_from, concatenated, concatenated_times_ones, averaged, scaled, scaled_and_moved)
 
 
 def judged(program: Program, folder: Path) -> Any:
