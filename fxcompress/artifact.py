@@ -118,7 +118,14 @@ def _exchanged(a: Path, b: Path) -> bool:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all, and onto the disk before it has its name. OSError leaves what was there."""
+    """Write a file whole or not at all, and onto the disk before it has its name. OSError leaves what was there.
+
+    What a link points to is written, and what is no file (a device, a pipe) is written into.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    path = path.resolve()
     new = path.with_name(f"{path.name}.new")
     try:
         with new.open("wb") as file:

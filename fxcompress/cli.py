@@ -97,13 +97,14 @@ def inspect(
     """Capture a model and list its modules with nodes, parameters and costs, and what each recipe would do to it."""
     from fxcompress import api
     from fxcompress.diff.text import grouped
+    from fxcompress.program import ROOT
     from fxcompress.recipe import shipped
 
     with failing(as_json):
         found = api.inspect(model, example_inputs(example) if example else None, component, shipped() if recipes else ())
         facts = found.facts()
         saved = found.save(output) if output else None
-    regions = [{**r, "path": r["path"] or "<root>"} for r in facts["regions"]]
+    regions = [{**r, "path": r["path"] or ROOT} for r in facts["regions"]]
     parts = [table("path", regions), *([table("recipe", facts["recipes"])] if recipes else [])]
     declined = grouped(f"{f.recipe}: {name} would decline {d.module or d.site}: {d.reason}" for f in found.forecasts for name, d in f.declined)
     show(facts, as_json, lambda: [*_facts(facts), *parts, *declined, *([f"{saved}"] if saved else [])])
@@ -296,13 +297,16 @@ def table(key: str, rows: list[dict[str, Any]]) -> Any:
 
 def show(data: Any, as_json: bool, text: Callable[[], list[Any]]) -> None:
     """Print one JSON object, or the text."""
+    from fxcompress.diff.text import printable
+
     with writing():
         if as_json:
             sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")
             return
         for part in text():
             is_recipe = isinstance(part, str) and part.startswith("- ")  # stays one line, to be copied
-            out.print(part, markup=not isinstance(part, str), soft_wrap=is_recipe)
+            said = "\n".join(map(printable, part.split("\n"))) if isinstance(part, str) else part
+            out.print(said, markup=not isinstance(part, str), soft_wrap=is_recipe)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from fxcompress.program import Program, module_path
+from fxcompress.program import ROOT, Program, module_path
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ class Site:
 
 def site_name(node: fx.Node) -> str:
     """Module path and node."""
-    return f"{module_path(node) or '<root>'}  ({node.name})"
+    return f"{module_path(node) or ROOT}  ({node.name})"
 
 
 class Step(NamedTuple):

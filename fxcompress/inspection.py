@@ -25,7 +25,7 @@ from fxcompress.diff.text import quantity
 from fxcompress.errors import FxcError
 from fxcompress.history import quantised_share
 from fxcompress.manager import Manager, weight_bytes
-from fxcompress.program import Program
+from fxcompress.program import ROOT, Program
 from fxcompress.recipe import BackendChoice, Recipe, build, load_recipe
 from fxcompress.regions import Region, regions
 from fxcompress.report import Declined, PassReport
@@ -140,7 +140,7 @@ class Inspection:
             declined = [[f.recipe, name, d.module or d.site, d.reason] for f in self.forecasts for name, d in f.declined]
             yield {"title": "What they would leave alone", "head": ["recipe", "pass", "place", "reason"], "rows": declined}
         rows = [
-            [r["path"] or "<root>", r["class"], *(quantity(r[k], "") for k in ("nodes", "parameters", "flops", "traffic"))]
+            [r["path"] or ROOT, r["class"], *(quantity(r[k], "") for k in ("nodes", "parameters", "flops", "traffic"))]
             for r in facts["regions"]
         ]
         title = f"Modules, {self.diff.sizes}" if self.diff.sizes else "Modules"

@@ -19,7 +19,7 @@ from fxcompress.errors import ContractViolation, FxcError
 from fxcompress.history import History
 from fxcompress.interpret import run
 from fxcompress.numerics.noise import sqnr
-from fxcompress.program import Program, module_path
+from fxcompress.program import ROOT, Program, module_path
 from fxcompress.recipe import Step, check_step, exclusions, step_options
 from fxcompress.report import Change, Check, Declined, PassReport, worst_of
 from fxcompress.rewrite import Context, Kept, Match, Pass, Reject, Rewrite, Transform
@@ -236,7 +236,7 @@ def _figure(item: Pass, worst: Measured) -> str:
 def _violation(item: Pass, broken: Sequence[Measured], sites: int) -> ContractViolation:
     worst = _worst(broken, isinstance(item.contract, Exact))
     module, _, node = worst.site.rstrip(")").partition("  (")
-    place = node if module == "<root>" else module
+    place = node if module == ROOT else module
     count = len({m.site for m in broken})
     more = f"   and {count - 1} more" if count > 1 else ""
     return ContractViolation(

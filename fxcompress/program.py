@@ -93,6 +93,9 @@ class Program:
         return replace(self, graph=graph, constants=dict(self.constants))
 
 
+ROOT = "<root>"  # in words, the module around all others, whose path is ""
+
+
 def module_path(node: fx.Node) -> str:
     """The innermost module path the node came from; "" for the root."""
     path = node.meta.get("module") or ("",)

@@ -693,6 +693,8 @@ def test_explain(mlp: fxc.CompiledModel, tmp_path: Path) -> None:
     assert api.explain(folder, "fc1.weight.scale")[0] == by_module[0], "by a constant it made"
     assert api.explain(folder, "dequantize_default")[0] == by_module[0], "by a node it made"
     assert api.explain(folder, "relu") == []
+    (line,) = {r["exclude"] for r in api.explain(folder, "<root>") if "exclude" in r}
+    assert line.endswith('where: {exclude: ["fc1", "fc2"]}}'), "one line for all that is inside"
 
 
 UNKNOWN = {

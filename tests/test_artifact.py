@@ -330,6 +330,19 @@ def test_a_link_stays_a_link(old: fxc.CompiledModel, new: fxc.CompiledModel, tmp
     assert {p.name for p in tmp_path.iterdir()} == {"real", "link"}
 
 
+def test_a_file_is_written_where_a_link_points_and_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
+    target, link, pipe = (tmp_path / name for name in ("target", "link", "pipe"))
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    artifact.write_file(link, b"new")
+    assert (link.is_symlink(), target.read_bytes()) == (True, b"new")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    artifact.write_file(pipe, b"told")
+    assert (os.read(reader, 10), pipe.is_fifo()) == (b"told", True)
+    os.close(reader)
+
+
 def test_a_loaded_model_replaces_its_own_folder(out: Path, old: fxc.CompiledModel) -> None:
     model = fxc.load(out)
     model.save(out)

@@ -10,6 +10,7 @@ from fxcompress.diff import Run
 from fxcompress.diff.text import ON_PURPOSE, measured
 from fxcompress.errors import InputError, nearest
 from fxcompress.history import Graph
+from fxcompress.program import ROOT
 from fxcompress.report import Change, Check, PassReport, worst_of
 
 UNREAD = "nothing reads it after this: "
@@ -18,11 +19,12 @@ Row = dict[str, Any]
 
 def explained(run: Run, name: str) -> list[Row]:
     """Rows in the order of the passes: {"pass", "site", "what", "why"} each, and "exclude" or "alone" where the site was changed: the recipe's
-    line that leaves it out, or why there is none. what: changed, removed, declined, or a verdict. None where no pass did anything.
+    line that leaves out all that the name stands for, or why there is none. what: changed, removed, declined, or a verdict. None where no pass
+    did anything.
 
     InputError with the nearest names for a name that neither the model nor a pass ever had.
     """
-    graphs = run.history.graphs
+    graphs, name = run.history.graphs, "" if name == ROOT else name
     asked = {name, *_named_by(name, graphs)}
     steps = zip(run.passes, graphs[:-1], graphs[1:], strict=True)
     rows = [row for done, before, after in steps for row in _told(done, before, after, name, asked)]
@@ -35,11 +37,17 @@ def explained(run: Run, name: str) -> list[Row]:
 def _told(done: PassReport, before: Graph, after: Graph, name: str, asked: set[str]) -> Iterator[Row]:
     touched = [c for c in done.changes if asked & _names(c) or is_inside(c.module, name)]
     for change in touched:
-        yield {"pass": done.name, "site": change.site, "what": "changed", "why": change.reason, **_leaving_out(done, change)}
+        yield {"pass": done.name, "site": change.site, "what": "changed", "why": change.reason, **_leaving_out(done, change, touched)}
     yield from _verdicts(done, [c for c in done.checks if c.site in {t.site for t in touched}])
     for number in sorted({n for node, numbers in swept(done, before, after).items() if node in asked for n in numbers}):
         if (change := done.changes[number]) not in touched:
-            yield {"pass": done.name, "site": change.site, "what": "removed", "why": UNREAD + change.reason, **_leaving_out(done, change)}
+            yield {
+                "pass": done.name,
+                "site": change.site,
+                "what": "removed",
+                "why": UNREAD + change.reason,
+                **_leaving_out(done, change, [change]),
+            }
     for declined in done.declined:
         if asked & {declined.site, declined.module} or is_inside(declined.module, name):
             yield {"pass": done.name, "site": declined.site, "what": "declined", "why": declined.reason}
@@ -73,14 +81,15 @@ def swept(done: PassReport, before: Graph, after: Graph) -> dict[str, list[int]]
     return found
 
 
-def exclusion(done: PassReport, change: Change) -> tuple[str, str]:
-    """The pass with its options and this place left out, as a line of a recipe; or "" and why there is none."""
+def exclusion(done: PassReport, change: Change, others: Sequence[Change] = ()) -> tuple[str, str]:
+    """The pass with its options and this place left out, and other places with it, as a line of a recipe; or "" and why there is none."""
     if done.whole:
         return "", done.whole
     if not change.exclude:
         return "", "a recipe has no name that means this place and no other"
     where = done.options.get("where") or {}
-    options = {**done.options, "where": {**where, "exclude": [*(where.get("exclude") or ()), *change.exclude]}}
+    out = dict.fromkeys(glob for c in (*others, change) for glob in c.exclude)
+    options = {**done.options, "where": {**where, "exclude": [*(where.get("exclude") or ()), *out]}}
     return f"- {done.name}: {flow(options)}", ""
 
 
@@ -93,8 +102,8 @@ def flow(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _leaving_out(done: PassReport, change: Change) -> Row:
-    line, why = exclusion(done, change)
+def _leaving_out(done: PassReport, change: Change, asked: Sequence[Change] = ()) -> Row:
+    line, why = exclusion(done, change, asked)
     return {"exclude": line} if line else {"alone": why}
 
 

@@ -152,7 +152,7 @@ def _tiles(diff: Diff) -> list[list[str]]:
     """The headline: [name, figure, note] each."""
     before, after, report = diff.whole.before, diff.whole.after, diff.runs[-1].report
     weights = f"{after.stored / before.stored:.3f} of before" if before is not after and before.stored else ""
-    counted = f"{len(diff.whole.states)} differ" if before is not after else ""
+    counted = "the same on both sides" if diff.is_same else f"{len(diff.whole.states)} differ" if before is not after else ""
     found = [
         ["Weights", change(before.stored, after.stored, "B", "→"), weights],
         ["Operations a call", change(before.flops, after.flops, "", "→"), diff.sizes or "all sizes are fixed"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fxcompress.diff import Diff, Step
@@ -10,6 +11,7 @@ from fxcompress.diff.matching import attributes
 from fxcompress.diff.sizes import at
 from fxcompress.diff.states import State
 from fxcompress.history import Graph, History, Node
+from fxcompress.program import ROOT
 from fxcompress.report import Check, PassReport
 
 ON_PURPOSE = "changed on purpose, not measured"
@@ -27,7 +29,12 @@ def text(diff: Diff) -> str:
     for number, step in enumerate(diff.steps, 1):
         if step.states or step.rewired:
             lines += ["", f"{number}  {step.name}: {_counted(step)}", *_changes(step, diff.was)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"
+
+
+def printable(line: str) -> str:
+    """Names come from the model: what would move a terminal's cursor or its colours is spelled out."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf") else c for c in line)
 
 
 def _counted(step: Step) -> str:
@@ -41,7 +48,7 @@ def _both(diff: Diff) -> Iterator[str]:
         return
     yield f"operations {diff.sizes}"
     yield from (f"output SQNR {figures}" for figures in sqnr(diff))
-    yield from grouped(f"renamed {other} -> {name}" for name, other in diff.renamed.items())
+    yield from grouped(f"renamed {name} -> {other}" for name, other in diff.renamed.items())
 
 
 def sqnr(diff: Diff, arrow: str = "->") -> Iterator[str]:
@@ -160,7 +167,7 @@ def _changes(step: Step, was: Mapping[str, str]) -> Iterator[str]:
         if _is_folded(path, folded, parents):
             continue
         alike = [p for p, first in folded.items() if first == path or path.startswith(f"{first}.")]
-        yield f"  {path or '<root>'}{_named_in(path, was)}{_as_well(alike)}"
+        yield f"  {path or ROOT}{_named_in(path, was)}{_as_well(alike)}"
         yield from (f"    {line}" for node in members for line in _node(node, step, was))
 
 
@@ -200,7 +207,7 @@ def _node(node: Node, step: Step, was: Mapping[str, str]) -> Iterator[str]:
     yield f"{SIGNS[state]} {written(node)}{_named_in(node.name, was)}"
     old = step.before.nodes.get(node.name)
     if state == "moved" and old is not None:
-        yield f"    from {old.region or '<root>'}"
+        yield f"    from {old.region or ROOT}"
     if state == "changed" and old is not None:
         yield f"    was {written(old)}" if written(old) != written(node) else f"    content: {content(old)} -> {content(node)}"
 

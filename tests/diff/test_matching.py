@@ -372,4 +372,4 @@ def test_programs_are_runs_without_passes() -> None:
     assert found.whole.states == {}
     assert found.was["blocks.0"] == "layers.0"
     assert found.renamed == {f"blocks.{i}": f"layers.{i}" for i in range(3)}, "and not what is inside"
-    assert "renamed layers.0 -> blocks.0  (and 2 alike)\n" in found.text()
+    assert "renamed blocks.0 -> layers.0  (and 2 alike)\n" in found.text()

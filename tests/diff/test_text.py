@@ -438,3 +438,20 @@ def test_model_explorer(model: fxc.CompiledModel) -> None:
 )
 def test_formats_are_saved(format: Any, start: str, model: fxc.CompiledModel, tmp_path: Path) -> None:
     assert model.diff().save(tmp_path / "deep/file", format).read_text(encoding="utf-8").startswith(start)
+
+
+HOSTILE = "\x1b[31mred\nblue"
+
+
+def test_names_cannot_drive_a_terminal() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(HOSTILE, nn.Linear(4, 4))
+
+        def forward(self, x):
+            return getattr(self, HOSTILE)(x)
+
+    told = fxc.compile(Named().eval(), {"name": "t", "passes": PASSES}, (torch.randn(2, 4),), backend="reference").diff().text()
+    assert "\x1b" not in told
+    assert "\\x1b[31mred\\nblue" in told

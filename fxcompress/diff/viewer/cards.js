@@ -63,11 +63,12 @@ function tiles() {
   return el("ul", { class: "tiles" }, data.tiles.map(([name, value, note]) => el("li", {}, el("span", { class: "label" }, name), el("strong", {}, wrapped(value)), el("span", { class: "note" }, note))));
 }
 
-// Columns of figures stand to the right, words to the left.
+// Columns of figures stand to the right, words to the left; where rows have names, all their columns alike.
 function facts() {
   const isFigures = (rows, i) => i > 0 && rows.every((row) => /^([\d<–+−-].{0,24})?$/.test(row[i]));
   return data.tables.map(({ title, head, rows }) => {
-    const kinds = head.map((_, i) => (isFigures(rows, i) ? "right" : rows.every((row) => row[i].length < 28) ? "short" : ""));
+    const named = head[0] === "" && !head.every((_, i) => i === 0 || isFigures(rows, i));
+    const kinds = head.map((_, i) => (!named && isFigures(rows, i) ? "right" : rows.every((row) => row[i].length < 28) ? "short" : ""));
     const line = (cells, tag) => el("tr", {}, cells.map((c, i) => el(tag, { class: kinds[i], scope: tag === "th" ? "col" : null }, c)));
     return el("section", {}, el("h2", {}, title),
       el("div", { class: "scroll" }, el("table", {}, el("thead", {}, line(head, "th")), el("tbody", {}, rows.map((row) => line(row, "td"))))));
