@@ -203,7 +203,7 @@ class _Shelf:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._names = dict[str, fx.Node]()
         for values in items:
-            held -= sum(v.nbytes for v in values.values() if isinstance(v, Tensor))
+            held -= sum(v.nbytes for value in values.values() for v in _tensors(value))
             self._entries.append(values if held >= 0 else self._file(values))
 
     def _file(self, values: Values) -> Path:
@@ -244,15 +244,19 @@ def _read(node: fx.Node, form: Form) -> list[fx.Node]:
 
 
 def _compared(piece: Piece) -> list[fx.Node]:
-    """The outputs that are held to the float ones."""
-    return [n for n in piece.outputs if isinstance(v := n.meta.get("val"), Tensor) and v.is_floating_point() and not is_constant(n)]
+    """The outputs that are held to the float ones: numbers, or several of them as a chunk gives."""
+    return [n for n in piece.outputs if not is_constant(n) and any(v.is_floating_point() for v in _tensors(n.meta.get("val")))]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, Tensor)]
 
 
 def _relative(wanted: Values, found: Values, outputs: Sequence[fx.Node]) -> Tensor:
     """Σ over the outputs of |found - wanted|² / |wanted|²; what isn't finite in one is left out."""
     total = torch.zeros(())
-    for node in outputs:
-        old, new = wanted[node].float(), found[node].float()
+    pairs = (pair for node in outputs for pair in zip(_tensors(wanted[node]), _tensors(found[node]), strict=True))
+    for old, new in ((a.float(), b.float()) for a, b in pairs if a.is_floating_point()):
         if not bool(old.isfinite().all()):
             old, new = (torch.where(old.isfinite(), v, 0) for v in (old, new))
         total = total + (new - old).square().sum() / old.square().sum().clamp(min=1e-12)

@@ -103,6 +103,25 @@ class TestWhatItTrains:
         assert quality(program, after) > quality(program, plain) + 1
 
 
+class Modulated(nn.Module):
+    """Scale and shift come from the input's own mean, as in a diffusion transformer: the block before them ends in a chunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y, gain = self.second(torch.relu(self.first(x))).chunk(2, dim=-1)
+        return self.head(torch.tanh(y) * gain)
+
+
+def test_a_block_that_ends_in_several_values_is_trained() -> None:
+    _, report = run(captured(Modulated(), ITEMS[0][0], dynamic={"x": {0: "rows"}}), iterations=100, granularity="layer")
+    assert report.declined == ()
+    assert {c.module for c in report.changes} >= {"first", "second", "head"}
+
+
 class TestDeclined:
     def test_places_the_recipe_leaves_out(self, program: Program) -> None:
         after, report = run(program, iterations=30, where=Where(exclude=("blocks.1.*",)))
