@@ -254,13 +254,14 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _relative(wanted: Values, found: Values, outputs: Sequence[fx.Node]) -> Tensor:
     """Σ over the outputs of |found - wanted|² / |wanted|²; what isn't finite in one is left out."""
-    total = torch.zeros(())
     pairs = (pair for node in outputs for pair in zip(_tensors(wanted[node]), _tensors(found[node]), strict=True))
-    for old, new in ((a.float(), b.float()) for a, b in pairs if a.is_floating_point()):
-        if not bool(old.isfinite().all()):
-            old, new = (torch.where(old.isfinite(), v, 0) for v in (old, new))
-        total = total + (new - old).square().sum() / old.square().sum().clamp(min=1e-12)
-    return total
+    return sum((_error(old.float(), new.float()) for old, new in pairs if old.is_floating_point()), torch.zeros(()))
+
+
+def _error(old: Tensor, new: Tensor) -> Tensor:
+    if not bool(old.isfinite().all()):
+        old, new = (torch.where(old.isfinite(), v, 0) for v in (old, new))
+    return (new - old).square().sum() / old.square().sum().clamp(min=1e-12)
 
 
 def _chance(x: Tensor, share: float, rng: torch.Generator) -> Tensor:
