@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fxcompress.backends.onnx.build import Builder
 from fxcompress.backends.onnx.codes import base_of
-from fxcompress.backends.onnx.exported import FX_INDEX, leaf_name
+from fxcompress.backends.onnx.exported import FX_INDEX, as_real, leaf_name
 from fxcompress.backends.onnx.integer import PRODUCTS
 from fxcompress.backends.onnx.outline import Leaf, Outline, arguments
 from fxcompress.backends.onnx.views import integer, rank
@@ -121,7 +121,7 @@ class Legaliser:
         if value is None or product is None or product.op_type != "Mul":
             return
         leaves = (self.leaves.get(v.name) for v in product.inputs if v is not None)
-        if not any((self.constants[leaf.name] < 0).any() for leaf in leaves if leaf is not None and leaf.quantised is None):
+        if not any((as_real(self.constants[leaf.name]) < 0).any() for leaf in leaves if leaf is not None and leaf.quantised is None):
             return
         kept = ir.node("Max", [value, self.build.constant("least_of_all", torch.tensor(LEAST))])
         kept.outputs[0].name, kept.outputs[0].type, kept.outputs[0].shape = f"{node.name}.kept", value.type, value.shape

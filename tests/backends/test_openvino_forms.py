@@ -13,6 +13,7 @@ import torch.nn.functional as nnf
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+import fxcompress as fxc
 from fxcompress.backends.onnx.files import MODEL, read_graph
 from fxcompress.backends.openvino.backend import OpenVinoBackend, OpenVinoOptions
 from fxcompress.backends.openvino.legalise import BIAS, Legaliser
@@ -193,3 +194,22 @@ def test_faults_are_refused(make, fault, tmp_path):
     changed(tmp_path, fault)
     with pytest.raises(BackendRefusal, match="gives other numbers than the program"):
         EXACT.report(program, tmp_path, program.example)
+
+
+class Rotary(nn.Module):
+    """Positions as complex numbers, given with the call and kept by the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.polar(torch.ones(5, 4), torch.linspace(0, 3, 20).view(5, 4)))
+
+    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        z = torch.view_as_complex(x.unflatten(-1, (4, 2))) * turn.flatten(0, 1).unsqueeze(1)
+        return torch.view_as_real(z * self.kept.unsqueeze(1)).flatten(-2)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_complex_numbers_go_in_as_their_parts(backend):
+    model, inputs = Rotary(), (torch.randn(2, 5, 3, 8), torch.polar(torch.ones(5, 1, 4), torch.randn(5, 1, 4)))
+    made = fxc.compile(model.eval(), {"name": "t", "passes": ["tidy.fold_constants"]}, inputs, backend=backend)
+    assert torch.allclose(made(*inputs), model(*inputs), atol=1e-5)
