@@ -96,7 +96,8 @@ def _respelled(graph: fx.Graph, node: fx.Node, env: Mapping[fx.Node, fx.Node]) -
         return graph.call_function(aten._to_copy.default, (env[node.all_input_nodes[0]],), {"dtype": node.meta["val"].dtype})
     if node.target in _RESHAPES and node.meta["val"].is_complex():
         sizes = [n if isinstance(n, int) else -1 for n in node.meta["val"].shape]
-        return graph.call_function(aten.view.default, (env[node.all_input_nodes[0]], sizes))
+        if sizes.count(-1) <= 1:
+            return graph.call_function(aten.view.default, (env[node.all_input_nodes[0]], sizes))
     new = graph.node_copy(node, env.__getitem__)
     new.target = SAME_OP.get(node.target, node.target)
     if grouped := before_groups(node):

@@ -128,7 +128,7 @@ def _judged_codes(node: fx.Node, wanted: Tensor, given: Tensor, held: Mapping[fx
     if difference.max() > 1:
         raise refusal(_place(node), f"codes differ by up to {int(difference.max())}, in {share:.1%} of all values, on the same inputs")
     ratio, slack = _before_rounding(node, held)
-    away = (ratio - ratio.floor() - 0.5).abs() * differs
+    away = torch.where(differs, (ratio - ratio.floor() - 0.5).abs().nan_to_num(nan=math.inf), 0.0)
     return share, _Edges(ratio, away) if (away > slack).any() else None
 
 
@@ -193,14 +193,14 @@ def _refuse_beyond_noise(
 
 
 def _refuse_off_edge(node: fx.Node, edges: _Edges, noisy: Tensor) -> None:
-    numbers = edges.numbers
-    noise = torch.minimum(NOISE_TIMES * _usual(noisy - numbers), CEILING * _usual(numbers))
-    if (off := edges.away > noise).any():
+    """A limit that isn't known is none that is kept."""
+    noise = torch.minimum(NOISE_TIMES * _usual(noisy - edges.numbers), CEILING * _usual(edges.numbers))
+    if (off := ~(edges.away <= noise)).any():
         raise refusal(_place(node), f"{float(off.double().mean()):.1%} of the codes differ by one though nothing is near a rounding edge")
 
 
 def _usual(x: Tensor) -> Tensor:
-    return x.square().mean().sqrt()
+    return x[x.isfinite()].square().mean().sqrt()
 
 
 def _place(node: fx.Node) -> str:

@@ -41,13 +41,7 @@ def _told(done: PassReport, before: Graph, after: Graph, name: str, asked: set[s
     yield from _verdicts(done, [c for c in done.checks if c.site in {t.site for t in touched}])
     for number in sorted({n for node, numbers in swept(done, before, after).items() if node in asked for n in numbers}):
         if (change := done.changes[number]) not in touched:
-            yield {
-                "pass": done.name,
-                "site": change.site,
-                "what": "removed",
-                "why": UNREAD + change.reason,
-                **_leaving_out(done, change, [change]),
-            }
+            yield {"pass": done.name, "site": change.site, "what": "removed", "why": UNREAD + change.reason, **_leaving_out(done, change)}
     for declined in done.declined:
         if asked & {declined.site, declined.module} or is_inside(declined.module, name):
             yield {"pass": done.name, "site": declined.site, "what": "declined", "why": declined.reason}
