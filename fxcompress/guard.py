@@ -90,6 +90,7 @@ def give_back(
     met: dict[int, Model] = {}  # the model of the least count that is met, no other: models are large
 
     def is_met(count: int) -> bool:
+        """Whether the metric drops by at most max_drop with the first `count` sites given back."""
         if count not in metrics:
             model = build(without(recipe, names[:count]))
             metrics[count] = float(evaluate(model))

@@ -102,6 +102,11 @@ def module_path(node: fx.Node) -> str:
     return str(path[-1])
 
 
+def place_of(node: fx.Node) -> str:
+    """Where a node came from, in words for an error."""
+    return f"{module_path(node) or 'the root module'}  ({node.name})"
+
+
 def users_of(node: fx.Node) -> Iterator[fx.Node]:
     """Every consumer of the node's value, through `getitem` of a tuple."""
     for user in node.users:

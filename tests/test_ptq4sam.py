@@ -7,9 +7,9 @@ import torch
 
 import fxcompress as fxc
 from fxcompress.calibrate.feed import Items
-from fxcompress.recipe import load_recipe
 from tests.zoo import ZOO
 from tools.ptq4sam import Judge, plant, recipe
+from tools.ptq4sam_elsewhere import trained
 from tools.testbeds import load, scenes, segment
 
 pytestmark = pytest.mark.slow
@@ -62,9 +62,7 @@ def test_other_models_as_integers(name: str) -> None:
     model, inputs = ZOO[name]()
     example = fxc.Inputs.of(inputs)
     feed = Items([example, example, example])
-    whole = load_recipe("ptq4sam")
-    short = [s.model_copy(update={"options": {"iterations": 2}}) if s.use == "quant.reconstruct" else s for s in whole.passes]
-    made = fxc.compile(model, whole.model_copy(update={"passes": tuple(short)}), example, feed)
+    made = fxc.compile(model, trained(2), example, feed)
     assert {p.name: p.fired for p in made.report.passes}["softmax.adaptive"] > 0
     assert made.report.output_sqnr is not None
     assert made.report.output_sqnr > 20

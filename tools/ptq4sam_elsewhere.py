@@ -20,7 +20,7 @@ import fxcompress as fxc
 from fxcompress.diff.text import grouped
 from fxcompress.recipe import load_recipe
 from tools.ptq4sam import VARIANTS, recipe
-from tools.testbeds.baselines import Subject, line, subject
+from tools.testbeds.baselines import compiled, line, subject
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         print(line({"model": name, "width": "float", "runs": "float", "figures": on.judge(dict.fromkeys(on.feeds, on.model))}), flush=True)
         for title, chosen, backend in _recipes(options.iterations):
             start = time.process_time()
-            made = compiled(on, chosen, backend)
+            made = compiled(on.model, on.feeds[""], chosen, backend)
             took = time.process_time() - start
             print(line({"model": name, "width": title, "runs": backend, "figures": on.judge({"": made})}), f"{took:.0f} CPU-s", flush=True)
             if title == "ptq4sam":
@@ -61,12 +61,6 @@ def trained(iterations: int) -> dict[str, Any]:
     steps = load_recipe("ptq4sam").passes
     passes = [{s.use: {**s.options, **({"iterations": iterations} if s.use == "quant.reconstruct" else {})}} for s in steps]
     return {"name": "ptq4sam", "passes": passes}
-
-
-def compiled(on: Subject, chosen: dict[str, Any], backend: str) -> fxc.CompiledModel:
-    """A testbed under a recipe."""
-    feed = on.feeds[""]
-    return fxc.compile(on.model, chosen, next(iter(feed)), calibration=feed, backend=backend, check="off", threads=1)
 
 
 def _told(made: fxc.CompiledModel) -> Iterator[str]:

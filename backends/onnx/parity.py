@@ -19,7 +19,7 @@ from fxcompress.errors import BackendRefusal
 from fxcompress.interpret import constant_value, evaluate
 from fxcompress.measure import relative_error
 from fxcompress.noise import jittered
-from fxcompress.program import Program, module_path
+from fxcompress.program import Program, place_of
 
 NOISE_TIMES = 8  # measured: ONNX Runtime and torch differ by 0.2 to 3 times the jitter of a program
 SUM_EPS = 32  # two orders of one sum, the zero points taken out of it in one of them
@@ -69,7 +69,7 @@ def site_by_site(program: Program, sites: Sequence[fx.Node], model: onnx.ModelPr
             continue
         size = _in_torch(program, site, given, constant, magnitude=True)
         if not relative_error(wanted, _less_rounding(got, wanted, size)) <= limit:
-            raise refusal(f"{module_path(site) or 'the root module'}  ({site.name})", _too_far(error, limit))
+            raise refusal(place_of(site), _too_far(error, limit))
     return errors
 
 

@@ -28,7 +28,7 @@ from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.noise import jittered
 from fxcompress.numerics.formats import format_of
-from fxcompress.program import Program, module_path
+from fxcompress.program import Program, place_of
 
 ORDERS = (torch.ops.aten.sort.default, torch.ops.aten.topk.default)
 ARGSORT = torch.ops.aten.argsort.default
@@ -51,6 +51,7 @@ def step_by_step(program: Program, products: Collection[fx.Node], model: onnx.Mo
     steps, loose, edges = Steps(), list[tuple[fx.Node, Tensor, float]](), dict[fx.Node, _Edges]()
 
     def visit(node: fx.Node, value: Any) -> Any:
+        """The model's value for the interpreter's, once both are compared."""
         given = seen.get(node, value)
         if node in read:
             held[node] = given
@@ -126,7 +127,7 @@ def _judged_codes(node: fx.Node, wanted: Tensor, given: Tensor, held: Mapping[fx
         return 0.0, None
     share = float(differs.double().mean())
     if difference.max() > 1:
-        raise refusal(_place(node), f"codes differ by up to {int(difference.max())}, in {share:.1%} of all values, on the same inputs")
+        raise refusal(place_of(node), f"codes differ by up to {int(difference.max())}, in {share:.1%} of all values, on the same inputs")
     ratio, slack = _before_rounding(node, held)
     away = torch.where(differs, (ratio - ratio.floor() - 0.5).abs().nan_to_num(nan=math.inf), 0.0)
     return share, _Edges(ratio, away) if (away > slack).any() else None
@@ -166,7 +167,7 @@ def _judge_order(node: fx.Node, wanted: Tensor, given: Tensor, values: Tensor) -
         ours, theirs = ours.sort(dim).values, theirs.sort(dim).values
     error = relative_error(ours, theirs)
     if not error <= EXACT_LIMIT.get(values.dtype, 0.0):
-        raise refusal(_place(sort), f"another order, whose values differ by {error:.1e}")
+        raise refusal(place_of(sort), f"another order, whose values differ by {error:.1e}")
 
 
 def _refuse_beyond_noise(
@@ -181,6 +182,7 @@ def _refuse_beyond_noise(
     read = {operand for node in edges for operand in node.all_input_nodes}
 
     def visit(node: fx.Node, value: Any) -> Any:
+        """The model's value again, so that only the part since the last one is noisy."""
         noisy[node] = value if node in seen or node in read else None
         if node in edges:
             _refuse_off_edge(node, edges[node], _before_rounding(node, noisy)[0])
@@ -189,19 +191,15 @@ def _refuse_beyond_noise(
     jittered(program, probe, visit)
     for node, value, error in loose:
         if not error <= (limit := limit_of(value, noisy[node])):
-            raise refusal(_place(node), f"relative error {error:.1e} on the probe inputs, limit {limit:.1e}")
+            raise refusal(place_of(node), f"relative error {error:.1e} on the probe inputs, limit {limit:.1e}")
 
 
 def _refuse_off_edge(node: fx.Node, edges: _Edges, noisy: Tensor) -> None:
     """A limit that isn't known is none that is kept."""
     noise = torch.minimum(NOISE_TIMES * _usual(noisy - edges.numbers), CEILING * _usual(edges.numbers))
     if (off := ~(edges.away <= noise)).any():
-        raise refusal(_place(node), f"{float(off.double().mean()):.1%} of the codes differ by one though nothing is near a rounding edge")
+        raise refusal(place_of(node), f"{float(off.double().mean()):.1%} of the codes differ by one though nothing is near a rounding edge")
 
 
 def _usual(x: Tensor) -> Tensor:
     return x[x.isfinite()].square().mean().sqrt()
-
-
-def _place(node: fx.Node) -> str:
-    return f"{module_path(node) or 'the root module'}  ({node.name})"

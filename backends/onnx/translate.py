@@ -26,7 +26,7 @@ from fxcompress.backends.onnx.forms import FORMS, SHORTCUTS
 from fxcompress.backends.onnx.outline import QUANTIZE, Leaf, Outline, fingerprint, outline
 from fxcompress.backends.onnx.views import tensor_of
 from fxcompress.errors import BackendRefusal
-from fxcompress.program import Program, module_path
+from fxcompress.program import Program, place_of
 
 LOWEST_OPSET, GREATEST_OPSET = 18, 20  # torch.onnx's lowest; from 21 on GroupNormalization has no CPU kernel
 FLOAT8_OPSET = 19
@@ -79,7 +79,7 @@ def _refuse_types(program: Program, outlined: Outline) -> None:
         if node in outlined.places:
             raise BackendRefusal(
                 f"output {value.name!r} is a constant of the model",
-                where=_place(node),
+                where=place_of(node),
                 why="no input decides it",
                 do='leave it out, or backend="reference"',
             )
@@ -87,7 +87,7 @@ def _refuse_types(program: Program, outlined: Outline) -> None:
         if node.target is QUANTIZE and all(n in outlined.places for n in node.all_input_nodes):
             raise BackendRefusal(
                 f"{node.all_input_nodes[0].name} is quantised but not finalised",
-                where=_place(node),
+                where=place_of(node),
                 why="its codes would be computed at every call, from the float weight",
                 do="- quant.finalize",
             )
@@ -95,7 +95,7 @@ def _refuse_types(program: Program, outlined: Outline) -> None:
         if is_narrow(node) and (node in outlined.results or not can_be_widened(node)):
             raise BackendRefusal(
                 "ONNX runtimes have no bfloat16 kernels on CPU",
-                where=_place(node),
+                where=place_of(node),
                 why=f"{node.name} computes in bfloat16",
                 do="model.float() before compile",
             )
@@ -268,7 +268,7 @@ def _refusal(error: Exception, graph: fx.Graph, outlined: Outline) -> BackendRef
     failure = "has no translation in torch.onnx" if "No ONNX function" in text else f"fails in translation with {_cause(error)}"
     return BackendRefusal(
         f"{node.target} has no ONNX form",
-        where=_place(node),
+        where=place_of(node),
         why=f"{subject} {failure}",
         do='backend="reference" runs it; or replace the op in the model',
     )
@@ -280,7 +280,3 @@ def _cause(error: BaseException) -> str:
 
 def _chain(error: BaseException | None) -> str:
     return f"{_chain(error.__cause__)}\n{error}" if error else ""
-
-
-def _place(node: fx.Node) -> str:
-    return f"{module_path(node) or 'the root module'}  ({node.name})"

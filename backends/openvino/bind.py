@@ -27,7 +27,7 @@ from fxcompress.backends.onnx.translate import Skeleton
 from fxcompress.backends.openvino.legalise import Legaliser
 from fxcompress.errors import BackendRefusal
 from fxcompress.numerics.packing import unpack
-from fxcompress.program import module_path
+from fxcompress.program import place_of
 
 BITS = (8, 32)
 
@@ -134,5 +134,5 @@ def _refuse(skeleton: Skeleton) -> None:
 
 
 def _refusal(what: str, node: fx.Node | None) -> BackendRefusal:
-    where = f"{module_path(node) or 'the root module'}  ({node.name})" if node is not None else ""
+    where = place_of(node) if node is not None else ""
     return BackendRefusal(f"openvino has no {what}", where=where, do='quantise to uint8 or int8; or backend="onnxruntime"')

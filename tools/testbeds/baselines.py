@@ -102,7 +102,7 @@ def rows_of(subject: Subject, widths: list[str]) -> Iterator[dict[str, Any]]:
     for width in widths:
         for runs, backend in [("fake", "reference"), ("integer", "onnxruntime")][: 1 + (width == INTEGER)]:
             start = time.process_time()
-            made = {kind: _compiled(subject.model, feed, width, backend) for kind, feed in subject.feeds.items()}
+            made = {kind: compiled(subject.model, feed, _rounded(width), backend) for kind, feed in subject.feeds.items()}
             row = {"width": width, "runs": runs, "macs": _shares(next(iter(made.values())), runs), "figures": subject.judge(made)}
             yield row | {"cpu_seconds": round(time.process_time() - start, 1)}
 
@@ -113,12 +113,17 @@ def _shares(made: fxc.CompiledModel, runs: str) -> dict[str, float]:
     return {"integer": made.report.backend.integer_share or 0.0} if runs == "integer" else macs_by_width(made.program)
 
 
-def _compiled(model: nn.Module, feed: Feed, width: str, backend: str) -> fxc.CompiledModel:
+def compiled(model: nn.Module, feed: Feed, recipe: dict[str, Any], backend: str) -> fxc.CompiledModel:
+    """A model under a recipe, calibrated on the feed whose first item is the example, in one thread."""
+    return fxc.compile(model, recipe, next(iter(feed)), calibration=feed, backend=backend, check="off", threads=1)
+
+
+def _rounded(width: str) -> dict[str, Any]:
+    """Rounding to nearest on min-max ranges, as a recipe."""
     weight, activation = WIDTHS[width]
     insert = {"weights": f"{weight}/channel", "activations": f"{activation}/tensor", "range": "minmax"}
     tidy = ["tidy.fold_constants", "tidy.fold_batch_norm", "tidy.open_attention"]
-    recipe = {"name": width.lower(), "passes": [*tidy, {"quant.insert": insert}, "quant.finalize"]}
-    return fxc.compile(model, recipe, next(iter(feed)), calibration=feed, backend=backend, check="off", threads=1)
+    return {"name": width.lower(), "passes": [*tidy, {"quant.insert": insert}, "quant.finalize"]}
 
 
 def subject(name: str, samples: int, windows: int) -> Subject:
