@@ -3,6 +3,9 @@
 model = fxcompress.compile(module, "int4-weight-only", example_inputs=(x,))
 """
 
+from fxcompress import starting  # noqa: F401 - first, since what follows takes seconds
+
+# isort: split
 from fxcompress import calibrate
 from fxcompress.api import CompiledModel, CompiledModule, compile, diff, inspect, load
 from fxcompress.capture import capture

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from fxcompress.errors import FxcError, InputError
 from fxcompress.sources import call_function
+from fxcompress.starting import started
 
 app = typer.Typer(help="Makes generative and vision models small and fast, and proves every rewrite on your own model.", no_args_is_help=True)
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -327,6 +328,7 @@ def writing() -> Iterator[None]:
 def failing(as_json: bool) -> Iterator[None]:
     """Exit 1 with the message of an FxcError, exit 130 at Ctrl-C."""
     try:
+        started()
         yield
     except FxcError as error:
         if as_json:

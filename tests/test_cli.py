@@ -531,6 +531,44 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # being stopped
 
+IMPORTING = """
+import sys, time
+print("importing", file=sys.stderr, flush=True)
+try:
+    time.sleep(60)
+except {caught}:
+    pass
+time.sleep(60)
+"""
+SCRIPT = "import sys; sys.argv[0] = '/usr/bin/fxcompress'; from fxcompress.cli import app; app()"
+COMMANDS = {"script": ["-c", SCRIPT, "doctor"], "module": ["-m", "fxcompress", "doctor"], "cli": ["-m", "fxcompress.cli", "doctor"]}
+
+
+def interrupted(command: list[str], caught: str, folder: Path) -> tuple[int, str]:
+    """What a command says after "importing" when it is stopped there, in the import of a torch that catches some exceptions."""
+    (folder / "torch.py").write_text(IMPORTING.format(caught=caught))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so would the command
+    process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, env=environment)
+    signal.signal(signal.SIGINT, handler)
+    assert process.stderr is not None and process.stderr.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("caught", ["ImportError", "BaseException"])
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_ctrl_c_while_torch_is_imported(command: list[str], caught: str, tmp_path: Path) -> None:
+    """Neither a traceback nor a signal that some import swallows."""
+    assert interrupted(command, caught, tmp_path) == (130, "stopped; nothing was written\n")
+
+
+def test_ctrl_c_is_that_of_the_program_that_imports(tmp_path: Path) -> None:
+    """Which may say it as it likes, and may be called with the package's name."""
+    code = "try:\n import fxcompress\nexcept KeyboardInterrupt: sys.exit(7)"
+    assert interrupted(["-c", f"import sys\n{code}", "-m", "fxcompress"], "ImportError", tmp_path) == (7, "")
+
 
 @pytest.mark.parametrize("as_text", [True, False])
 def test_ctrl_c_in_a_pass(as_text: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
