@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -19,6 +20,7 @@ from fxcompress.program import Program, module_path
 from fxcompress.rewrite import Pass
 
 RESERVED = ("where", "limit", "unverified")
+NEEDED = "a recipe needs a list of at least one pass"
 
 
 class Where(BaseModel):
@@ -81,8 +83,15 @@ class Recipe(BaseModel):
 
     name: str
     description: str = ""
-    passes: tuple[Step, ...] = Field(min_length=1)
+    passes: tuple[Step, ...]
     backend: BackendChoice | None = None
+
+    @field_validator("passes")
+    @classmethod
+    def _some(cls, value: tuple[Step, ...]) -> tuple[Step, ...]:
+        if not value:
+            raise ValueError(NEEDED)
+        return value
 
     @field_validator("backend", mode="before")
     @classmethod
@@ -151,6 +160,10 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _validated(data: dict[str, Any], where: str) -> Recipe:
     data.setdefault("name", "unnamed")
+    if not isinstance(data.get("passes"), list | tuple) or not data["passes"]:
+        found = f"passes is {json.dumps(data['passes'], default=str)}" if "passes" in data else "there is none under passes"
+        do = "name them in the order in which they run, passes: [tidy.fold_constants, ...]; fxcompress passes lists all"
+        raise RecipeError("the recipe has no list of passes", where=f"{where}, passes", why=f"{NEEDED}, and {found}", do=do)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 import fxcompress as fxc
@@ -91,6 +92,33 @@ def test_unknown_field_of_the_recipe() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("name: x\npasses: []\n", "passes is []"),
+        ("name: x\npasses:\n", "passes is null"),
+        ("passes: quant.finalize\n", 'passes is "quant.finalize"'),
+        ("passes: {quant.finalize: {}}\n", 'passes is {"quant.finalize": {}}'),
+        ("name: x\n", "there is none under passes"),
+    ],
+)
+def test_a_recipe_without_a_list_of_passes(text: str, found: str) -> None:
+    """What a recipe needs, where, and what to write."""
+    assert message(text) == (
+        "the recipe has no list of passes\n"
+        "  where mine.yaml, passes\n"
+        f"  why   a recipe needs a list of at least one pass, and {found}\n"
+        "  do    name them in the order in which they run, passes: [tidy.fold_constants, ...]; fxcompress passes lists all"
+    )
+
+
+def test_a_wrong_pass_is_no_missing_one() -> None:
+    """Only what is wrong is told; a Recipe made by hand needs passes too."""
+    assert "at least" not in message("passes: [{quant.finalize: 3}]\n")
+    with pytest.raises(ValidationError, match="a recipe needs a list of at least one pass"):
+        Recipe(name="mine", passes=())
+
+
 def test_yaml_syntax_has_line_and_column() -> None:
     assert message("name: x\npasses: [a, b\n") == (
         "the recipe is not valid YAML\n"
@@ -108,7 +136,7 @@ def test_a_repeated_key_is_not_overwritten() -> None:
 
 def test_no_mapping_and_no_passes() -> None:
     assert message("- a\n") == ("the recipe is not a mapping\n  where mine.yaml\n  why   it is a list\n  do    start with name: and passes:")
-    assert "passes: Field required" in message("name: x")
+    assert "there is none under passes" in message("name: x")
 
 
 def test_yaml_builds_no_objects() -> None:
