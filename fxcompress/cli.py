@@ -233,9 +233,12 @@ def example_inputs(name: str) -> Any:
 
 def summary(report: Any, place: str) -> list[Any]:
     """Passes of a report in order, with sites, measured figures, bytes and time."""
+    from fxcompress.diff.text import measured
+
     rows = []
     for p in report.passes:
-        figure, limit = (f"{number(p.worst.figure)} {p.unit}", number(p.worst.limit)) if p.worst else ("", "")
+        figure = measured(p.worst.model_copy(update={"limit": None}), p.unit) if p.worst else ""
+        limit = number(p.worst.limit) if p.worst else ""
         rows.append(
             {
                 "pass": p.name,
@@ -277,7 +280,9 @@ def _headline(report: Any) -> str:
 
 def number(value: float | None) -> str:
     """A figure in three digits; a dash where there is none."""
-    return "-" if value is None else f"{value:.3g}"
+    from fxcompress.diff.text import NONE
+
+    return NONE if value is None else f"{value:.3g}"
 
 
 def table(key: str, rows: list[dict[str, Any]]) -> Any:
@@ -288,7 +293,7 @@ def table(key: str, rows: list[dict[str, Any]]) -> Any:
         return "\n".join(line for row in cells for line in (row[key], *(f"  {name}: {row[name]}" for name in row if name != key and row[name])))
     grid = Table()
     for name, width in zip(cells[0] if cells else [key], widths, strict=True):
-        is_figure = name != key and all(re.match(r"-?\d|-?$", row[name]) for row in cells)
+        is_figure = name != key and all(re.match(r"-?\d|[-–]?$", row[name]) for row in cells)
         side: Any = "right" if is_figure else "left"
         grid.add_column(name, min_width=min(width, LEAST), no_wrap=width < max(widths), overflow="fold", justify=side)
     for row in cells:

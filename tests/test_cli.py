@@ -121,6 +121,7 @@ def test_compile(place: Path) -> None:
     assert "cli_models:with_example -> out" in shown
     assert "quant.weight_only" in shown
     assert "1/2" in shown, "one of two sites"
+    assert re.search(r"quant.finalize +│ +\S+ │ +0 │ equal +│", shown), "not a dash in dB"
     assert ": fc2_weight is also read by sum_1, not as a weight" in shown
     x = torch.randn(5, 8)
     assert fxc.load(place / "out")(x).shape == (5, 4)

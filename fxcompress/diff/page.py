@@ -11,7 +11,7 @@ from typing import Any
 from fxcompress.diff import Diff, Run, Step
 from fxcompress.diff.journal import concerned, site_node, swept
 from fxcompress.diff.read import model_name
-from fxcompress.diff.text import change, decibels, figure, quantity, sqnr
+from fxcompress.diff.text import NONE, change, decibels, figure, quantity, sqnr
 from fxcompress.history import Graph, History, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
 
@@ -200,7 +200,7 @@ def _compared(diff: Diff) -> Iterator[dict[str, Any]]:
     """The figures of two runs beside each other, then the passes of each."""
     names = _short(diff)
     columns = [dict(_facts(run, step)) for run, step in zip(diff.runs, (diff.whole.before, diff.whole.after), strict=True)]
-    rows = [[key, *(c.get(key, "–") for c in columns)] for key in dict.fromkeys([*columns[0], *columns[1]])]
+    rows = [[key, *(c.get(key, NONE) for c in columns)] for key in dict.fromkeys([*columns[0], *columns[1]])]
     yield {"title": "Side by side", "head": ["", *names], "rows": rows}
     for run, name in zip(diff.runs, names, strict=True):
         if run.passes:

@@ -16,6 +16,7 @@ from fxcompress.report import Check, PassReport
 
 ON_PURPOSE = "changed on purpose, not measured"
 SAME = "no node differs: the same operations, arguments, shapes and weights"
+NONE = "–"  # a figure that isn't known
 SIGNS: Mapping[State, str] = {"added": "+", "removed": "-", "changed": "~", "moved": ">"}
 
 
@@ -57,13 +58,13 @@ def sqnr(diff: Diff, arrow: str = "->") -> Iterator[str]:
     if diff.measured:
         yield f"{f' {arrow} '.join(decibels(r.sqnrs[diff.measured]) for r in diff.runs)} {diff.measured}"
         return
-    sides = [next((f"{decibels(v)} {place}" for place, v in r.sqnrs.items() if v is not None), "-") for r in diff.runs]
-    yield from [f" {arrow} ".join(sides)] * any(side != "-" for side in sides)
+    sides = [next((f"{decibels(v)} {place}" for place, v in r.sqnrs.items() if v is not None), NONE) for r in diff.runs]
+    yield from [f" {arrow} ".join(sides)] * any(side != NONE for side in sides)
 
 
 def decibels(value: float | None) -> str:
     """A figure in dB, or a dash."""
-    return "-" if value is None else f"{value:.1f} dB"
+    return NONE if value is None else f"{value:.1f} dB"
 
 
 def counted(states: Mapping[str, State]) -> str:
@@ -83,15 +84,16 @@ def quantity(value: float, unit: str, digits: int = 3) -> str:
 
 
 def change(before: int, after: int, unit: str, arrow: str = "->") -> str:
-    """Two figures, in four digits where three don't tell them apart: "2.810 MB -> 2.812 MB". What four don't either is told by its size:
-    "2.81 MB +12 B"."""
+    """Two figures, in four digits where three don't tell them apart: "2.810 MB -> 2.812 MB". What four don't either is told by the
+    difference: "2.81 MB -> 2.81 MB (+12 B)"."""
     if before == after:
         return quantity(before, unit).strip()
     for digits in (3, 4):
         one, other = (quantity(v, unit, digits).strip() for v in (before, after))
         if one != other:
             return f"{one} {arrow} {other}"
-    return f"{quantity(before, unit).strip()} {'+' if after > before else '-'}{quantity(abs(after - before), unit).strip()}"
+    one, other, by = (quantity(v, unit).strip() for v in (before, after, abs(after - before)))
+    return f"{one} {arrow} {other} ({'+' if after > before else '-'}{by})"
 
 
 def figure(report: PassReport) -> str:
@@ -222,7 +224,7 @@ def content(node: Node) -> str:
     """What a constant holds, by its statistics."""
     if not node.statistics:
         return f"version {node.revision}"
-    low, high, mean, std = ("-" if v is None else f"{v:.4g}" for v in node.statistics[:4])
+    low, high, mean, std = (NONE if v is None else f"{v:.4g}" for v in node.statistics[:4])
     return f"[{low}, {high}], mean {mean}, deviation {std}, checksum {node.statistics[4]:08x}"
 
 

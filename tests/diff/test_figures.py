@@ -152,7 +152,8 @@ def test_the_output_is_compared_with_what_was_measured_where_it_was(model: fxc.C
     assert before is not None and after == 47.25 and abs(before - after) > 1, "else the test can't tell them apart"
     assert f"output SQNR {before:.1f} dB -> {before:.1f} dB before lowering\n" in between(kept, finished).text()
     assert f"output SQNR {after:.1f} dB -> {after:.1f} dB on the backend\n" in between(finished, finished).text()
-    assert f"output SQNR - -> {after:.1f} dB on the backend\n" in between(replace(kept, passes=()), finished).text()
+    assert f"output SQNR – -> {after:.1f} dB on the backend\n" in between(replace(kept, passes=()), finished).text()
+    assert f"– → {after:.1f} dB" in between(replace(kept, passes=()), finished).html()
     unlike = between(replace(finished, passes=()), kept)
     assert f"output SQNR {after:.1f} dB on the backend -> {before:.1f} dB before lowering\n" in unlike.text()
     for words in (f"{before:.1f} dB → {before:.1f} dB", "lowest output, before lowering", "output SQNR, on the backend"):

@@ -540,7 +540,7 @@ def test_a_minus_is_one(at: Any) -> None:
     """Not a hyphen, in figures; names keep theirs."""
     browser = at("#pass=2&node=blocks_0_up_weight")
     assert re.search(r"least\s+−0\.\d", text(browser, "#card")) and not re.search(r"\s-\d", text(browser, "#card .statistics"))
-    assert typeset("6.66 MB -53 B; 8.1e-07 <= 0.0001; w8a8-llm; conv-2; 3 >= -1") == "6.66 MB −53 B; 8.1e−07 ≤ 0.0001; w8a8-llm; conv-2; 3 ≥ −1"
+    assert typeset("6.66 MB (-53 B); 8.1e-07 <= 0.0001; w8a8-llm; conv-2; 3 >= -1") == "6.66 MB (−53 B); 8.1e−07 ≤ 0.0001; w8a8-llm; conv-2; 3 ≥ −1"
 
 
 def test_a_node_that_went_by_itself_says_why(at: Any) -> None:

@@ -37,8 +37,8 @@ function change([before, after], unit) {
   return before === after ? el("span", { class: "quiet" }, words) : words;
 }
 
-// Figures that a narrow column may break before a sign, and nowhere else.
-const wrapped = (words) => words.split(/ (?=[≤≥→+−])/).map((part, i) => [i ? " " : "", el("span", { class: "whole" }, part)]);
+// Figures that a narrow column may break before a sign or a parenthesis, and nowhere else.
+const wrapped = (words) => words.split(/ (?=[≤≥→(])/).map((part, i) => [i ? " " : "", el("span", { class: "whole" }, part)]);
 
 const ON_PURPOSE = "changed on purpose, not measured";
 

@@ -210,14 +210,14 @@ function quantity(value, unit, digits = 3) {
   return `${digits === 3 ? Number(size.toPrecision(3)) : size.toPrecision(digits)} ${prefix}${unit}`.trim();
 }
 
-// Two figures in four digits where three don't tell them apart; what four don't either is told by its size.
+// Two figures in four digits where three don't tell them apart; what four don't either is told by the difference.
 function changeOf(before, after, unit) {
   for (const digits of [3, 4]) {
     const [a, b] = [quantity(before, unit, digits), quantity(after, unit, digits)];
     if (before === after) return a;
     if (a !== b) return `${a} → ${b}`;
   }
-  return `${quantity(before, unit)} ${after > before ? "+" : "−"}${quantity(Math.abs(after - before), unit)}`;
+  return `${quantity(before, unit)} → ${quantity(after, unit)} (${after > before ? "+" : "−"}${quantity(Math.abs(after - before), unit)})`;
 }
 
 function number(value, digits = 3) {
