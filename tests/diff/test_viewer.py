@@ -24,6 +24,7 @@ from tests.diff.large import report as large_report
 from tests.passes.helpers import captured, seeded
 
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+COUNTS = "[...document.querySelectorAll('#before [data-key=\"{}\"] > .count')].map((e) => e.textContent)"
 ITEM = "document.querySelector('#before [data-key=\"{}\"]')"
 
 
@@ -166,9 +167,26 @@ def test_equal_blocks_are_folded_with_their_number(at: Any) -> None:
     browser = at("#pass=2")
     assert "same blocks.0" in items(browser)
     assert "3 blocks as blocks.0" in browser.run(ITEM.format("same blocks.0") + ".textContent")
+    assert browser.run(COUNTS.format("same blocks.0")) == ["+18"], "of all that are folded there"
+    spoken = browser.run(ITEM.format("same blocks.0") + ".getAttribute('aria-label')")
+    assert spoken == "3 blocks as blocks.0, blocks.1–3, 18 added"
     browser.click('#before [data-key="same blocks.0"]')
     browser.wait(ITEM.format("r:blocks.3"))
     assert "same blocks.0" not in items(browser)
+
+
+def test_one_block_like_another_is_no_pile(browser: Browser, tmp_path: Path) -> None:
+    """It stands as any closed module does, under its own name."""
+    torch.manual_seed(0)
+    pair = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))).eval()
+    passes = [{"quant.weight_only": {"weights": "int8/channel"}}, "quant.finalize"]
+    made = fxc.compile(pair, {"passes": passes}, (seeded(2, 4),), backend="reference")
+    browser.open(made.diff().save(tmp_path / "pair.html"), "#pass=1")
+    browser.wait(ITEM.format("r:1"))
+    assert browser.run("document.querySelectorAll('#before .same, #before .behind').length") == 0
+    assert browser.run(ITEM.format("r:1") + ".querySelector('.name').textContent") == "▸ 1"
+    assert browser.run(COUNTS.format("r:1")) == ["+3"]
+    assert browser.errors == []
 
 
 def test_a_block_s_card_names_those_that_are_the_same(at: Any) -> None:
@@ -261,12 +279,23 @@ def test_deep_links_open_the_way_to_the_node(at: Any) -> None:
     assert browser.run("document.querySelector('#before .selected').dataset.key") == "n:dequantize_default_5"
 
 
+def test_a_module_may_be_linked_to_as_a_node(at: Any) -> None:
+    """It is opened and chosen, and can be closed again."""
+    browser = at("#pass=3&node=blocks.2.up")
+    assert text(browser, "#card h2") == "blocks.2.up" and not shown(browser, "#notice")
+    assert browser.run("document.querySelector('#before .selected').dataset.key") == "r:blocks.2.up"
+    assert "n:unpack_default_4" in items(browser)
+    browser.click('#before [data-key="r:blocks.2.up"]')
+    browser.wait(f"{ITEM.format('r:blocks.2.up')}.getAttribute('aria-expanded') === 'false'")
+
+
 @pytest.mark.parametrize(
     ("fragment", "words"),
     [
         ("#pass=99", "No pass here is called “99”."),
         ("#node=nothing", "No pass here is called “node=nothing”."),
         ("#pass=2&node=nothing", "No node here is called “nothing”."),
+        ("#pass=2&node=", "No node here is called “”."),
         ("#pass=2&module=nothing", "No module here is called “nothing”."),
         ("#%E0%A4%A", "No pass here is called “%E0%A4%A”."),
     ],
@@ -347,6 +376,27 @@ def test_overlays_are_figures(overlay: str, unit: str, at: Any) -> None:
     figures = browser.run("[...document.querySelectorAll('#before .figure')].map((e) => e.textContent)")
     assert figures and all(f.endswith(unit) for f in figures)
     browser.run("o.value = 'none'; o.dispatchEvent(new Event('change'))")
+
+
+def test_the_overlay_is_in_the_address(at: Any) -> None:
+    """It is kept on the way to other places, and restored; one that isn't known is none."""
+    overlay, figures = "document.getElementById('overlay').value", "document.querySelectorAll('#before .figure').length"
+    browser = at("#pass=2")
+    browser.run("const o = document.getElementById('overlay'); o.value = 'cost'; o.dispatchEvent(new Event('change'))")
+    assert browser.run("location.hash") == "#pass=2&overlay=cost"
+    browser.key("n")
+    assert browser.run("location.hash").endswith("&overlay=cost") and "node=" in browser.run("location.hash")
+    browser.click("#card .history a")
+    browser.wait("location.hash === '#pass=2&overlay=cost'")
+    browser.click("#home")
+    browser.wait("document.body.className === 'at-overview'")
+    browser.click(".passes tbody tr:nth-child(3) a")
+    browser.wait("location.hash === '#pass=3&overlay=cost'")
+    browser = at("#pass=2&node=dequantize_default&overlay=loss&split")
+    assert browser.run(overlay) == "loss" and browser.run(figures) and browser.run("document.body.className") == "at-graph split"
+    for other in ("", "&overlay=", "&overlay=toString"):
+        browser = at(f"#pass=2{other}")
+        assert (browser.run(overlay), browser.run(figures)) == ("none", 0) and not shown(browser, "#notice")
 
 
 OVERLAPS = """(() => {
@@ -540,7 +590,10 @@ def test_a_minus_is_one(at: Any) -> None:
     """Not a hyphen, in figures; names keep theirs."""
     browser = at("#pass=2&node=blocks_0_up_weight")
     assert re.search(r"least\s+−0\.\d", text(browser, "#card")) and not re.search(r"\s-\d", text(browser, "#card .statistics"))
-    assert typeset("6.66 MB (-53 B); 8.1e-07 <= 0.0001; w8a8-llm; conv-2; 3 >= -1") == "6.66 MB (−53 B); 8.1e−07 ≤ 0.0001; w8a8-llm; conv-2; 3 ≥ −1"
+    assert (
+        typeset("6.66 MB (-53 B); 8.1e-07 <= 0.0001; w8a8-llm; conv-2; 3 >= -1")
+        == "6.66 MB (−53 B); 8.1e−07 ≤ 0.0001; w8a8-llm; conv-2; 3 ≥ −1"
+    )
 
 
 def test_a_node_that_went_by_itself_says_why(at: Any) -> None:

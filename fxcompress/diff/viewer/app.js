@@ -34,7 +34,8 @@ function controls() {
   if (views.length === 1) for (const id of ["previous", "choice", "next"]) $(id).hidden = true;
 }
 
-// The address says what is shown, so that it can be sent: #pass=3&node=linear_4. pass: a number, a pass's name, or "all".
+// The address says what is shown, so that it can be sent: #pass=3&node=linear_4&overlay=loss. pass: a number, a pass's name, or "all". node:
+// where no node is called so, a module, which is opened. overlay: one that isn't known shows none.
 function follow() {
   const asked = new URLSearchParams(location.hash.slice(1));
   const view = asked.has("pass") ? views.find((v) => addresses(v).includes(asked.get("pass"))) : undefined;
@@ -44,11 +45,14 @@ function follow() {
   }
   const fresh = state.view !== view;
   state.split = asked.has("split");
+  state.overlay = [...$("overlay").options].map((o) => o.value).find((name) => name === asked.get("overlay")) ?? "none";
   if (fresh) enter(view);
-  const named = (key, known) => [asked.get(key), now.get(asked.get(key))].find((name) => known.has(name)) ?? null;
+  const named = (key, known) => [asked.get(key), now.get(asked.get(key))].find((name) => name && known.has(name)) ?? null;
   state.node = named("node", view.nodes);
-  state.region = named("module", view.tree);
-  const lost = ["node", "module"].filter((key) => asked.has(key) && state[key === "node" ? "node" : "region"] === null);
+  const meant = state.node === null ? named("node", view.tree) : null;
+  state.region = named("module", view.tree) ?? meant;
+  if (meant !== null) state.open.add(meant);
+  const lost = [["node", state.node ?? meant], ["module", state.region]].filter(([key, found]) => asked.has(key) && found === null).map(([key]) => key);
   notice(lost.map((key) => `No ${key} here is called “${asked.get(key)}”.`).join(" "));
   if (state.node) reveal(view.nodes.get(state.node).now.region);
   if (state.region) {
@@ -107,6 +111,7 @@ function address({ view = state.view, node = null, region = null, split = state.
   const parts = new URLSearchParams({ pass: view.hash });
   if (node) parts.set("node", node);
   if (region) parts.set("module", region);
+  if (state.overlay !== "none") parts.set("overlay", state.overlay);
   return "#" + parts + (split ? "&split" : "");
 }
 
@@ -119,7 +124,7 @@ function go({ view, node = null, region = null }) {
 
 function set(changes) {
   Object.assign(state, changes);
-  if ("split" in changes) history.replaceState(null, "", address({ node: state.node, region: state.region }));
+  if ("split" in changes || "overlay" in changes) history.replaceState(null, "", address({ node: state.node, region: state.region }));
   render();
 }
 

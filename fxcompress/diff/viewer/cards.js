@@ -16,7 +16,7 @@ function passRow(pass, index, go) {
   const [verdict, figure] = measured(pass);
   const cells = [
     index + 1,
-    view ? el("a", { href: `#pass=${index + 1}` }, pass.name) : pass.name,
+    view ? linkTo(view, {}, pass.name, go) : pass.name,
     pass.contract,
     pass.fired === pass.legal ? pass.fired : `${pass.fired} of ${pass.legal}`,
     pass.declined.length,
@@ -28,7 +28,7 @@ function passRow(pass, index, go) {
     `${pass.cpu.toFixed(pass.cpu < 10 ? 2 : 1)} s`,
   ];
   const row = el("tr", { class: view ? "link" : "" }, cells.map((c, i) => el("td", { class: i > 2 ? "right" : "" }, String(c) === "0" && i === 4 ? "–" : typeof c === "string" ? wrapped(c) : c)));
-  if (view) row.addEventListener("click", () => go({ view: view.index }));
+  if (view) row.addEventListener("click", (event) => { if (!event.target.closest("a")) go({ view: view.index }); });
   return row;
 }
 
@@ -126,8 +126,7 @@ function more(title, items, one) {
 function nodeLink(view, name, go) {
   const node = view.nodes.get(name);
   const state = node ? node.state : "";
-  const link = el("a", { href: `#pass=${view.hash}&node=${encodeURIComponent(name)}` }, broken(name));
-  link.addEventListener("click", (event) => { event.preventDefault(); go({ node: name }); });
+  const link = linkTo(view, { node: name }, broken(name), go);
   return state ? [el("span", { class: `chip ${state}`, title: state }, SIGN[state]), link] : link;
 }
 
@@ -184,17 +183,26 @@ function links(title, names, view, go) {
 function journal(view, node, go) {
   const parts = [];
   for (const [index, site] of sitesOf.get(node.name) || []) {
-    parts.push(el("li", {}, passLink(index), " ", text(site.reason) || "touched it", checksFor(index, node, site), exclusion(passes[index], site.exclude)));
+    parts.push(el("li", {}, passLink(index, go), " ", text(site.reason) || "touched it", checksFor(index, node, site), exclusion(passes[index], site.exclude)));
   }
   for (const [index, site] of sweptBy.get(node.name) || [])
-    parts.push(el("li", {}, passLink(index), " removed it, since nothing reads it after this: ", text(site.reason), exclusion(passes[index], site.exclude)));
+    parts.push(el("li", {}, passLink(index, go), " removed it, since nothing reads it after this: ", text(site.reason), exclusion(passes[index], site.exclude)));
   for (const [index, declined] of declinedAt(node))
-    parts.push(el("li", { class: "declined" }, passLink(index), " declined: ", text(declined.reason)));
+    parts.push(el("li", { class: "declined" }, passLink(index, go), " declined: ", text(declined.reason)));
   return parts.length ? [el("h3", {}, "what passes did here"), el("ul", { class: "history" }, parts)] : [];
 }
 
-function passLink(index) {
-  return el("a", { href: `#pass=${index + 1}` }, passes[index].name);
+const passLink = (index, go) => linkTo(views.find((v) => v.pass === index), {}, passes[index].name, go);
+
+// A link to another place of the page, which keeps the overlay and the sides; its address is for other tabs.
+function linkTo(view, place, words, go) {
+  const link = el("a", { href: address({ view, ...place }) }, words);
+  link.addEventListener("click", (event) => {
+    if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    go({ view: view.index, ...place });
+  });
+  return link;
 }
 
 function checksFor(index, node, site) {
@@ -258,11 +266,7 @@ async function copy(words) {
   }
 }
 
-function moduleLink(view, path, go) {
-  const link = el("a", { href: "#" }, broken(path));
-  link.addEventListener("click", (event) => { event.preventDefault(); go({ region: path, node: null }); });
-  return link;
-}
+const moduleLink = (view, path, go) => linkTo(view, { region: path }, broken(path), go);
 
 function moduleCard(view, path, go) {
   const region = view.tree.get(path), loss = lossIn(view, path), all = view.tree.get("").flops;
@@ -279,7 +283,7 @@ function moduleCard(view, path, go) {
     el("h2", {}, path || data.root), el("p", { class: "chips" }, chips(region.counts)), place,
     same.length ? el("p", {}, `The same in ${same.length} other ${same.length > 1 ? "blocks" : "block"}: ${blockNames(same.map((other) => "r:" + other))}`) : "",
     touched.length ? el("h3", {}, "what passes did here") : "",
-    el("ul", { class: "history" }, touched.map(([index, sites]) => el("li", {}, passLink(index), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`,
+    el("ul", { class: "history" }, touched.map(([index, sites]) => el("li", {}, passLink(index, go), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`,
       exclusion(passes[index], sites.every((s) => s.exclude.length) ? [path.replace(/[[*?]/g, "[$&]")] : [])))),
   ];
 }

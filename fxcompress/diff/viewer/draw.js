@@ -102,9 +102,8 @@ const stateOf = (view, item) => (item.kind === "node" ? view.nodes.get(item.node
 
 function spoken(view, item) {
   if (item.kind === "node") return `${shortOp(view.nodes.get(item.node).now.op)} ${item.node} ${stateOf(view, item)}`.trim();
-  if (item.kind !== "region") return (item.lines || []).join(", ");
-  const counts = view.tree.get(item.path).counts;
-  return [`module ${item.path}`, ...STATES.filter((s) => counts[s]).map((s) => `${counts[s]} ${s}`)].join(", ");
+  const counts = countsOf(view, item.keys).map(([words, s]) => `${words.slice(1)} ${s}`);
+  return [...(item.kind === "region" ? [`module ${item.path}`] : item.lines.filter(Boolean)), ...counts].join(", ");
 }
 
 function openBox(view, item, group, state, side, act) {
@@ -127,13 +126,13 @@ function closedBox(view, item, group, state) {
   const y = isNode ? 16 : 19;
   group.append(svg("text", { class: "name", x: left, y }, expandable + item.lines[0]), svg("text", { class: "kind", x: left, y: y + 15 }, item.lines[1]));
   if (isNode && stateOf(view, item)) group.append(mark(stateOf(view, item), item.w - 14, 14));
-  if (item.kind === "region") countMarks(view, item, group);
+  if (!isNode) countMarks(view, item, group);
   if (state.overlay !== "none") overlay(view, item, group, state);
 }
 
 function countMarks(view, item, group) {
   let x = item.w - 12;
-  for (const [words, s] of countsOf(view, item.path).reverse()) {
+  for (const [words, s] of countsOf(view, item.keys).reverse()) {
     group.append(svg("text", { class: `count ${s}`, x, y: 19, "text-anchor": "end" }, words));
     x -= words.length * 8 + 8;
   }

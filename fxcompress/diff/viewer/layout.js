@@ -25,7 +25,8 @@ function shown(view, path, state) {
       items.push(itemOf(entry, state));
     }
   }
-  return parted(items.map((i) => (i.kind === "rest" && i.keys.length === 1 ? single(i.keys[0], state) : i)), path, state);
+  const isPile = (i) => (i.kind !== "rest" && i.kind !== "same") || i.keys.length > 1;
+  return parted(items.map((i) => (isPile(i) ? i : single(i.keys[0], state))), path, state);
 }
 
 const keyOf = (entry) => (entry.region !== undefined ? "r:" + entry.region : "n:" + entry.node);
@@ -86,17 +87,18 @@ function measure(view, item, state) {
     return;
   }
   const lines = label(view, item);
-  const marks = item.kind === "region" ? countsOf(view, item.path).reduce((sum, [words]) => sum + words.length * 8 + 8, 12) : item.kind === "node" ? 24 : 8;
+  const marks = item.kind === "node" ? 24 : countsOf(view, item.keys).reduce((sum, [words]) => sum + words.length * 8 + 8, 12);
   const figure = state.overlay === "none" ? 0 : 64;
   item.lines = lines;
   item.w = Math.max(92, 26 + Math.max(lines[0].length * SIZE.char + marks + (item.kind === "region" || item.kind === "part" ? 16 : 0), lines[1].length * SIZE.char * 0.88 + (item.kind === "node" ? 8 : 0) + figure));
   item.h = item.kind === "region" || item.kind === "same" || item.kind === "part" ? SIZE.region : item.kind === "rest" ? 26 : SIZE.node;
 }
 
-// ["+12", "added"] and so on, of a module.
-function countsOf(view, path) {
-  const { counts } = view.tree.get(path);
-  return STATES.filter((s) => counts[s]).map((s) => [SIGN[s] + counts[s], s]);
+// ["+12", "added"] and so on, of all that an item stands for.
+function countsOf(view, keys) {
+  const of = (key, s) => (key[0] === "r" ? view.tree.get(key.slice(2)).counts[s] || 0 : Number(view.nodes.get(key.slice(2)).state === s));
+  const counts = STATES.map((s) => [keys.reduce((sum, key) => sum + of(key, s), 0), s]);
+  return counts.filter(([count]) => count).map(([count, s]) => [SIGN[s] + count, s]);
 }
 
 // The two lines on a closed item.
@@ -107,7 +109,7 @@ function label(view, item) {
   }
   if (item.kind === "rest") return [`${sizeOf(view, item.keys)} unchanged`, ""];
   if (item.kind === "part") return [`${sizeOf(view, item.keys)} nodes`, `from ${cut(item.keys[0].slice(2))}`];
-  if (item.kind === "same") return [`${item.keys.length} ${item.keys.length > 1 ? "blocks" : "block"} as ${cut(item.first)}`, cut(blockNames(item.keys))];
+  if (item.kind === "same") return [`${item.keys.length} blocks as ${cut(item.first)}`, cut(blockNames(item.keys))];
   const region = view.tree.get(item.path);
   return [cut(localName(item.path, region.parent)), `${cut(region.kind || "module")} · ${region.size}`];
 }
