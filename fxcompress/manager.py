@@ -20,8 +20,8 @@ from fxcompress.history import History
 from fxcompress.interpret import run
 from fxcompress.numerics.noise import sqnr
 from fxcompress.program import ROOT, Program, module_path
-from fxcompress.recipe import Step, check_step, exclusions, step_options
-from fxcompress.report import Change, Check, Declined, PassReport, worst_of
+from fxcompress.recipe import Step, Where, check_step, exclusions, step_options
+from fxcompress.report import Change, Check, Declined, Excluded, PassReport, worst_of
 from fxcompress.rewrite import Context, Kept, Match, Pass, Reject, Rewrite, Transform
 from fxcompress.target import Target
 from fxcompress.verify import verify
@@ -36,6 +36,19 @@ class Found:
 
     declined: tuple[Declined, ...]
     excluded: int
+
+
+class _Gate:
+    """What the recipe lets a pass touch, and what it asked about in vain."""
+
+    def __init__(self, where: Where) -> None:
+        self.where, self.refused = where, dict[str, Excluded]()
+
+    def __call__(self, node: fx.Node) -> bool:
+        """Whether the recipe admits the node."""
+        if (glob := self.where.against(node)) is not None:
+            self.refused.setdefault(node.name, Excluded(site=node.name, module=module_path(_place(node)), glob=glob))
+        return glob is None
 
 
 class Manager:
@@ -76,10 +89,10 @@ class Manager:
     def _step(self, step: Step, item: Pass) -> tuple[PassReport, list[str]]:
         """The pass's report, and the values that carry a change since."""
         start, bytes_before, nodes_before = time.process_time(), weight_bytes(self.program), len(self.program.graph.nodes)
-        edit, notes = Edit(self.program), list[str]()
+        edit, notes, gate = Edit(self.program), list[str](), _Gate(step.where)
         try:
             check_step(step, self.program, item.name)
-            found = self._apply(step, item, edit, notes)
+            found = self._apply(item, edit, gate, notes)
             checks = tuple(as_check(m) for m in self._checked(step, item, edit))
             verify(self.program)
             sites, excluded = list(edit.sites), self._excluded(item, edit.sites)
@@ -90,7 +103,7 @@ class Manager:
             if isinstance(error, FxcError):
                 raise error.placed(state=f"program as before this pass; {len(self.done)} finished passes are kept") from None
             raise
-        exact = isinstance(item.contract, Exact)
+        exact, opened = isinstance(item.contract, Exact), {s.node for s in sites}
         report = PassReport(
             name=item.name,
             options=step_options(step, item),
@@ -110,6 +123,7 @@ class Manager:
             changes=tuple(as_change(s, globs) for s, globs in zip(sites, excluded, strict=True)),
             notes=tuple(notes),
             whole=item.whole,
+            excluded=tuple(e for e in gate.refused.values() if e.site not in opened),  # another name may let it in
         )
         return report, recast
 
@@ -122,12 +136,12 @@ class Manager:
         places = [[nodes[s.node]] if s.places is None else s.places for s in sites]
         return exclusions(places, lambda node: "opened" in self.gave or node.name in captured)
 
-    def _apply(self, step: Step, item: Pass, edit: Edit, notes: list[str]) -> Found:
-        context = Context(self.program, self.target, self.probe, step.where.admits, note=notes.append, progress=self.tell, kept=self.kept())
+    def _apply(self, item: Pass, edit: Edit, gate: _Gate, notes: list[str]) -> Found:
+        context = Context(self.program, self.target, self.probe, gate, note=notes.append, progress=self.tell, kept=self.kept())
         if (known := self.statistics) is not None:
             context = replace(context, observe=partial(known, self.program), items=lambda: known.items)
         if isinstance(item, Rewrite):
-            return apply_rewrite(item, context, edit, step)
+            return apply_rewrite(item, context, edit)
         assert isinstance(item, Transform)
         rejects = item.run(context, edit)
         nodes = {n.name: n for n in self.program.graph.nodes}
@@ -147,19 +161,19 @@ class Manager:
         return measured
 
 
-def apply_rewrite(item: Rewrite, context: Context, edit: Edit, step: Step) -> Found:
+def apply_rewrite(item: Rewrite, context: Context, edit: Edit) -> Found:
     """Ask the pass about every node of its targets in order, and apply it where it matches and the recipe admits the node."""
     declined: list[Declined] = []
     excluded = 0
     for node in candidates(context.program.graph, item):
         answer, known = item.match(node, context), len(edit.sites)
-        if isinstance(answer, Match) and all(step.where.admits(n) for n in answer.places):
+        if isinstance(answer, Match) and all(context.admits(n) for n in answer.places):
             item.apply(answer, edit)
             for site in edit.sites[known:]:
                 site.places = [answer.places[0]]  # one is enough: the recipe has to admit all
         elif isinstance(answer, Match):
             excluded += 1
-        elif isinstance(answer, Reject) and step.where.admits(_place(node)):
+        elif isinstance(answer, Reject) and context.admits(_place(node)):
             declined.append(Declined(site=node.name, module=module_path(_place(node)), reason=answer.reason))
     return Found(tuple(declined), excluded)
 

@@ -33,7 +33,13 @@ class Where(BaseModel):
 
     def admits(self, node: fx.Node) -> bool:
         """Whether the node is included and not excluded."""
-        return (not self.include or _hit(self.include, node)) and not _hit(self.exclude, node)
+        return self.against(node) is None
+
+    def against(self, node: fx.Node) -> str | None:
+        """The glob that excludes the node; "" where it is none of those that are included; None where it is admitted."""
+        if self.include and not _hit(self.include, node):
+            return ""
+        return next((glob for glob in self.exclude if _hit((glob,), node)), None)
 
 
 class Step(BaseModel):

@@ -48,6 +48,14 @@ class Declined(Frozen):
     reason: str
 
 
+class Excluded(Frozen):
+    """A place that the recipe keeps a pass from. glob: the one under `exclude` that hits it; "": none under `include` does."""
+
+    site: str
+    module: str
+    glob: str
+
+
 class Change(Frozen):
     """One site of the journal: nodes before and after, constants changed. exclude: globs of a recipe that leave this site alone; () where none
     do."""
@@ -98,7 +106,7 @@ def worst_of(checks: Iterable[Check], unit: str) -> Check | None:
 class PassReport(Frozen):
     """One finished pass. options: as the recipe says them, `where` and `limit` with them. legal = fired + excluded by the recipe; notes: what
     the pass has to say beside its sites; output_sqnr: lowest over the outputs against the captured model, in dB; whole: why single places
-    can't be left out, "" where they can."""
+    can't be left out, "" where they can; excluded: what the pass asked about and the recipe didn't admit, illegal sites among it."""
 
     name: str
     options: dict[str, Any]
@@ -118,6 +126,7 @@ class PassReport(Frozen):
     changes: tuple[Change, ...]
     notes: tuple[str, ...] = ()
     whole: str = ""
+    excluded: tuple[Excluded, ...] = ()
 
 
 class FloatSite(Frozen):

@@ -425,6 +425,23 @@ def test_explain(out: Path) -> None:
     assert as_json("explain", "out", "relu")["found"] == []
 
 
+@pytest.mark.parametrize(
+    ("where", "module", "node", "words"),
+    [
+        ('exclude: [fc2, "*c1"]', "fc1", "linear", 'the recipe leaves it out: where: {exclude: ["*c1"]}'),
+        ('include: [fc1, "fc[13]"]', "fc2", "linear_1", 'the recipe doesn\'t include it: where: {include: ["fc1", "fc[13]"]}'),
+    ],
+)
+def test_explain_tells_what_the_recipe_excludes(where: str, module: str, node: str, words: str, place: Path) -> None:
+    """The glob that does it, asked by module, node or constant."""
+    (place / "mine.yaml").write_text(RECIPE.replace("int8/channel", f"int8/channel, where: {{{where}}}"))
+    text("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out")
+    for name in (module, f"{module}.weight", node):
+        (row,) = (r for r in as_json("explain", "out", name)["found"] if r["what"] == "excluded")
+        assert (row["pass"], row["site"], row["why"]) == ("quant.weight_only", node, words)
+        assert words in text("explain", "out", name)
+
+
 def test_explain_an_unknown_name(out: Path) -> None:
     assert as_json("explain", "out", "fc12", code=1)["why"].startswith("did you mean 'fc2' or 'fc1'")
     assert text("explain", "out", "fc12", code=1).startswith("InputError: the artifact has no 'fc12'\n")

@@ -11,7 +11,7 @@ from fxcompress.diff.text import ON_PURPOSE, measured
 from fxcompress.errors import InputError, nearest
 from fxcompress.history import Graph
 from fxcompress.program import ROOT
-from fxcompress.report import Change, Check, PassReport, worst_of
+from fxcompress.report import Change, Check, Excluded, PassReport, worst_of
 
 UNREAD = "nothing reads it after this: "
 Row = dict[str, Any]
@@ -19,8 +19,8 @@ Row = dict[str, Any]
 
 def explained(run: Run, name: str) -> list[Row]:
     """Rows in the order of the passes: {"pass", "site", "what", "why"} each, and "exclude" or "alone" where the site was changed: the recipe's
-    line that leaves out all that the name stands for, or why there is none. what: changed, removed, declined, or a verdict. None where no pass
-    did anything.
+    line that leaves out all that the name stands for, or why there is none. what: changed, removed, declined, excluded, or a verdict. None
+    where no pass did anything and no recipe kept one from it.
 
     InputError with the nearest names for a name that neither the model nor a pass ever had.
     """
@@ -45,6 +45,17 @@ def _told(done: PassReport, before: Graph, after: Graph, name: str, asked: set[s
     for declined in done.declined:
         if asked & {declined.site, declined.module} or is_inside(declined.module, name):
             yield {"pass": done.name, "site": declined.site, "what": "declined", "why": declined.reason}
+    readers = {n.name for n in before.nodes.values() if any(i in asked and before.nodes[i].op == "constant" for i in n.inputs)}
+    for excluded in done.excluded:
+        if (asked | readers) & {excluded.site, excluded.module} or is_inside(excluded.module, name):
+            yield {"pass": done.name, "site": excluded.site, "what": "excluded", "why": barred(excluded, done)}
+
+
+def barred(excluded: Excluded, done: PassReport) -> str:
+    """What of the recipe keeps a pass from a place."""
+    if excluded.glob:
+        return f"the recipe leaves it out: where: {{exclude: [{flow(excluded.glob)}]}}"
+    return f"the recipe doesn't include it: where: {{include: {flow(done.options['where']['include'])}}}"
 
 
 def concerned(change: Change) -> set[str]:

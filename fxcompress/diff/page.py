@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from fxcompress.diff import Diff, Run, Step
-from fxcompress.diff.journal import concerned, site_node, swept
+from fxcompress.diff.journal import barred, concerned, site_node, swept
 from fxcompress.diff.read import model_name
 from fxcompress.diff.text import NONE, change, decibels, figure, quantity, sqnr
 from fxcompress.history import Graph, History, quantised_share
@@ -117,6 +117,7 @@ def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dic
         "notes": list(report.notes),
         "whole": report.whole,
         "declined": [[texts(d.site), texts(d.module), texts(d.reason)] for d in report.declined],
+        "excluded": [[texts(e.site), texts(e.module), texts(barred(e, report))] for e in report.excluded],
         "sites": [_site(c, texts) for c in report.changes],
         "swept": [[texts(name), *numbers] for name, numbers in swept(report, before, after).items() if numbers],
         "checks": [_check(c, places.get((c.site, c.value), sites.get(c.site, -1)), texts) for c in report.checks],

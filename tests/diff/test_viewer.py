@@ -259,6 +259,14 @@ def test_where_no_exclusion_would_compile_it_says_why(at: Any) -> None:
     assert "Can't be left out alone" in text(browser, "#card")
 
 
+def test_what_the_recipe_excludes_is_told(browser: Browser, tmp_path: Path) -> None:
+    passes: list[Any] = [{"quant.weight_only": {"weights": "int8/channel", "where": {"exclude": ["blocks.[01].up"]}}}, "quant.finalize"]
+    made = fxc.compile(Net().eval(), {"passes": passes}, (seeded(4, 16),), backend="reference")
+    browser.open(made.diff().save(tmp_path / "excluded.html"), "#pass=all&node=linear_2")
+    assert text(browser, "#card .history") == 'quant.weight_only left it alone: the recipe leaves it out: where: {exclude: ["blocks.[01].up"]}'
+    assert browser.errors == []
+
+
 def test_copying_works_without_the_clipboard_s_interface(at: Any) -> None:
     browser = at("#pass=quant.weight_only&node=dequantize_default")
     browser.run("navigator.clipboard.writeText = () => Promise.reject(new Error('refused'))")

@@ -49,7 +49,7 @@ def opened(program: Program, item: Pass) -> Edit:
     edit, seen = Edit(program), Statistics([program.example])
     context = Context(program, Target(name="test"), program.example, observe=partial(seen, program), items=lambda: [program.example])
     if isinstance(item, Rewrite):
-        apply_rewrite(item, context, edit, Step(use=item.name))
+        apply_rewrite(item, context, edit)
     else:
         item.run(context, edit)  # type: ignore[attr-defined]
     return edit

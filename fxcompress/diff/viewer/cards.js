@@ -187,8 +187,8 @@ function journal(view, node, go) {
   }
   for (const [index, site] of sweptBy.get(node.name) || [])
     parts.push(el("li", {}, passLink(index, go), " removed it, since nothing reads it after this: ", text(site.reason), exclusion(passes[index], site.exclude)));
-  for (const [index, declined] of declinedAt(node))
-    parts.push(el("li", { class: "declined" }, passLink(index, go), " declined: ", text(declined.reason)));
+  for (const [kind, words] of [["declined", " declined: "], ["excluded", " left it alone: "]])
+    for (const [index, left] of leftAt(node, kind)) parts.push(el("li", { class: "declined" }, passLink(index, go), words, text(left.reason)));
   return parts.length ? [el("h3", {}, "what passes did here"), el("ul", { class: "history" }, parts)] : [];
 }
 

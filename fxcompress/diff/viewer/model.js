@@ -52,6 +52,7 @@ const VERDICTS = ["held", "broken", "unverified"];
 const passes = data.passes.map((pass) => ({
   ...pass,
   declined: pass.declined.map(([site, module, reason]) => ({ site, module, reason })),
+  excluded: pass.excluded.map(([site, module, reason]) => ({ site, module, reason })),
   sites: pass.sites.map(([node, module, reason, exclude, ...names], index) =>
     ({ index, node, module, reason, exclude: exclude === 0 ? [text(module)] : exclude.map(text), names })),
   checks: pass.checks.map(([site, value, figure, limit, verdict, why, unmeasured, ...histogram]) => ({
@@ -168,12 +169,13 @@ function listAt(map, key) {
   return map.get(key);
 }
 
-function declinedAt(node) {
+// kind: "declined" by a pass, or "excluded" by the recipe.
+function leftAt(node, kind) {
   const found = [];
   for (const [index, pass] of passes.entries())
-    for (const declined of pass.declined)
-      if (text(declined.site) === node.name || (text(declined.module) === node.now.region && node.now.region && isMain(node)))
-        found.push([index, declined]);
+    for (const left of pass[kind])
+      if (text(left.site) === node.name || (text(left.module) === node.now.region && node.now.region && isMain(node)))
+        found.push([index, left]);
   return found;
 }
 
