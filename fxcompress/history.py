@@ -10,9 +10,11 @@ import math
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,9 @@ class Node:
     statistics: tuple[float | None, ...] = ()
     revision: int = 0
     formula: str = ""
+
+
+_FIELDS = attrgetter(*[f.name for f in fields(Node)][:-1])  # as they stand in a file: all but the formula
 
 
 @dataclass(frozen=True)
@@ -222,14 +227,16 @@ def _statistics(tensor: Tensor) -> tuple[float | None, ...]:
 
 
 def _written(graphs: Sequence[Graph]) -> dict[str, Any]:
-    texts: dict[str, int] = {}
     versions: dict[Node, int] = {}
+    known: dict[int, int] = {}  # the same by identity: most nodes are those of the graph before, and a hash of all their texts takes its time
     formulas: dict[str, list[int]] = {}
     steps, last = [], list[int]()
     for graph in graphs:
-        order = [versions.setdefault(n, len(versions)) for n in graph.nodes.values()]
+        known.update((id(n), versions.setdefault(n, len(versions))) for n in graph.nodes.values() if id(n) not in known)
+        order = [known[id(n)] for n in graph.nodes.values()]
         steps.append(_step(last, order))
         last = order
+    texts = _numbered(versions, graphs)
     for node, number in versions.items():
         if node.formula:
             formulas.setdefault(node.formula, []).append(number)
@@ -239,12 +246,20 @@ def _written(graphs: Sequence[Graph]) -> dict[str, Any]:
     return {"version": VERSION, "nodes": rows, "steps": steps, "regions": shared, "texts": list(texts), "formulas": formulas}
 
 
+def _numbered(versions: Iterable[Node], graphs: Iterable[Graph]) -> dict[str, int]:
+    """The number of every text: small ones, which are short, for those that stand often."""
+    values = [v for node in versions for v in _FIELDS(node)]
+    counts = Counter(v for value in values for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, str))
+    counts.update(text for g in graphs for path, kind in g.kinds.items() for text in (path, kind, g.parents.get(path, "")))
+    return {text: number for number, (text, _) in enumerate(counts.most_common())}
+
+
 def _rows(versions: Iterable[Node], texts: dict[str, int]) -> list[Any]:
     """A node's fields without the last ones that are as by default; of a later version only what differs, by place, and "of" which."""
     rows: list[Any] = []
     known: dict[str, tuple[int, list[Any]]] = {}
     for number, node in enumerate(versions):
-        row = [_interned(texts, v) for v in astuple(node)[:-1]]
+        row = [_interned(texts, v) for v in _FIELDS(node)]
         if node.name in known:
             of, old = known[node.name]
             rows.append({"of": of, **{str(i): v for i, (v, w) in enumerate(zip(row, old, strict=True)) if v != w}})

@@ -75,6 +75,8 @@ def swept(done: PassReport, before: Graph, after: Graph) -> dict[str, list[int]]
     for number, change in enumerate(done.changes):
         for name in concerned(change) | {site_node(change)}:
             named.setdefault(name, []).append(number)
+    if not any(name not in after.nodes and name not in named for name in before.nodes):
+        return {}
     readers: dict[str, list[str]] = {}
     for node in before.nodes.values():
         for name in node.inputs:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from importlib import resources
 from typing import Any
 
 from fxcompress.diff import Diff, Run, Step
 from fxcompress.diff.journal import barred, concerned, site_node, swept
+from fxcompress.diff.matching import attributes
 from fxcompress.diff.read import model_name
 from fxcompress.diff.text import NONE, change, decibels, figure, quantity, sqnr
-from fxcompress.history import Graph, History, quantised_share
+from fxcompress.history import Graph, History, Node, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
 
 SCRIPTS = ("model.js", "layout.js", "draw.js", "cards.js", "app.js")
@@ -62,10 +64,9 @@ class _Texts:
 def _data(diff: Diff) -> dict[str, Any]:
     run = diff.runs[-1]
     is_run = len(diff.runs) == 1
-    history = run.history if is_run else History([diff.whole.before, diff.whole.after])
-    written = history.to_json()
+    graphs = run.history.graphs if is_run else [diff.whole.before, diff.whole.after]
+    written = History(_shortened(graphs)).to_json()
     texts = _Texts(written["texts"])
-    graphs = history.graphs
     whole = _view(diff.whole, "all", 0, len(graphs) - 1, None, texts)
     views = [_view(s, str(i + 1), i, i + 1, i, texts) for i, s in enumerate(diff.steps)] if is_run else []
     passes = [_pass(p, a, b, texts) for p, a, b in zip(run.passes, graphs[:-1], graphs[1:], strict=True)] if is_run else []
@@ -90,10 +91,26 @@ def _data(diff: Diff) -> dict[str, Any]:
     }
 
 
+def _shortened(graphs: Iterable[Graph]) -> list[Graph]:
+    """With the constants named behind a dot as in their modules, so that few texts tell what all are called."""
+    known: dict[int, Node] = {}
+
+    def shortened(node: Node) -> Node:
+        own = attributes(node)
+        return node if own == node.attributes else replace(node, attributes=f".{own}")
+
+    for node in (n for g in graphs for n in g.nodes.values()):
+        if id(node) not in known:
+            known[id(node)] = shortened(node)
+    return [replace(g, nodes={name: known[id(n)] for name, n in g.nodes.items()}) for g in graphs]
+
+
 def _view(step: Step, hash: str, before: int, after: int, number: int | None, texts: _Texts) -> dict[str, Any]:
     by_state = {s: [texts(name) for name, state in step.states.items() if state == s] for s in ("changed", "moved")}
-    folded = [[texts(path), texts(first)] for path, first in step.folded.items()]
-    return {"name": step.name, "hash": hash, "before": before, "after": after, "pass": number, **by_state, "alike": folded}
+    folded: dict[str, list[int]] = {}
+    for path, first in step.folded.items():
+        folded.setdefault(first, [texts(first)]).append(texts(path))
+    return {"name": step.name, "hash": hash, "before": before, "after": after, "pass": number, **by_state, "alike": [*folded.values()]}
 
 
 def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dict[str, Any]:

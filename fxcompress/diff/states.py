@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,15 +25,21 @@ def states(before: Graph, after: Graph, replaced: Mapping[str, str]) -> dict[str
 
 def merged(before: Graph, after: Graph) -> dict[str, Node]:
     """The nodes of both graphs, those of the second where both have one; a removed node stands before what it stood before."""
-    waiting: list[Node] = []
-    gone: dict[str, list[Node]] = {}
-    for node in before.nodes.values():
-        if node.name in after.nodes:
-            gone[node.name], waiting = waiting, []
-        else:
-            waiting.append(node)
-    ordered = [n for node in after.nodes.values() for n in (*gone.get(node.name, ()), node)]
-    return {n.name: n for n in (*ordered, *waiting)}
+    waiting: dict[str, Node] = {}
+    gone: dict[str, dict[str, Node]] = {}
+    for name, node in before.nodes.items():
+        if name not in after.nodes:
+            waiting[name] = node
+        elif waiting:
+            gone[name], waiting = waiting, {}
+    if not gone:
+        return {**after.nodes, **waiting}
+    ordered: dict[str, Node] = {}
+    for name, node in after.nodes.items():
+        if name in gone:
+            ordered.update(gone[name])
+        ordered[name] = node
+    return {**ordered, **waiting}
 
 
 def _state(node: Node, before: Graph, after: Graph, replaced: Mapping[str, str]) -> State | None:
@@ -73,23 +79,24 @@ def alike(before: Graph, after: Graph, found: Mapping[str, State], changes_only:
     """
     parents = {**before.parents, **after.parents}
     blocks: dict[str, _Block] = {}
+    around: dict[str, list[_Block]] = {}
     others = {*rewired(before, after, found)} if changes_only else set()
     for node in merged(before, after).values():
         if changes_only and node.name not in found and node.name not in others:
             continue
         old = before.nodes.get(node.name) if found.get(node.name) == "changed" or node.name in others else None
-        path: str | None = node.region
-        while path:
-            blocks.setdefault(path, _Block(path)).add(node, old, found.get(node.name))
-            path = parents.get(path)
+        if node.region not in around:
+            numbered = [path for path in _chain(node.region, parents) if _NUMBERED.fullmatch(path)]
+            around[node.region] = [blocks.setdefault(path, _Block(path)) for path in numbered]
+        for block in around[node.region]:
+            block.add(node, old, found.get(node.name))
     first: dict[object, str] = {}
     folded: dict[str, str] = {}
     for path in sorted(blocks, key=_order):
-        if (numbered := _NUMBERED.fullmatch(path)) is not None:
-            key = (parents.get(path, ""), numbered[1], blocks[path].structure())
-            if first.setdefault(key, path) != path:
-                folded[path] = first[key]
-    return {path: to for path, to in folded.items() if not _inside(path, folded, parents)}
+        key = (parents.get(path, ""), path.rstrip("0123456789"), blocks[path].structure())
+        if first.setdefault(key, path) != path:
+            folded[path] = first[key]
+    return {path: to for path, to in folded.items() if not any(above in folded for above in _chain(parents.get(path, ""), parents))}
 
 
 @dataclass
@@ -121,13 +128,11 @@ class _Block:
         return tuple(self.lines), tuple(sorted(self.constants))
 
 
-def _inside(path: str, folded: Mapping[str, str], parents: Mapping[str, str]) -> bool:
-    above = parents.get(path)
-    while above:
-        if above in folded:
-            return True
-        above = parents.get(above)
-    return False
+def _chain(path: str, parents: Mapping[str, str]) -> Iterator[str]:
+    """The module and those around it, without the root."""
+    while path:
+        yield path
+        path = parents.get(path, "")
 
 
 def _order(path: str) -> list[tuple[int, str]]:

@@ -9,9 +9,12 @@ const rowsOfNodes = [];
 for (const row of data.nodes)
   rowsOfNodes.push(Array.isArray(row) ? row : Array.from({ length: 11 }, (_, i) => row[i] ?? rowsOfNodes[row.of][i]));
 
+// A constant's name may stand behind a dot, as it is in its module.
+const told = (op, attributes, region) => (op === "constant" && attributes.startsWith(".") ? region + attributes : attributes);
+
 const versions = rowsOfNodes.map(
   ([name, op, inputs, attributes, region, shape, source, flops = 0, stored = 0, statistics = [], revision = 0]) => ({
-    name: text(name), op: text(op), inputs: inputs.map(text), attributes: text(attributes), region: text(region),
+    name: text(name), op: text(op), inputs: inputs.map(text), attributes: told(text(op), text(attributes), text(region)), region: text(region),
     shape: text(shape), source: text(source), flops, stored, statistics, revision,
   }));
 
@@ -68,7 +71,7 @@ function opened(view) {
   view.nodes = merged(before, after);
   for (const name of view.changed) view.nodes.get(text(name)).state = "changed";
   for (const name of view.moved) view.nodes.get(text(name)).state = "moved";
-  view.folded = new Map(view.alike.map(([path, first]) => [text(path), text(first)]));
+  view.folded = new Map(view.alike.flatMap(([first, ...paths]) => paths.map((path) => [text(path), text(first)])));
   view.tree = treeOf(view);
   connect(view);
   return view;
