@@ -25,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 
 from fxcompress import cached
 from fxcompress import dynamic as axes_of
-from fxcompress.errors import CaptureError, InputError
+from fxcompress.errors import CaptureError, InputError, raised_at
 from fxcompress.functional import NotFunctional, flat_graph
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
@@ -209,7 +209,10 @@ class Adapter(nn.Module):
             return self.call(tensors)
         except Exception as error:
             raise CaptureError(
-                "the model fails on the example inputs", why=f"{type(error).__name__}: {error}", do="pass inputs on which model(...) works"
+                "the model fails on the example inputs",
+                where=raised_at(error),
+                why=f"{type(error).__name__}: {error}",
+                do="pass inputs on which model(...) works",
             ) from error
 
     def result(self, tensors: Sequence[Tensor]) -> tuple[Any, pytree.TreeSpec, tuple[Any, ...]]:
@@ -320,7 +323,7 @@ def _export(call: Call, tensors: list[Tensor], axes: axes_of.Axes, tied: bool) -
     except Exception as error:
         raise CaptureError(
             "torch.export can't follow the model",
-            where=_user_line(error),
+            where=raised_at(error),
             why=f"{type(error).__name__}: {_first_line(str(error))}",
             do="rewrite what it names with tensor ops (data-dependent branches: torch.where; .item(): keep a tensor), or capture a part",
         ) from error
@@ -472,7 +475,8 @@ def _compare(program: Program, call: Call, tensors: list[Tensor], what: str) -> 
     try:
         result, _, leaves = call.eager.result(tensors)
     except Exception as fault:
-        raise CaptureError(f"the model itself fails on {what}", why=f"{type(fault).__name__}: {_first_line(str(fault))}") from fault
+        why = f"{type(fault).__name__}: {_first_line(str(fault))}"
+        raise CaptureError(f"the model itself fails on {what}", where=raised_at(fault), why=why) from fault
     if (have := [v for v in leaves if v is not INPUT]) != (want := [v for v in call.signature.out_leaves if v is not INPUT]):
         raise CaptureError(
             "a result that is no tensor depends on the sizes",
@@ -511,18 +515,6 @@ def _strangers(result: Any) -> list[Any]:
 def _with_last(items: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
     for i, item in enumerate(items):
         yield i == len(items) - 1, item
-
-
-def _user_line(error: BaseException) -> str:
-    """The innermost line of the user's model in a traceback: outside torch and outside this package."""
-    lines = []
-    trace = error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and "/fxcompress/" not in name:
-            lines.append(f"{name.rsplit('/', 1)[-1]}:{trace.tb_lineno} in {trace.tb_frame.f_code.co_name}")
-        trace = trace.tb_next
-    return lines[-1] if lines else ""
 
 
 def _first_line(text: str) -> str:

@@ -7,8 +7,13 @@ in which state things were left, and what to do, as text to paste. A line whose 
 from __future__ import annotations
 
 import difflib
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
+_HERE = f"{Path(__file__).parent}{os.sep}"
 LISTED = 30  # names in a sentence
 
 
@@ -70,6 +75,18 @@ def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
         return f"did you mean {' or '.join(map(repr, close))}?"
     listed = ", ".join(names[:LISTED]) + (f", … ({len(names)} in all)" if len(names) > LISTED else "")
     return f"known: {listed}" if names else "none is known"
+
+
+def raised_at(error: BaseException) -> str:
+    """File, line and code of the user's own source in which an exception was raised: of the innermost frame that is neither this package's nor
+    an installed one's nor Python's own; of an installed model its own; "" where only torch ran."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_HERE, "<frozen", "<eval_with_key>"))]
+    own = [f for f in frames if not _is_installed(f.filename)] or [f for f in frames if "torch" not in Path(f.filename).parts]
+    return f"{own[-1].filename}:{own[-1].lineno}  {own[-1].line}".strip() if own else ""
+
+
+def _is_installed(file: str) -> bool:
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts) or Path(file).is_relative_to(sysconfig.get_path("stdlib"))
 
 
 def _indented(text: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from fxcompress import Inputs
 from fxcompress.capture import capture
 from fxcompress.dynamic import at_sizes
-from fxcompress.errors import CaptureError, InputError
+from fxcompress.errors import CaptureError, InputError, raised_at
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.regions import regions
@@ -241,8 +243,7 @@ def test_control_flow_on_data_is_refused_with_the_line() -> None:
     with pytest.raises(CaptureError) as caught:
         capture(Branch().eval(), (torch.randn(2, 4),))
     assert caught.value.what == "torch.export can't follow the model"
-    assert caught.value.where.startswith("test_capture.py:")
-    assert "in forward" in caught.value.where
+    assert caught.value.where.startswith(f"{__file__}:")
 
 
 class Padded(nn.Module):
@@ -310,6 +311,24 @@ def test_inputs_that_do_not_bind_are_refused(model: Residual) -> None:
 def test_a_model_that_fails_on_its_example_is_refused(model: Residual) -> None:
     with pytest.raises(CaptureError, match="fails on the example inputs"):
         capture(model, (torch.randn(2, 5),))
+
+
+class Fails(nn.Module):
+    """In what it calls."""
+
+    def forward(self, x):
+        return x + len(json.loads("{no json}"))
+
+
+def test_an_exception_of_the_model_is_told_with_its_line() -> None:
+    """Not that of the library in which it was raised, nor of what called the model."""
+    source = Path(__file__).read_text(encoding="utf-8").splitlines()
+    number, code = next((i, line.strip()) for i, line in enumerate(source, 1) if line.strip().startswith("return x + len(json"))
+    with pytest.raises(CaptureError, match="the model fails on the example inputs") as caught:
+        capture(Fails().eval(), (torch.randn(2, 4),))
+    assert caught.value.where == f"{__file__}:{number}  {code}"
+    assert caught.value.why.startswith("JSONDecodeError: ")
+    assert raised_at(ValueError("never raised")) == ""
 
 
 def test_an_exported_program_is_captured(model: Residual) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fxcompress import artifact, checkpoint
-from fxcompress.errors import CaptureError, FxcError
+from fxcompress.errors import CaptureError, FxcError, raised_at
 from fxcompress.sources.loaded import PICKLED, Loaded, read_config
 
 __all__ = ["Loaded", "call_function", "resolve"]
 
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_HERE = __file__
 FORMS = "an nn.Module, an ExportedProgram, a .pt2 or .gguf file, a diffusers or transformers folder, or 'package.module:function'"
 
 
@@ -141,13 +139,9 @@ def call_function(name: str) -> Any:
 
 
 def _raised(what: str, name: str, error: Exception) -> CaptureError:
-    """An exception of the user's own code, with the last of its lines that isn't an installed package's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_HERE, "<frozen"))]
-    own = [f for f in frames if "site-packages" not in Path(f.filename).parts] or frames
-    place = [f"at {own[-1].filename}:{own[-1].lineno}  {own[-1].line}"] if own else []
-    if isinstance(error, SyntaxError):
-        place = [f"at {error.filename}:{error.lineno}"]
-    why = "\n".join([f"{type(error).__name__}: {error}", *place])
+    """An exception of the user's own code, with the line of it."""
+    place = f"{error.filename}:{error.lineno}" if isinstance(error, SyntaxError) else raised_at(error)
+    why = "\n".join([f"{type(error).__name__}: {error}", *[f"at {place}"] * bool(place)])
     return CaptureError(f"{what} {type(error).__name__}", where=name, why=why, do="call it in Python, which shows the whole traceback")
 
 
