@@ -38,7 +38,10 @@ def _told(done: PassReport, before: Graph, after: Graph, name: str, asked: set[s
     touched = [c for c in done.changes if asked & _names(c) or is_inside(c.module, name)]
     for change in touched:
         yield {"pass": done.name, "site": change.site, "what": "changed", "why": change.reason, **_leaving_out(done, change, touched)}
-    yield from _verdicts(done, [c for c in done.checks if c.site in {t.site for t in touched}])
+    sites = {t.site for t in touched}
+    for site, verdict, figure in verdicts(done):
+        if site in sites:
+            yield {"pass": done.name, "site": site, "what": verdict, "why": figure}
     for number in sorted({n for node, numbers in swept(done, before, after).items() if node in asked for n in numbers}):
         if (change := done.changes[number]) not in touched:
             yield {"pass": done.name, "site": change.site, "what": "removed", "why": UNREAD + change.reason, **_leaving_out(done, change)}
@@ -114,13 +117,13 @@ def _leaving_out(done: PassReport, change: Change, asked: Sequence[Change] = ())
     return {"exclude": line} if line else {"alone": why}
 
 
-def _verdicts(done: PassReport, checks: Sequence[Check]) -> Iterator[Row]:
-    """One row for each site and verdict: the worst value."""
+def verdicts(done: PassReport) -> Iterator[tuple[str, str, str]]:
+    """Every site and verdict with the worst figure and where it is."""
     groups: dict[tuple[str, str], list[Check]] = {}
-    for check in checks:
+    for check in done.checks:
         groups.setdefault((check.site, check.verdict), []).append(check)
     for (site, verdict), members in groups.items():
-        yield {"pass": done.name, "site": site, "what": verdict, "why": _verdict(members, done.unit)}
+        yield site, verdict, _verdict(members, done.unit)
 
 
 def _verdict(checks: Sequence[Check], unit: str) -> str:

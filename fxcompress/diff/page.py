@@ -10,7 +10,7 @@ from importlib import resources
 from typing import Any
 
 from fxcompress.diff import Diff, Run, Step
-from fxcompress.diff.journal import barred, concerned, site_node, swept
+from fxcompress.diff.journal import barred, concerned, site_node, swept, verdicts
 from fxcompress.diff.matching import attributes
 from fxcompress.diff.read import model_name
 from fxcompress.diff.text import NONE, change, decibels, figure, quantity, sqnr
@@ -82,6 +82,7 @@ def _data(diff: Diff) -> dict[str, Any]:
         "regions": written["regions"],
         "views": [*views, {**whole, "name": "the graph" if len(graphs) == 1 else whole["name"]}],
         "passes": passes,
+        "sides": [] if is_run else [*_sides(diff, texts)],
         "sqnr": losses,
         "was": was,
         "renamed": [texts(path) for path in diff.renamed],
@@ -139,6 +140,27 @@ def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dic
         "swept": [[texts(name), *numbers] for name, numbers in swept(report, before, after).items() if numbers],
         "checks": [_check(c, places.get((c.site, c.value), sites.get(c.site, -1)), texts) for c in report.checks],
     }
+
+
+def _sides(diff: Diff, texts: _Texts) -> Iterator[dict[str, Any]]:
+    """Of each side of a comparison what its passes did to the nodes that are compared, under the names that they have here."""
+    for number, (run, name, graph) in enumerate(zip(diff.runs, _short(diff), (diff.whole.before, diff.whole.after), strict=True)):
+        here = {other: known for known, other in diff.was.items()} if number else {}
+        yield {"name": name, "passes": [_done(p, graph, here, texts) for p in run.passes]}
+
+
+def _done(report: PassReport, graph: Graph, here: Mapping[str, str], texts: _Texts) -> dict[str, Any]:
+    """sites: module, reason, the worst figure, and the nodes that are still there. left: node, module and reason of each place left alone."""
+    worst = {site: figure for site, what, figure in verdicts(report) if what == "held"}
+    sites = []
+    for made in report.changes:
+        names = {here.get(n, n) for n in concerned(made) | {site_node(made)}}
+        told = [here.get(made.module, made.module), made.reason, typeset(worst.get(made.site, ""))]
+        sites.append([*map(texts, told), *sorted(texts(n) for n in names if n in graph.nodes)])
+    left = [(d.site, d.module, f"declined: {d.reason}") for d in report.declined]
+    left += [(e.site, e.module, f"left it alone: {barred(e, report)}") for e in report.excluded]
+    places = [[texts(here.get(site, site)), texts(here.get(module, module)), texts(why)] for site, module, why in left]
+    return {"name": report.name, "sites": sites, "left": places}
 
 
 def _site(change: Change, texts: _Texts) -> list[Any]:

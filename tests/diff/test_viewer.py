@@ -680,6 +680,19 @@ def test_a_comparison_says_what_it_compares(browser: Browser, compared: Path) ->
     assert browser.errors == []
 
 
+def test_a_comparison_s_cards_tell_what_the_passes_of_each_side_did(browser: Browser, compared: Path) -> None:
+    """Under the names that are shown, though the second side knows the block by another."""
+    browser.open(compared, "#pass=all&node=dequantize_default_2")
+    first, second = browser.run("[...document.querySelectorAll('#card .history li')].map((e) => e.innerText)")[:2]
+    assert re.fullmatch(r"Net, mine quant\.weight_only: int4 in blocks of \[1, -1\]\s+[\d.]+ ≥ [\d.]+ dB at dequantize_default_2", first)
+    assert re.fullmatch(r"new quant\.weight_only: int8 in blocks of \[1, -1\]\s+[\d.]+ ≥ [\d.]+ dB at dequantize_default_2", second)
+    browser.open(compared, "#pass=all&module=blocks.1")
+    told = browser.run("[...document.querySelectorAll('#card .history li')].map((e) => e.innerText)")
+    assert told == [f"{side} {name} changed 2 sites" for side in ("Net, mine", "new") for name in ("quant.weight_only", "quant.finalize")]
+    browser.open(compared, "#pass=all&node=add_4")
+    assert browser.errors == []
+
+
 def test_renamed_modules_are_listed_and_found_by_either_name(browser: Browser, compared: Path) -> None:
     browser.open(compared, "#pass=all")
     assert browser.run("[...document.querySelectorAll('#card summary')].map((e) => e.innerText)")[0] == "5 renamed modules"

@@ -189,6 +189,10 @@ function journal(view, node, go) {
     parts.push(el("li", {}, passLink(index, go), " removed it, since nothing reads it after this: ", text(site.reason), exclusion(passes[index], site.exclude)));
   for (const [kind, words] of [["declined", " declined: "], ["excluded", " left it alone: "]])
     for (const [index, left] of leftAt(node, kind)) parts.push(el("li", { class: "declined" }, passLink(index, go), words, text(left.reason)));
+  for (const [side, pass, site] of inSides("sites", (s) => s.names.includes(node.name)))
+    parts.push(el("li", {}, el("b", {}, side.name), ` ${pass.name}: ${site.reason || "touched it"}`, site.figure ? el("p", {}, `${site.figure}`) : ""));
+  for (const [side, pass, left] of inSides("left", (l) => isAt(node, l.site, l.module)))
+    parts.push(el("li", { class: "declined" }, el("b", {}, side.name), ` ${pass.name} ${left.reason}`));
   return parts.length ? [el("h3", {}, "what passes did here"), el("ul", { class: "history" }, parts)] : [];
 }
 
@@ -278,12 +282,14 @@ function moduleCard(view, path, go) {
     Object.hasOwn(data.formulas, path) && ["formula", el("code", {}, data.formulas[path])],
     Number.isFinite(loss) && ["worst loss", `${loss.toFixed(1)} dB`]]);
   const same = [...view.folded].filter(([, first]) => first === path).map(([other]) => other);
-  const touched = passes.map((pass, index) => [index, pass.sites.filter((s) => text(s.module) === path || text(s.module).startsWith(path + "."))]).filter(([, s]) => s.length);
+  const within = (module) => module === path || module.startsWith(path + ".");
+  const touched = passes.map((pass, index) => [index, pass.sites.filter((s) => within(text(s.module)))]).filter(([, s]) => s.length);
+  const there = sides.flatMap((side) => side.passes.map((pass) => [side, pass, pass.sites.filter((s) => within(s.module)).length])).filter(([, , count]) => count);
   return [
     el("h2", {}, path || data.root), el("p", { class: "chips" }, chips(region.counts)), place,
     same.length ? el("p", {}, `The same in ${same.length} other ${same.length > 1 ? "blocks" : "block"}: ${blockNames(same.map((other) => "r:" + other))}`) : "",
-    touched.length ? el("h3", {}, "what passes did here") : "",
-    el("ul", { class: "history" }, touched.map(([index, sites]) => el("li", {}, passLink(index, go), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`,
+    touched.length || there.length ? el("h3", {}, "what passes did here") : "",
+    el("ul", { class: "history" }, there.map(([side, pass, count]) => el("li", {}, el("b", {}, side.name), ` ${pass.name} changed ${count} ${count > 1 ? "sites" : "site"}`)), touched.map(([index, sites]) => el("li", {}, passLink(index, go), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`,
       exclusion(passes[index], sites.every((s) => s.exclude.length) ? [path.replace(/[[*?]/g, "[$&]")] : [])))),
   ];
 }

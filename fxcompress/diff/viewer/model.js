@@ -167,6 +167,12 @@ for (const [index, pass] of passes.entries()) {
   for (const check of pass.checks) listAt(checksOf, text(check.value)).push([index, check]);
 }
 
+// The same of the sides of a comparison, which only say it: [side, pass, site] and [side, pass, place left alone].
+const sides = data.sides.map(({ name, passes }) => ({ name, passes: passes.map((pass) => ({ ...pass,
+  sites: pass.sites.map(([module, reason, figure, ...names]) => ({ module: text(module), reason: text(reason), figure: text(figure), names: names.map(text) })),
+  left: pass.left.map(([site, module, reason]) => ({ site: text(site), module: text(module), reason: text(reason) })) })) }));
+const inSides = (kind, fits) => sides.flatMap((side) => side.passes.flatMap((pass) => pass[kind].filter(fits).map((found) => [side, pass, found])));
+
 function listAt(map, key) {
   if (!map.has(key)) map.set(key, []);
   return map.get(key);
@@ -177,11 +183,12 @@ function leftAt(node, kind) {
   const found = [];
   for (const [index, pass] of passes.entries())
     for (const left of pass[kind])
-      if (text(left.site) === node.name || (text(left.module) === node.now.region && node.now.region && isMain(node)))
+      if (isAt(node, text(left.site), text(left.module)))
         found.push([index, left]);
   return found;
 }
 
+const isAt = (node, site, module) => site === node.name || (module === node.now.region && node.now.region !== "" && isMain(node));
 const isMain = (node) => node.now.op !== "constant" && node.now.op !== "input";
 const isConstant = (node) => node.now.op === "constant";
 const shortOp = (op) => op.replace(/^aten\./, "").replace(/\.default$/, "");
