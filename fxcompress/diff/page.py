@@ -25,7 +25,7 @@ DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 def page(diff: Diff, formulas: Mapping[str, str] | None = None, tables: Iterable[Mapping[str, Any]] = ()) -> str:
     """The whole file. formulas: per module path its operations in the dynamic sizes. tables: more for the first page, {title, head, rows}."""
     content = {**_data(diff), "formulas": dict(formulas or {})}
-    content["tables"] = [*content["tables"], *tables]
+    content["tables"] = [table for table in (*content["tables"], *tables) if table["rows"]]
     parts = {
         "style": _file("style.css").strip(),
         "data": embedded(content),
@@ -158,7 +158,7 @@ def _done(report: PassReport, graph: Graph, here: Mapping[str, str], texts: _Tex
         told = [here.get(made.module, made.module), made.reason, typeset(worst.get(made.site, ""))]
         sites.append([*map(texts, told), *sorted(texts(n) for n in names if n in graph.nodes)])
     left = [(d.site, d.module, f"declined: {d.reason}") for d in report.declined]
-    left += [(e.site, e.module, f"left it alone: {barred(e, report)}") for e in report.excluded]
+    left += [(e.site, e.module, f"not here: {barred(e, report)}") for e in report.excluded]
     places = [[texts(here.get(site, site)), texts(here.get(module, module)), texts(why)] for site, module, why in left]
     return {"name": report.name, "sites": sites, "left": places}
 

@@ -149,6 +149,8 @@ def test_it_opens_on_the_table_of_passes(at: Any) -> None:
     assert rows[1][3:5] == ["8", "1"], "eight weights, the head declined"
     assert re.fullmatch(r"[\d.]+ dB ≥ [\d.]+ dB", rows[1][5])
     assert shown(browser, "#overview") and not shown(browser, "#graph")
+    heads = browser.run("[...document.querySelectorAll('section h2')].map((e) => e.innerText)")
+    assert "Weights by width" in heads and "Measured on reference" not in heads, "no table without rows"
 
 
 def test_choosing_a_pass_shows_its_diff(at: Any) -> None:
@@ -263,7 +265,7 @@ def test_what_the_recipe_excludes_is_told(browser: Browser, tmp_path: Path) -> N
     passes: list[Any] = [{"quant.weight_only": {"weights": "int8/channel", "where": {"exclude": ["blocks.[01].up"]}}}, "quant.finalize"]
     made = fxc.compile(Net().eval(), {"passes": passes}, (seeded(4, 16),), backend="reference")
     browser.open(made.diff().save(tmp_path / "excluded.html"), "#pass=all&node=linear_2")
-    assert text(browser, "#card .history") == 'quant.weight_only left it alone: the recipe leaves it out: where: {exclude: ["blocks.[01].up"]}'
+    assert text(browser, "#card .history") == 'quant.weight_only not here: the recipe leaves it out: where: {exclude: ["blocks.[01].up"]}'
     assert browser.errors == []
 
 
@@ -435,6 +437,16 @@ def test_nothing_overlaps(fragment: str, overlay: str, at: Any) -> None:
     assert browser.run(OVERLAPS) == []
 
 
+@pytest.mark.parametrize("overlay", ["loss", "cost"])
+def test_counts_and_figures_end_at_one_line(overlay: str, at: Any) -> None:
+    """Of a closed module and of a pile."""
+    browser = at(f"#pass=all&overlay={overlay}")
+    ends = "['.count', '.figure'].map((part) => e.querySelector(':scope > ' + part)?.getAttribute('x'))"
+    found = dict(browser.run(f"[...document.querySelectorAll('#before .item')].map((e) => [e.dataset.key, {ends}])"))
+    both = {key: pair for key, pair in found.items() if None not in pair}
+    assert "same blocks.0" in both and all(count == figure for count, figure in both.values()), both
+
+
 def test_the_check_of_overlaps_bites(at: Any) -> None:
     browser = at("#pass=quant.weight_only&node=dequantize_default")
     place = f"{ITEM.format('n:quantize_default')}.getAttribute('transform')"
@@ -461,6 +473,10 @@ CONTRAST = """((faults) => {
     const ground = mark ? fill(mark.firstChild) : item ? fill(item.querySelector('.box')) : behind(e);
     const found = ratio(rgb(isSvg ? style.fill : style.color), ground);
     if (found < 4.5) faults.push([e.className.baseVal ?? e.className, e.textContent.slice(0, 30), found.toFixed(2)]);
+  }
+  for (const e of document.querySelectorAll('input[placeholder]')) {
+    const style = getComputedStyle(e, '::placeholder'), found = style.opacity === '1' ? ratio(rgb(style.color), behind(e)) : 0;
+    if (found < 4.5) faults.push([e.id, e.placeholder, found.toFixed(2)]);
   }
   return faults;
 })([])"""
@@ -505,7 +521,7 @@ def test_the_check_of_outlines_bites(at: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("fragment", ["", "#pass=2", "#pass=3&node=quantize_default", "#pass=all&module=blocks.0"])
+@pytest.mark.parametrize("fragment", ["", "#pass=2&overlay=loss", "#pass=3&node=quantize_default", "#pass=all&module=blocks.0&overlay=cost"])
 def test_contrast_is_that_of_wcag_aa(scheme: str, fragment: str, at: Any) -> None:
     browser = at(fragment)
     browser.scheme(scheme)

@@ -187,7 +187,7 @@ function journal(view, node, go) {
   }
   for (const [index, site] of sweptBy.get(node.name) || [])
     parts.push(el("li", {}, passLink(index, go), " removed it, since nothing reads it after this: ", text(site.reason), exclusion(passes[index], site.exclude)));
-  for (const [kind, words] of [["declined", " declined: "], ["excluded", " left it alone: "]])
+  for (const [kind, words] of [["declined", " declined: "], ["excluded", " not here: "]])
     for (const [index, left] of leftAt(node, kind)) parts.push(el("li", { class: "declined" }, passLink(index, go), words, text(left.reason)));
   for (const [side, pass, site] of inSides("sites", (s) => s.names.includes(node.name)))
     parts.push(el("li", {}, el("b", {}, side.name), ` ${pass.name}: ${site.reason || "touched it"}`, site.figure ? el("p", {}, `${site.figure}`) : ""));

@@ -144,7 +144,7 @@ function overlay(view, item, group, state) {
   if (words === "") return;
   const y = item.kind === "node" ? 31 : 34;
   group.append(svg("rect", { class: `bar ${state.overlay}`, x: 1, y: item.h - 4, width: Math.max(2, (item.w - 2) * share), height: 3 }));
-  group.append(svg("text", { class: "figure", x: item.w - 8, y, "text-anchor": "end" }, words));
+  group.append(svg("text", { class: "figure", x: item.w - (item.kind === "node" ? 8 : 12), y, "text-anchor": "end" }, words));
 }
 
 const WORST = 10, BEST = 60;  // dB: where the bar is full, and where it is gone
