@@ -422,6 +422,8 @@ OVERLAPS = """(() => {
     const texts = [...item.children].filter((e) => e.tagName === 'text').map(rect);
     for (const t of texts) if (t.left < box.left || t.right > box.right + 1 || t.bottom > box.bottom + 1) found.push([key, 'text outside']);
     pairs(texts, (p, q) => { if (cross(p, q, 3)) found.push([key, 'texts overlap']); });
+    const bar = item.querySelector(':scope > .bar');
+    if (bar && texts.some((t) => rect(bar).top - t.bottom < 1)) found.push([key, 'a bar under the text']);
   }
   return found;
 })()"""

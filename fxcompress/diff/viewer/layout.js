@@ -91,7 +91,7 @@ function measure(view, item, state) {
   const figure = state.overlay === "none" ? 0 : 68;
   item.lines = lines;
   item.w = Math.max(92, 26 + Math.max(lines[0].length * SIZE.char + marks + (item.kind === "region" || item.kind === "part" ? 16 : 0), lines[1].length * SIZE.char * 0.88 + (item.kind === "node" ? 8 : 0) + figure));
-  item.h = item.kind === "region" || item.kind === "same" || item.kind === "part" ? SIZE.region : item.kind === "rest" ? 26 : SIZE.node;
+  item.h = item.kind === "region" || item.kind === "same" || item.kind === "part" ? SIZE.region : item.kind === "rest" ? 26 : SIZE.node + (figure ? 3 : 0);  // room for the bar
 }
 
 // ["+12", "added"] and so on, of all that an item stands for.
