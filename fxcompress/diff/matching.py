@@ -106,8 +106,9 @@ def _listed(rank: Callable[[_Modules, str], Hashable]) -> Callable[[_Modules, st
 
 
 _RANKS: tuple[Callable[[_Modules, str], Hashable], ...] = (
-    lambda m, path: (m.name(path), _weighed(m, path)),
+    lambda m, path: (m.name(path), _weighed(m, path), m.before[path], m.behind[path]),
     lambda m, path: (_weighed(m, path), m.before[path], m.behind[path]),  # another's name, but place and weights are its own
+    lambda m, path: (m.name(path), _weighed(m, path)),
     _listed(_weighed),
     _listed(lambda m, path: (m.kinds[path], m.ops[path], m.before[path], m.behind[path])),
     _listed(lambda m, path: (m.kinds[path], m.ops[path], m.behind[path])),

@@ -127,6 +127,24 @@ def test_layers_that_exchanged_their_names_are_what_they_hold_where_they_stand()
 INNER = ("conv", "norm", "act")
 
 
+def test_equal_layers_that_exchanged_their_names_are_what_stands_there() -> None:
+    """Nothing but the place tells them apart, so nothing has changed but the names."""
+
+    class Pair(nn.Module):
+        def __init__(self, names: str) -> None:
+            super().__init__()
+            self.names = names
+            for name in "ab":
+                self.add_module(name, nn.LayerNorm(4))
+
+        def forward(self, x):
+            return getattr(self, self.names[1])(getattr(self, self.names[0])(x).relu())
+
+    sides = [graph_of(captured(Pair(names), seeded(2, 4))) for names in ("ab", "ba")]
+    assert match_regions(*sides) == {"": "", "a": "b", "b": "a"}
+    assert differences(*sides) == {}
+
+
 class Folded(nn.Module):
     """Two branches of a convolution, its norm and an activation. Of the norm a compiled program keeps nothing."""
 
