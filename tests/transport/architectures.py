@@ -13,7 +13,7 @@ import functools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,25 +149,45 @@ KINDS = {"placeholder": "INPUT", "get_attr": "CONSTANT", "output": "OUTPUT"}
 
 def entry(name: str, judged: bool = True) -> dict[str, Any]:
     """One architecture's part of the table. judged: whether `missed` is counted, which takes most of the time."""
-    program = program_of(name)
+    program, sites = program_of(name), site_rows(name)
     oracle = Oracle(program) if judged else None
-    rows: dict[str, Any] = {s: {k.value: site_row(program, oracle, k, list(seeds(program, s))) for k in kinds} for s, kinds in SITES.items()}
+    rows: dict[str, Any] = {s: {k.value: with_missed(sites[s, k], oracle, k) for k in kinds} for s, kinds in SITES.items()}
     passes = {which: pass_row(before, report, judged) for which, before, _, report in pass_runs(name)}
     return {**rows, "passes": passes}
 
 
-def site_row(program: Program, oracle: Oracle | None, kind: Kind, found: list[Seed]) -> dict[str, Any]:
-    """Counts over seeds. Seeds on one value are solved once."""
-    engine = Transport(program)
-    plans = {seed: engine.solve(kind, seed) for seed in dict.fromkeys(found)}
+@functools.cache
+def site_rows(name: str) -> dict[tuple[str, Kind], tuple[dict[str, Any], list[Seed]]]:
+    """Per site and kind the row without `missed`, and the seeds that were declined."""
+    program = program_of(name)
+    return {(s, k): site_row(program, k, list(seeds(program, s)), plans) for (s, k), plans in plans_of(name).items()}
+
+
+@functools.cache
+def plans_of(name: str) -> dict[tuple[str, Kind], dict[Seed, Plan]]:
+    """Per site and kind the plans, once per value."""
+    program = program_of(name)
+    engine, found = Transport(program), {site: dict.fromkeys(seeds(program, site)) for site in SITES}
+    return {(s, k): {seed: engine.solve(k, seed) for seed in found[s]} for s, kinds in SITES.items() for k in kinds}
+
+
+def with_missed(found: tuple[dict[str, Any], list[Seed]], oracle: Oracle | None, kind: Kind) -> dict[str, Any]:
+    """The row, with the declined seeds at which the oracle finds a change, if it is asked."""
+    row, declined = found
+    if oracle is None:
+        return row
+    head = {key: row[key] for key in ("seeds", "whole", "part")}
+    return {**head, "missed": sum(oracle.freedom(kind, seed) > 0 for seed in declined), **row}
+
+
+def site_row(program: Program, kind: Kind, found: list[Seed], plans: Mapping[Seed, Plan]) -> tuple[dict[str, Any], list[Seed]]:
+    """Counts over seeds, and the declined ones."""
     reasons = {seed: plan.reason() or (unwritable(program, plan) if kind == Kind.REMOVE else "") for seed, plan in plans.items()}
     whole = [seed for seed in found if not reasons[seed]]
     part = [seed for seed in found if reasons[seed] and plans[seed].count and not (kind == Kind.REMOVE and unwritable(program, plans[seed]))]
     declined = [seed for seed in found if seed not in whole and seed not in part]
-    row = {"seeds": len(found), "whole": len(whole), "part": len(part)}
-    if oracle is not None:
-        row["missed"] = sum(oracle.freedom(kind, seed) > 0 for seed in declined)
-    return {**row, "declined": len(declined), "reasons": counted(program, [r for seed in found if (r := reasons[seed])])}
+    row = {"seeds": len(found), "whole": len(whole), "part": len(part), "declined": len(declined)}
+    return {**row, "reasons": counted(program, [r for seed in found if (r := reasons[seed])])}, declined
 
 
 def unwritable(program: Program, plan: Plan) -> str:
@@ -184,16 +204,15 @@ def counted(program: Program, reasons: list[str]) -> dict[str, int]:
     return dict(sorted(Counter(grouped(program, r) for r in reasons).items()))
 
 
-def pass_runs(name: str) -> Iterator[tuple[str, Program, Program, PassReport]]:
+@functools.cache
+def pass_runs(name: str) -> tuple[tuple[str, Program, Program, PassReport], ...]:
     """(pass, program before, program after, report), each under its contract."""
     before = program_of(name)
-    after, report = run(before, "tidy.fold_norm_gain")
-    yield report.name, before, after, report
-    turned, report = run(after, "rotate.residual")
-    yield report.name, after, turned, report
+    after, folded = run(before, "tidy.fold_norm_gain")
+    turned, rotated = run(after, "rotate.residual")
     sparse = with_unread_channels(before)
-    after, report = run(sparse, "sparsity.remove_channels")
-    yield report.name, sparse, after, report
+    less, removed = run(sparse, "sparsity.remove_channels")
+    return (folded.name, before, after, folded), (rotated.name, after, turned, rotated), (removed.name, sparse, less, removed)
 
 
 def pass_row(before: Program, report: PassReport, judged: bool) -> dict[str, Any]:
@@ -231,24 +250,20 @@ def with_unread_channels(program: Program) -> Program:
     return sparse
 
 
-def landed(program: Program) -> Iterator[tuple[str, Seed, Plan]]:
+def landed(name: str) -> Iterator[tuple[str, Seed, Plan]]:
     """Every plan that moves something, once per value and kind."""
-    engine = Transport(program)
-    for site, kinds in SITES.items():
-        for seed in dict.fromkeys(seeds(program, site)):
-            for kind in kinds:
-                plan = engine.solve(kind, seed)
-                if plan.count:
-                    yield site, seed, plan
+    for (site, _), plans in plans_of(name).items():
+        yield from ((site, seed, plan) for seed, plan in plans.items() if plan.count)
 
 
-def moved(program: Program, plan: Plan) -> float:
+def moved(program: Program, plan: Plan, before: Sequence[Tensor] | None = None) -> float:
     """How far the outputs move when the plan is applied, relative. Of a removal: from those of layers that don't read what goes. ValueError
-    where the program without it can't be written down. The program is as before afterwards."""
+    where the program without it can't be written down. The program is as before afterwards. before: its outputs, where they are known."""
     vector, kept = vector_for(plan), dict(program.constants)
     if plan.kind == Kind.REMOVE:
         program.constants.update(unread(program, plan, vector))
-    before = interpret(program, program.example)
+    if plan.kind == Kind.REMOVE or before is None:
+        before = interpret(program, program.example)
     edit = Edit(program)
     try:
         plan.apply(edit, vector)

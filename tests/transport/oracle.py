@@ -22,6 +22,7 @@ Blind spots: what is absorbed farther away than the region reaches; what the dis
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections import deque
@@ -154,7 +155,32 @@ class Region:
         return str((self.kind, self.seed.axes, number[self.seed.node], shape, calls, ends))
 
     def freedom(self) -> int:
-        """The dimension of {u: M_u u in range M_d}."""
+        """The dimension of {u: M_u u in range M_d}. Fewer outputs leave no less: none under the value alone, or under what follows
+        from it, is none."""
+        for some in ([], self._after()):
+            if len(some) < len(self.results) and not self._bound_by(some).dimension():
+                return 0
+        return self.dimension()
+
+    def _after(self) -> list[fx.Node]:
+        """The outputs that depend on the value."""
+        found = {self.seed.node}
+        found.update(n for n in self.nodes if found.intersection(n.all_input_nodes))
+        return [n for n in self.results if n in found]
+
+    def _bound_by(self, results: list[fx.Node]) -> Region:
+        """The region with these outputs only, without what they and the value don't depend on."""
+        needed = {self.seed.node, *results}
+        for node in reversed(self.nodes):
+            needed.update(node.all_input_nodes if node in needed else ())
+        part = copy.copy(self)
+        part.nodes, part.leaves, part.outside = ([n for n in nodes if n in needed] for nodes in (self.nodes, self.leaves, self.outside))
+        part.virtual = {n: axes for n, axes in self.virtual.items() if n in needed}
+        part.results = results
+        return part
+
+    def dimension(self) -> int:
+        """Of {u: M_u u in range M_d}, for the outputs as they are."""
         first = self._rows(SPARE)
         if not first[1].any():
             return 0
@@ -181,7 +207,7 @@ class Region:
         return d, u
 
     def _some_rows(self, count: int, x: Tensor, ends: list[Tensor], leaves: list[Tensor], sources: list[Tensor]) -> tuple[Tensor, Tensor]:
-        cotangents = [torch.randn(count, *v.shape, generator=self.generator, dtype=torch.float64) / v.numel() ** 0.5 for v in ends]
+        cotangents = [(torch.rand(count, *v.shape, generator=self.generator, dtype=torch.float64) - 0.5) / v.numel() ** 0.5 for v in ends]
         found = self._gradients(ends, sources, cotangents)
         grads = [torch.zeros(count, *s.shape, dtype=torch.float64) if g is None else g for g, s in zip(found, sources, strict=True)]
         return self._columns(leaves, grads), -self._moved(x, cotangents[0])
