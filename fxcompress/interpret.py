@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-import fxcompress.ops  # noqa: F401 - registers the fxc:: ops a loaded program may call
+from fxcompress.ops.quantizer import PLAIN
 from fxcompress.program import Program
 
 Visit = Callable[[fx.Node, Any], Any]
@@ -31,13 +31,14 @@ def walk(
     inputs: Sequence[Tensor],
     results: Sequence[fx.Node],
     visit: Visit | None = None,
+    known: Mapping[fx.Node, Any] | None = None,
 ) -> list[Any]:
-    """Evaluate nodes in order, keep `results`; everything else lives until its last reader ran."""
+    """Evaluate nodes in order, keep `results`; everything else lives until its last reader ran. known: values of nodes that are left out."""
     ordered = list(nodes)
     last = last_uses(ordered)
     kept = set(results)
     values = iter(inputs)
-    env: dict[fx.Node, Any] = {}
+    env: dict[fx.Node, Any] = dict(known or {})
     for node in ordered:
         if node.op == "output":
             continue
@@ -56,7 +57,8 @@ def evaluate(node: fx.Node, env: Mapping[fx.Node, Any], constants: Mapping[str, 
     if node.op == "get_attr":
         return constants[str(node.target)]
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    target = node.target if torch.is_grad_enabled() else PLAIN.get(node.target, node.target)  # a dispatcher costs more than small tensors
+    return target(*args, **kwargs)  # type: ignore[operator]
 
 
 def constant_value(node: fx.Node, constants: Mapping[str, Tensor]) -> Any:

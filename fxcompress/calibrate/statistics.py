@@ -6,12 +6,13 @@ and constants they are computed from. An edit anywhere upstream makes other valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -19,10 +20,10 @@ from fxcompress.calibrate.observers import Accumulator, JointAccumulator, JointO
 from fxcompress.dataflow import ancestors
 from fxcompress.edit import site_name
 from fxcompress.errors import CalibrationError
-from fxcompress.interpret import walk
+from fxcompress.interpret import constant_value, walk
 from fxcompress.program import Program
 
-MEMORY = 4 << 30  # bytes of accumulators in one run; more is asked for in several runs
+MEMORY = 4 << 30  # bytes of accumulators in one run, more is asked for in several; and of values that are the same for all items
 
 Asked = tuple[fx.Node, Observer] | tuple[tuple[fx.Node, ...], JointObserver]
 Items = Iterable[Sequence[Tensor]]
@@ -77,10 +78,28 @@ class Statistics:
             take = _taking(accumulator) if isinstance(accumulator, Accumulator) else _Held(_nodes(question), accumulator)
             for node in dict.fromkeys(_nodes(question)):
                 by_node.setdefault(node, []).append(take)
-        nodes = _needed(program, by_node)
+        fixed = self._fixed(program, by_node)
+        nodes = _needed(program, by_node, fixed)
         for count, item in enumerate(self.items, 1):
-            walk(nodes, program.constants, item, (), partial(_feed, by_node, count - 1))
+            walk(nodes, program.constants, item, (), partial(_feed, by_node, count - 1), fixed)
             self.progress(count)
+        return found
+
+    @torch.no_grad()
+    def _fixed(self, program: Program, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]:
+        """What ops make of constants alone and others read, such as quantised weights: the same for every item, held as far as memory goes."""
+        needed = ancestors(wanted)
+        still: dict[fx.Node, None] = {}
+        for node in program.graph.nodes:
+            if node in needed and node not in wanted and node.op in ("get_attr", "call_function") and still.keys() >= set(node.all_input_nodes):
+                still[node] = None
+        found: dict[fx.Node, Any] = {}
+        held = 0
+        for node in (n for n in still if n.op == "call_function" and needed.intersection(n.users) - still.keys()):
+            size = sum(v.nbytes for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor))
+            if held + size <= self.memory:
+                found[node] = constant_value(node, program.constants)
+                held += size
         return found
 
 
@@ -119,8 +138,7 @@ class _Held:
 def _feed(by_node: Mapping[fx.Node, Sequence[_Take]], index: int, node: fx.Node, value: Any) -> None:
     if node not in by_node:
         return
-    if not bool(torch.isfinite(value).all()):
-        wrong = int((~torch.isfinite(value)).sum())
+    if not bool(torch.isfinite(value.sum())) and (wrong := int((~torch.isfinite(value)).sum())):  # a sum may overflow, and hides nothing
         raise CalibrationError(
             "the model computes values that aren't finite",
             where=f"{site_name(node)}, calibration item {index}",
@@ -131,9 +149,9 @@ def _feed(by_node: Mapping[fx.Node, Sequence[_Take]], index: int, node: fx.Node,
         take(node, value)
 
 
-def _needed(program: Program, wanted: Iterable[fx.Node]) -> list[fx.Node]:
-    """All inputs, and what the wanted nodes are computed from, in order."""
-    needed = ancestors(wanted)
+def _needed(program: Program, wanted: Iterable[fx.Node], known: Collection[fx.Node]) -> list[fx.Node]:
+    """All inputs, and what the wanted nodes are computed from beside the known ones, in order."""
+    needed = ancestors(wanted, lambda n: (i for i in n.all_input_nodes if i not in known))
     return [n for n in program.graph.nodes if n in needed or n.op == "placeholder"]
 
 

@@ -35,7 +35,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, format: Format
     for index, scales in tiles(x.shape, block, TILE):
         tile = split(x[index], scale[scales].shape).to(work)
         grid = on_grid(tile, *_operands(scale, zero_point, scales, work), format)
-        codes[index] = grid.reshape(x[index].shape).to(format.container)
+        codes[index].copy_(grid.reshape(x[index].shape))
     return codes
 
 

@@ -6,7 +6,8 @@ gone once it is two nodes apart, and torch raises on backward. Training runs the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,3 +49,11 @@ def unpack(packed: Tensor, format: str, size: int) -> Tensor:
 @unpack.register_fake
 def _(packed: Tensor, format: str, size: int) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], size), dtype=format_of(format).container)
+
+
+_OPS = torch.ops.fxc
+PLAIN: Mapping[Any, Callable[..., Tensor]] = {
+    _OPS.quantize.default: quantize._init_fn,
+    _OPS.dequantize.default: dequantize._init_fn,
+    _OPS.unpack.default: unpack._init_fn,
+}  # the same functions without torch's dispatcher, and without its refusal to differentiate them

@@ -262,9 +262,40 @@ def test_a_constant_in_the_place_of_a_dead_one_is_another() -> None:
         built = Builder(x=seeded(2, 3))
         program = built.program(built.op(aten.mul.Tensor, built.x, built.constant("w", torch.full((3,), float(n)))))
         versions.add(observe.versions.of(program)[node(program, "mul_tensor")])
+        last = weakref.ref(program.constants["w"])
         del built, program
-        gc.collect()
+        gc.collect(1)
+        assert last() is None
     assert len(versions) == 20
+
+
+# what no input decides
+
+
+@pytest.mark.parametrize(("memory", "times"), [(1 << 20, 1), (8 * 8 * 4 - 1, 3)])
+def test_what_no_input_decides_is_computed_once_as_far_as_memory_goes(memory: int, times: int) -> None:
+    calls: list[Tensor] = []
+
+    def doubled(w: Tensor) -> Tensor:
+        calls.append(w)
+        return 2 * w
+
+    built = Builder(x=seeded(2, 8))
+    weight = built.op(doubled, built.op(aten.neg.default, built.constant("w", seeded(8, 8))))
+    program = built.program(built.op(aten.linear.default, built.x, weight))
+    calls.clear()
+    question = asked(program, "linear_default", Moments((-1,)))
+    answer = Statistics(three(), memory)(program, question)[question[0]]
+    assert len(calls) == times
+    assert torch.allclose(answer.mean.float(), seen(program, three(), "linear_default").mean(0))
+
+
+def test_a_constant_that_is_asked_about_is_seen_with_every_item() -> None:
+    built = Builder(x=seeded(2, 8))
+    weight = built.op(aten.neg.default, built.constant("w", seeded(8, 8)))
+    program = built.program(built.op(aten.linear.default, built.x, weight))
+    question = asked(program, "neg_default", Moments((-1,)))
+    assert Statistics(three())(program, question)[question[0]].count == 3 * 8
 
 
 # what isn't finite
