@@ -18,6 +18,7 @@ from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.regions import regions
 from fxcompress.verify import verify
+from tests.passes.helpers import zoo
 from tests.zoo import ZOO
 
 
@@ -65,8 +66,7 @@ def test_real_architectures(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "unet2d_condition", "sam", "swin"])
 def test_regions_cover_every_node_once(name: str) -> None:
     key = next(k for k in ZOO if k.lower().replace("-", "_").startswith(name[:4]))
-    model, example = ZOO[key]()
-    program = capture(model, example)
+    model, program = ZOO[key]()[0], zoo(key)
     root = regions(program)
     nodes = root.all_nodes()
     assert len(nodes) == len(set(nodes)) == len(program.graph.nodes) - 1

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxcompress.capture import capture
 from fxcompress.program import Program
 from fxcompress.regions import Region, regions
-from tests.passes.helpers import captured, function, seeded
+from tests.passes.helpers import captured, function, seeded, zoo
 from tests.zoo import ZOO
 
 
@@ -134,8 +133,7 @@ def test_a_value_read_inside_and_outside_is_an_output_once() -> None:
 @pytest.mark.parametrize("name", ["unet2d_cond", "dit", "mixtral", "gpt2", "detr"])
 def test_real_models(name: str) -> None:
     """Every node once; boundaries recomputed from the edges; classes and paths are the model's own."""
-    model, inputs = ZOO[name]()
-    program = capture(model, inputs)
+    model, program = ZOO[name]()[0], zoo(name)
     root = regions(program)
     nodes = root.all_nodes()
     assert len(nodes) == len(set(nodes)) == len(program.graph.nodes) - 1

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fxcompress import specialise as module
-from fxcompress.capture import capture
 from fxcompress.dynamic import at_sizes
 from fxcompress.errors import InputError, VerifierError
 from fxcompress.interpret import run
@@ -19,15 +18,9 @@ from fxcompress.program import Program
 from fxcompress.signature import Inputs
 from fxcompress.specialise import specialise
 from fxcompress.verify import verify
-from tests.passes.helpers import function, lines, seeded, text
-from tests.zoo import ZOO
+from tests.passes.helpers import function, lines, seeded, text, zoo
 
 X, T = seeded(2, 4), seeded(2, seed=1)
-
-
-def zoo(name: str) -> Program:
-    model, inputs = ZOO[name]()
-    return capture(model, inputs)
 
 
 def snapshot(program: Program) -> tuple[Any, ...]:

@@ -17,13 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from fxcompress import store
-from fxcompress.capture import capture
 from fxcompress.errors import ArtifactError, BackendRefusal
 from fxcompress.interpret import run
 from fxcompress.program import Program
 from fxcompress.signature import INPUT, Inputs, Signature
 from fxcompress.specialise import specialise
-from tests.passes.helpers import captured, function, seeded, text
+from tests.passes.helpers import captured, function, seeded, text, zoo
 from tests.zoo import ZOO
 
 
@@ -39,8 +38,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_real_programs(name: str, tmp_path: Path) -> None:
-    model, inputs = ZOO[name]()
-    before = capture(model, inputs)
+    before, inputs = zoo(name), ZOO[name]()[1]
     after = back(before, tmp_path)
     assert [(n.name, n.op, n.target) for n in after.graph.nodes] == [(n.name, n.op, n.target) for n in before.graph.nodes]
     assert text(after) == text(before)

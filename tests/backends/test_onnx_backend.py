@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fxcompress.backends.onnx.onnxruntime import OnnxRuntimeBackend
 from fxcompress.backends.onnx.translate import _SKELETONS
-from fxcompress.capture import capture
 from fxcompress.cost import macs
 from fxcompress.dataflow import weight_uses
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError
@@ -21,15 +20,14 @@ from fxcompress.measure import relative_error
 from fxcompress.numerics.formats import format_of
 from fxcompress.program import Program
 from tests.backends.onnx_helpers import EXACT, LIMIT, changed, ops, program_of, quantised
-from tests.zoo import ZOO
+from tests.passes.helpers import zoo
 
 ROUNDED = OnnxRuntimeBackend()
 
 
 def _int4(name: str) -> Program:
     """A real model with every matrix that is multiplied or gathered in int4, in groups of 32 along the axis that is summed over."""
-    model, example = ZOO[name]()
-    program = capture(model, example)
+    program = zoo(name)
     for node in [n for n in program.graph.nodes if n.op == "get_attr" and program.constants[n.target].dim() == 2]:
         uses, _ = weight_uses(node, program.constants[node.target])
         if uses:

@@ -15,14 +15,13 @@ from fxcompress.backends.onnx.files import read_graph
 from fxcompress.backends.onnx.onnxruntime import OnnxRuntimeBackend
 from fxcompress.backends.onnx.session import OnnxSession
 from fxcompress.backends.onnx.stepwise import _judge_order
-from fxcompress.capture import capture
 from fxcompress.errors import BackendRefusal
 from fxcompress.program import Program
 from fxcompress.report import BackendReport
 from tests.backends.integer_helpers import integer
 from tests.backends.onnx_helpers import changed, program_of
 from tests.passes.helpers import run as run_pass
-from tests.zoo import ZOO
+from tests.passes.helpers import zoo
 
 BACKEND = OnnxRuntimeBackend()
 INTEGER = ("MatMulIntegerToFloat", "QLinearConv")
@@ -308,8 +307,7 @@ def test_a_bias_on_another_grid_computes_in_float(tmp_path):
 
 @pytest.mark.parametrize("name", ["vit", pytest.param("unet2d_cond", marks=pytest.mark.slow), pytest.param("dit", marks=pytest.mark.slow)])
 def test_every_product_of_a_real_model_runs_on_codes(name, tmp_path):
-    model, example = ZOO[name]()
-    opened, _ = run_pass(capture(model, example), "tidy.open_attention", check="off")
+    opened, _ = run_pass(zoo(name), "tidy.open_attention", check="off")
     seen = report(integer(opened), tmp_path)
     assert (seen.integer_share, seen.in_float, seen.opset) == (1, (), 18)
     assert seen.code_flips is not None and seen.code_flips < 1e-3

@@ -13,10 +13,10 @@ from fxcompress import dynamic
 from fxcompress.backends.onnx import translate as module
 from fxcompress.backends.onnx.outline import fingerprint, outline
 from fxcompress.backends.onnx.translate import translate
-from fxcompress.capture import capture
 from fxcompress.edit import Edit
 from fxcompress.errors import BackendRefusal
 from tests.backends.onnx_helpers import EXACT, LIMIT, error, ops, program_of, quantised
+from tests.passes.helpers import zoo
 from tests.zoo import ZOO
 
 QUICK = ("llama", "gpt2", "mixtral", "vit", "dit", "bert")
@@ -25,8 +25,7 @@ SINES = {"flux": 5e-5}  # sines of angles up to 1e3, where float32 leaves 1e-5
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ZOO])
 def test_real_models_give_the_interpreters_numbers_at_other_sizes(name):
-    model, example = ZOO[name]()
-    program = capture(model, example)
+    program = zoo(name)
     sizes = {symbol: min(greatest, least + 2) for symbol, (least, greatest) in program.symbols.items()}
     other = dynamic.at_sizes(program.example, [v.shape for v in program.inputs], sizes) if name not in ("flux",) else program.example
     limit = SINES.get(name, LIMIT)
@@ -308,8 +307,7 @@ def test_a_familiar_graph_is_not_traced_again(monkeypatch):
     def traced(*_: object) -> None:
         raise AssertionError("run_decompositions was called")
 
-    model, example = ZOO["llama"]()
-    program = capture(model, example)
+    program = zoo("llama")
     monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", traced)
     module._SKELETONS.clear()
     translate(program)

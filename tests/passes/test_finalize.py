@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import fxcompress as fxc
-from fxcompress.capture import capture
 from fxcompress.errors import ContractViolation, VerifierError
 from fxcompress.interpret import run as interpret
 from fxcompress.manager import weight_bytes
@@ -20,8 +19,7 @@ from fxcompress.numerics.packing import unpack
 from fxcompress.passes.quant import finalize
 from fxcompress.program import Program
 from fxcompress.verify import audit
-from tests.passes.helpers import captured, declined, function, lines, planted, run, seeded, text, unchanged_by_second_run
-from tests.zoo import ZOO
+from tests.passes.helpers import captured, declined, function, lines, planted, run, seeded, text, unchanged_by_second_run, zoo
 
 NAME = "quant.finalize"
 PACKED = [f for f in FORMATS.values() if f.bits <= 8 and f.kind != "log"]
@@ -137,8 +135,7 @@ def test_bytes_are_the_closed_form(weights: str, symmetric: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet2d_cond", "gpt2", "mixtral"])
 def test_bytes_of_real_models(name: str) -> None:
-    model, inputs = ZOO[name]()
-    before = capture(model, inputs)
+    before = zoo(name)
     quantised, report = run(before, "quant.weight_only", weights="int4/group:32", embeddings="int8/channel")
     after, finalised = run(quantised, NAME)
     assert finalised.fired == report.fired == len(report.changes)

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxcompress.capture import capture
 from fxcompress.errors import ContractViolation, RecipeError
 from fxcompress.interpret import run as interpret
 from fxcompress.manager import Manager
@@ -27,7 +26,21 @@ from fxcompress.program import Program
 from fxcompress.recipe import Step, build, load_recipe
 from fxcompress.report import PassReport
 from fxcompress.target import Target, WeightKernel
-from tests.passes.helpers import captured, declined, error, function, lines, named, node, planted, run, seeded, text, unchanged_by_second_run
+from tests.passes.helpers import (
+    captured,
+    declined,
+    error,
+    function,
+    lines,
+    named,
+    node,
+    planted,
+    run,
+    seeded,
+    text,
+    unchanged_by_second_run,
+    zoo,
+)
 from tests.zoo import ZOO
 
 NAME = "quant.weight_only"
@@ -459,8 +472,7 @@ REAL: dict[str, tuple[Sequence[str], set[str], set[str]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_real_models(name: str) -> None:
-    model, inputs = ZOO[name]()
-    before = capture(model, inputs)
+    model, before = ZOO[name]()[0], zoo(name)
     parts, more, less = REAL[name]
     after, report = run(before, NAME, weights="int8/channel")
     expected = (kernels(model, before) | fused(model, parts) | more) - less
@@ -476,9 +488,9 @@ def test_real_models(name: str) -> None:
 
 @pytest.mark.slow
 def test_a_tied_head_of_a_real_model_is_one_site() -> None:
-    model, inputs = ZOO["gpt2"]()
+    model, _ = ZOO["gpt2"]()
     assert model.lm_head.weight is model.transformer.wte.weight
-    _, report = run(capture(model, inputs), NAME, embeddings="int8/group:32", weights="int4/group:32")
+    _, report = run(zoo("gpt2"), NAME, embeddings="int8/group:32", weights="int4/group:32")
     tied = [c for c in report.changes if "transformer.wte.weight.scale" in c.constants or "lm_head.weight.scale" in c.constants]
     assert [c.reason for c in tied] == ["int8 in blocks of [1, 32]"]
     assert report.fired == 2 + 2 * 4  # wte with its head, wpe, and per block c_attn, c_proj, c_fc, c_proj

@@ -31,7 +31,7 @@ from fxcompress.passes.tidy.fold_constants import FoldConstants
 from fxcompress.program import Program
 from fxcompress.report import PassReport
 from fxcompress.transport import Kind, Plan, Seed, Transport
-from tests.passes.helpers import op_name, run
+from tests.passes.helpers import op_name, run, zoo
 from tests.transport.helpers import error, vector_for
 from tests.transport.oracle import LIMIT as NEAR
 from tests.transport.oracle import Oracle
@@ -86,8 +86,8 @@ SITES: Mapping[str, tuple[Kind, ...]] = {
 @functools.cache
 def program_of(name: str) -> Program:
     """The architecture in float32, constants folded, with outlier channels."""
-    model, inputs = BUILDERS[name]()
-    program, _ = run(capture(model, inputs), FoldConstants(), check="off")
+    program = zoo(name) if BUILDERS[name] is ZOO[name] else capture(*BUILDERS[name]())
+    program, _ = run(program, FoldConstants(), check="off")
     return with_outliers(program)
 
 
