@@ -13,8 +13,9 @@ MODEL = Path(".cache/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 def main(out: Path = Path("out/language-int4")) -> str:
     """Returns what the compiled model says."""
-    fxc.compile(MODEL, "int4-weight-only").save(out)
-    tokenizer = resolve(MODEL).tokenizer()
+    source = resolve(MODEL)
+    fxc.compile(source.model, "int4-weight-only", source.example).save(out)
+    tokenizer = source.tokenizer()
     prompt = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 

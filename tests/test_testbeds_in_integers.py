@@ -17,9 +17,11 @@ OTHERWISE = ("unet_outliers", "sam")  # the graph is that of "unet"; an example 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in weights.published() if n not in OTHERWISE])
 def test_every_testbed_compiles_to_integers(name):
-    """The int8 recipe on ONNX Runtime: nearly all multiplications in integers, and the outputs of inputs that calibration never saw stay."""
+    """The int8 recipe on ONNX Runtime: nearly all multiplications in integers, and the outputs of inputs that calibration never saw stay.
+    Of the long feeds, which draw with the model, a quarter of the items is enough for that."""
     bed = load(name)
-    made = fxcompress.compile(bed.model, "int8", next(iter(bed.calibration)), calibration=bed.calibration, check="end", threads=1)
+    items = list(bed.calibration)
+    made = fxcompress.compile(bed.model, "int8", items[0], calibration=items[:: 4 if len(items) > 16 else 1], check="end", threads=1)
     assert made.report.backend.integer_share > 0.95
     signal = noise = 0.0
     with torch.no_grad():
