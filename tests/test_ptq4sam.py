@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 import fxcompress as fxc
 from fxcompress.calibrate.feed import Items
+from tests.passes.helpers import zoo
 from tests.zoo import ZOO
 from tools.ptq4sam import Judge, plant, recipe
 from tools.ptq4sam_elsewhere import trained
@@ -27,6 +30,7 @@ def natural() -> Judge:
     return Judge(planted=False, count=8)
 
 
+@functools.cache
 def figures(judge: Judge, *parts: str) -> dict[str, float]:
     """dB of scores and products, and divergence, with these parts of the recipe, where products alone are quantised, to 4 bits."""
     chosen = recipe("W4A4", parts, 1)
@@ -59,10 +63,8 @@ def test_adaptive_codes_lose_less_of_the_products_than_even_steps(natural: Judge
 
 @pytest.mark.parametrize("name", ["sam", "vit", "detr", "dit", "llama"])
 def test_other_models_as_integers(name: str) -> None:
-    model, inputs = ZOO[name]()
-    example = fxc.Inputs.of(inputs)
-    feed = Items([example, example, example])
-    made = fxc.compile(model, trained(2), example, feed)
+    example = fxc.Inputs.of(ZOO[name]()[1])
+    made = fxc.compile(zoo(name), trained(2), calibration=Items([example, example, example]))
     assert {p.name: p.fired for p in made.report.passes}["softmax.adaptive"] > 0
     assert made.report.output_sqnr is not None
     assert made.report.output_sqnr > 20

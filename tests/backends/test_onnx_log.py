@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
 from collections import Counter
@@ -138,16 +140,23 @@ def test_probabilities_that_are_a_result_too(backend: str, tmp_path: Path) -> No
 MODELS = {"sam": 11, "vit": 6}  # testbeds, and their attentions
 
 
+@functools.cache
+def trained(name: str) -> tuple[Program, list[Any]]:
+    """The testbed, captured once for both backends, and calibration items."""
+    bed = load(name)
+    items = list(itertools.islice(bed.calibration, 5))
+    return fxc.capture(bed.model, items[0]), items
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_trained_models(name: str, backend: str) -> None:
     """The files are judged against the interpreter while compiling, code by code. At 4 bits the decoder's tokens look at the image by powers
     of two or their roots, which lose at least 3 dB less than even steps, and the image looks at the tokens by even steps."""
-    bed = load(name)
-    items = [item for item, _ in zip(bed.calibration, range(5), strict=False)]
+    captured, items = trained(name)
     recipe = {"passes": ["tidy.fold_constants", {"softmax.adaptive": {"bits": 4}}, {"quant.insert": {"range": "mse"}}, "quant.finalize"]}
-    made = fxc.compile(bed.model, recipe, items[0], calibration=items, backend=backend, check="off")
+    made = fxc.compile(captured, recipe, calibration=items, backend=backend, check="off")
     (adaptive,) = [p for p in made.report.passes if p.name == "softmax.adaptive"]
     assert (adaptive.fired, adaptive.declined) == (MODELS[name], ())
     assert made.report.backend is not None and made.report.backend.code_flips is not None
