@@ -21,6 +21,7 @@ import onnx_ir.passes.common as cleanup
 import torch
 from torch import fx
 
+from fxcompress.backends.onnx import torchlib
 from fxcompress.backends.onnx.exported import FX_INDEX, Exported, can_be_widened, exported_program, is_narrow
 from fxcompress.backends.onnx.forms import FORMS, SHORTCUTS
 from fxcompress.backends.onnx.outline import QUANTIZE, Leaf, Outline, fingerprint, outline
@@ -117,7 +118,7 @@ def _translated(outlined: Outline, opset: int) -> ir.Model:
 
 def _exported(exported: Exported, opset: int) -> ir.Model:
     forms = {**FORMS, **({} if exported.is_decomposed else SHORTCUTS)}
-    with _quiet():
+    with _quiet(), torchlib.kept():
         result = torch.onnx.export(exported, dynamo=True, optimize=False, opset_version=opset, verbose=False, custom_translation_table=forms)
     assert result is not None
     return result.model

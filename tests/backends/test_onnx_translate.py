@@ -8,15 +8,17 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from fxcompress import dynamic
+from fxcompress.backends.onnx import torchlib
 from fxcompress.backends.onnx import translate as module
 from fxcompress.backends.onnx.outline import fingerprint, outline
 from fxcompress.backends.onnx.translate import translate
 from fxcompress.edit import Edit
 from fxcompress.errors import BackendRefusal
 from tests.backends.onnx_helpers import EXACT, LIMIT, error, ops, program_of, quantised
-from tests.passes.helpers import zoo
+from tests.passes.helpers import function, zoo
 from tests.zoo import ZOO
 
 QUICK = ("llama", "gpt2", "mixtral", "vit", "dit", "bert")
@@ -359,3 +361,18 @@ def test_batch_norms_by_running_statistics(affine):
     program = program_of(norm.eval(), x)
     assert error(program, (x,)) < LIMIT
     assert not affine or ops(program) == ["BatchNormalization"]
+
+
+def test_torchs_own_table_is_built_once_and_never_changed(monkeypatch):
+    """Each export adds its forms to a copy; what torch exports itself sees none of them."""
+    built: list[int] = []
+    own = ONNXRegistry.__dict__["from_torchlib"]
+    counted = classmethod(lambda kind, *args, **options: built.append(1) or own.__func__(kind, *args, **options))
+    monkeypatch.setattr(ONNXRegistry, "from_torchlib", counted)
+    program = function(lambda x: x.sin() * 2, torch.ones(2, 3))
+    for _ in range(3):
+        translate(program)
+    assert len(built) == 1
+    assert ONNXRegistry.__dict__["from_torchlib"] is counted
+    for table in (ONNXRegistry.from_torchlib(), torchlib._built(counted, opset_version=18)):
+        assert not any(form.is_custom for forms in table.functions.values() for form in forms)
