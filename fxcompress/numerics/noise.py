@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fxcompress.numerics.blocks import block_sizes, inside, scale_shape, walk, widen
 from fxcompress.numerics.formats import Format
-from fxcompress.numerics.ranges import extremes, minmax_range, quantisation_error
+from fxcompress.numerics.ranges import extremes, quantisation_error, scale_from_range
 
 _TILE = 1 << 18
 
 
 def sqnr(reference: Tensor, approx: Tensor) -> float:
-    """10 log10(Σ reference² / Σ (reference - approx)²) in dB, in float64; inf for equal tensors, nan where either has a NaN.
+    """10 log10(Σ reference² / Σ (reference - approx)²) in dB; inf for equal tensors, nan where either has a NaN.
 
     Raises ValueError if the shapes differ.
     """
@@ -25,38 +25,55 @@ def sqnr(reference: Tensor, approx: Tensor) -> float:
     signal = noise = 0.0
     whole = (-1,) * reference.dim()
     for (a, _), (b, _) in zip(walk(reference, whole, _TILE), walk(approx, whole, _TILE), strict=True):
-        signal += a.double().square().sum().item()
-        noise += (a.double() - b.double()).square().sum().item()
+        signal += power(a)
+        noise += power(a - b if a.dtype == b.dtype == torch.float32 else a.double() - b.double())
     return decibel(signal, noise)
+
+
+def power(x: Tensor) -> float:
+    """Σ x² to six digits: in float32 where x is, unless its squares leave the middle of float32's range; else in float64. Sums in float32
+    only get long enough for that in tiles."""
+    flat = x.reshape(-1)
+    if flat.dtype == torch.float32 and 1e-25 * len(flat) < (squares := torch.dot(flat, flat).item()) < inf:
+        return squares
+    flat = flat.double()
+    return torch.dot(flat, flat).item()
 
 
 def excess(x: Tensor, approx: Tensor, format: Format, block: Sequence[int], symmetric: bool) -> Tensor:
     """Per block the squared error of approx over the one it may have: that of rounding x on the block's own min-max grid.
 
-    1 where no value is off by more than half a step of that grid, stretched to qmax + 1 codes a side: rounding is nearest then, whatever the
-    grid, and luck decides the sum. So what clips must win by it. Float formats, whose steps vary, may have twice the error. Rounding to x's
-    dtype comes on top. Returns float64 of scale_shape; a fine grid gives less than 1. Errors: those of `minmax_range`.
+    Of integers at most 1, without another look, where no value is off by more than half a step of that grid, stretched to qmax + 1 codes a
+    side: rounding is nearest then, whatever the grid, and luck decides the sum. So what clips must win by it. Float formats, whose steps vary,
+    may have twice the error. Rounding to x's dtype comes on top. Returns float64 of scale_shape. Errors: those of `minmax_range`.
     """
-    scale, zero = minmax_range(x, format, symmetric, block)
-    plain = quantisation_error(x, scale, zero, format, block).double()
-    squares, greatest = _block_errors(x, approx, block)
-    norm, bound = _block_errors(x, x.new_zeros(()).expand(x.shape), block)
-    eps = torch.finfo(x.dtype).eps
-    allowed = (plain * (2 if format.kind == "float" else 1.01)).sqrt() + eps * norm.sqrt()
-    ratio = torch.where(squares == 0, 0, squares / allowed.square())
-    half = scale.double() * (1 + 1 / format.qmax) / 2 + eps * bound
-    return torch.where(greatest <= half, ratio.clamp(max=1), ratio) if format.kind == "int" else ratio
+    lo, hi = extremes(x, block)
+    scale, zero = scale_from_range(lo, hi, format, symmetric)
+    eps, greatest = torch.finfo(x.dtype).eps, _greatest_error(x, approx, block)
+    half = scale.double() * (1 + 1 / format.qmax) / 2 + eps * torch.maximum(hi, -lo).double()
+    is_nearest = (greatest <= half) & (format.kind == "int")
+    if is_nearest.all():
+        return (greatest > 0).double()
+    allowed = quantisation_error(x, scale, zero, format, block).double() * (2 if format.kind == "float" else 1.01)
+    squares, norm = _square_error(x, approx, block), _square_error(x, x.new_zeros(()).expand(x.shape), block)
+    ratio = torch.where(squares == 0, 0, squares / (allowed.sqrt() + eps * norm.sqrt()).square())
+    return torch.where(is_nearest, ratio.clamp(max=1), ratio)
 
 
-def _block_errors(reference: Tensor, approx: Tensor, block: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Σ (reference - approx)² and max |reference - approx| of each block, in float64."""
-    squares = torch.zeros(scale_shape(reference.shape, block), dtype=torch.float64, device=reference.device)
-    greatest = torch.zeros_like(squares)
+def _greatest_error(reference: Tensor, approx: Tensor, block: Sequence[int]) -> Tensor:
+    """max |reference - approx| of each block, in float64."""
+    greatest = torch.zeros(scale_shape(reference.shape, block), dtype=torch.float64, device=reference.device)
     for (a, at), (b, _) in zip(walk(reference, block, _TILE // 4), walk(approx, block, _TILE // 4), strict=True):
-        error = (a.double() - b).abs_()
-        greatest[at] = torch.maximum(greatest[at], error.amax(inside(a)))
-        squares[at] += error.square_().sum(inside(a))
-    return squares, greatest
+        greatest[at] = torch.maximum(greatest[at], (a - b).abs_().amax(inside(a)).double())
+    return greatest
+
+
+def _square_error(reference: Tensor, approx: Tensor, block: Sequence[int]) -> Tensor:
+    """Σ (reference - approx)² of each block, in float64."""
+    squares = torch.zeros(scale_shape(reference.shape, block), dtype=torch.float64, device=reference.device)
+    for (a, at), (b, _) in zip(walk(reference, block, _TILE // 4), walk(approx, block, _TILE // 4), strict=True):
+        squares[at] += (a - b).double().square_().sum(inside(a))
+    return squares
 
 
 def noise_power(step: Tensor, block: Sequence[int], shape: Sequence[int]) -> float:

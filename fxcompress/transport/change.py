@@ -1,4 +1,5 @@
-"""Changes in numbers: what the value at a label becomes under given numbers, in float64, cast back once."""
+"""Changes in numbers: what the value at a label becomes under given numbers. Computed in the value's dtype, halves in float32, and cast back
+once: who wants it exact gives float64."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxcompress.numerics.rotation import Rotation
 from fxcompress.transport.labels import UNSET, Index, Kind, Label, as_tensor, occurrences
 
 Change = Callable[[Tensor], Tensor]
@@ -25,7 +27,7 @@ class Elementwise:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value changed."""
-        wide = x.to(torch.complex128 if x.is_complex() else torch.float64)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         for label in self.labels:
             wide = applied(self.kind, wide, label, self.numbers)
         return wide.to(x.dtype)
@@ -39,7 +41,7 @@ class Elementwise:
 def applied(kind: Kind, wide: Tensor, label: Label, numbers: Tensor) -> Tensor:
     """One label's change."""
     v = numbers[as_tensor(label.index)]
-    return wide + label.power * v if kind == Kind.SHIFT else wide * v**label.power
+    return wide + (label.power * v).to(wide.dtype) if kind == Kind.SHIFT else wide * (v**label.power).to(wide.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +65,14 @@ class Gathered:
 
 @dataclass(frozen=True, eq=False)
 class Rotated:
-    """x R on sets of positions of the slot. mixes: per label pairs of (positions [copies, n], matrix [n, n])."""
+    """x R on sets of positions of the slot. mixes: per label pairs of (positions [copies, n], R of size n)."""
 
     labels: tuple[Label, ...]
-    mixes: tuple[tuple[tuple[Index, Tensor], ...], ...]
+    mixes: tuple[tuple[tuple[Index, Rotation], ...], ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value rotated."""
-        wide = x.to(torch.float64)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         for label, mixes in zip(self.labels, self.mixes, strict=True):
             wide = _on_slot(wide, label, partial(_mixed, mixes), tuple(label.index.shape[a] for a in label.slot))
         return wide.to(x.dtype)
@@ -84,11 +86,16 @@ def _taken(places: Index, flat: Tensor) -> Tensor:
     return flat[..., as_tensor(places)]
 
 
-def _mixed(mixes: Sequence[tuple[Index, Tensor]], flat: Tensor) -> Tensor:
-    flat = flat.clone()
-    for positions, matrix in mixes:
-        at = as_tensor(positions)
-        flat[..., at] = flat[..., at] @ matrix
+def _mixed(mixes: Sequence[tuple[Index, Rotation]], flat: Tensor) -> Tensor:
+    flat = flat.clone(memory_format=torch.contiguous_format)
+    for positions, rotation in mixes:
+        first, count = int(positions[0, 0]), positions.size
+        if (positions.ravel() == np.arange(first, first + count)).all():  # neighbours are a view
+            run = flat[..., first : first + count]
+            run.copy_(rotation(run.reshape(*run.shape[:-1], *positions.shape)).reshape(run.shape))
+        else:
+            at = as_tensor(positions)
+            flat[..., at] = rotation(flat[..., at])
     return flat
 
 
@@ -141,15 +148,15 @@ def _rest(label: Label, kept: Index) -> tuple[int, ...]:
     return (*sizes, int(counts[rows].ravel()[0]) if rows.any() else 0)
 
 
-def rotated(labels: tuple[Label, ...], classes: Index, blocks: Index, matrices: Mapping[int, Tensor]) -> Rotated:
+def rotated(labels: tuple[Label, ...], classes: Index, blocks: Index, rotations: Mapping[int, Rotation]) -> Rotated:
     """classes: per parameter, UNSET if pinned. A class's members rotate each with its like in the other classes of the block."""
     mixes = []
     for label in labels:
-        found: list[tuple[Index, Tensor]] = []
-        for block, matrix in matrices.items():
+        found: list[tuple[Index, Rotation]] = []
+        for block, rotation in rotations.items():
             positions = _copies(label.index, classes, np.flatnonzero(blocks == block))
             if positions is not None:
-                found.append((positions, matrix.to(torch.float64)))
+                found.append((positions, rotation))
         mixes.append(tuple(found))
     return Rotated(labels, tuple(mixes))
 

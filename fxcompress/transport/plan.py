@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from fxcompress.edit import Edit, Site
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
+from fxcompress.numerics.rotation import Rotation
 from fxcompress.program import Program
 from fxcompress.transport.change import Change, Elementwise, permuted, removed, rotated
 from fxcompress.transport.facts import Facts
@@ -155,15 +156,16 @@ class Plan:
         source[members] = members[start[order[own]] + offset]
         return source
 
-    def _rotation(self, matrices: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+    def _rotation(self, matrices: Mapping[int, Tensor]) -> Mapping[int, Rotation]:
+        rotations = {block: Rotation(matrix) for block, matrix in matrices.items()}
         for block, matrix in matrices.items():
             n = int((self.blocks == block).sum())
             self._check(n > 0 and tuple(matrix.shape) == (n, n), f"block {block} has {n} classes, its matrix is {list(matrix.shape)}")
-            off = (matrix.double() @ matrix.double().T - torch.eye(n, dtype=torch.float64)).abs().max()
+            off = (rotations[block](matrix.double().T) - torch.eye(n, dtype=torch.float64)).abs().max()
             self._check(bool(off < 1e-9), f"the matrix of block {block} is off orthogonal by {float(off):.1e}")
             tilt = (matrix.double().sum(1) - 1).abs().max()
             self._check(block not in self.steady or bool(tilt < 1e-9), f"block {block} must keep its mean, a row is off by {float(tilt):.1e}")
-        return matrices
+        return rotations
 
     def _check(self, holds: bool, why: str) -> None:
         if not holds:
