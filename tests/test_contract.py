@@ -464,6 +464,38 @@ def test_noise_is_no_excuse_where_the_old_way_has_none() -> None:
     assert masked(1.0).verdict != "broken"
 
 
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "held"), (1 + 1e-5, "broken")])
+def test_a_change_is_as_exact_as_it_must_be(factor: float, verdict: str) -> None:
+    """What float32 can't tell is computed in float64."""
+    program = chain(2)
+    edit, leaf = Edit(program), node(program, "layer_0_weight")
+    with edit.site(leaf):
+        edit.carry(leaf, lambda w: (w + 1e4) - 1e4)
+        edit.fold(leaf, program.constants["layer.0.weight"] * factor)
+    assert next(m.verdict for m in check(program, edit, Lossy(), program.example) if m.value == leaf.name) == verdict
+
+
+def test_a_value_of_two_sites_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And told of both."""
+    seen: list[str] = []
+    monkeypatch.setattr(checker, "evaluate", lambda node, *rest: seen.append(node.name) or evaluate(node, *rest))
+
+    def updated(*names: str) -> list[Measured]:
+        seen.clear()
+        program = one_op(aten.mul.Tensor, X, 2.0)
+        edit = Edit(program)
+        for name in names:
+            with edit.site(node(program, name)):
+                edit.update(program.results()[0], program.placeholders()[0], -2.0)
+        return check(program, edit, Exact(), program.example)
+
+    (alone,) = updated("mul_tensor")
+    once = len(seen)
+    first, second = updated("x", "mul_tensor")
+    assert alone == second and (first.value, first.verdict) == ("mul_tensor", "broken") and first.site != second.site
+    assert len(seen) == once > 0
+
+
 def test_a_stored_constant_is_known_to_a_few_roundings() -> None:
     """Its readers may take it for the old one: the record says what it should be."""
     for factor, verdict in ((1.0, "held"), (1 + 1e-7, "held"), (1 + 1e-5, "broken")):

@@ -1,4 +1,4 @@
-"""x R for an orthogonal R. One that is a Kronecker product with signs, as every randomised Hadamard matrix is, acts factor by factor:
+"""x R for an orthogonal R. One that is a Kronecker product with signs, as most randomised Hadamard matrices are, acts factor by factor:
 
 R = diag(s) (A (x) B),    x R = A^T X B with X = x diag(s) as an [a, b] matrix: n (a + b) products a row in place of n^2
 """
