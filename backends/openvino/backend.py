@@ -29,7 +29,7 @@ from fxcompress.backends.onnx.stepwise import step_by_step
 from fxcompress.backends.onnx.translate import translate
 from fxcompress.backends.openvino.bind import bind
 from fxcompress.backends.openvino.kernels import Kernel, kernels
-from fxcompress.backends.openvino.session import OpenVinoSession, absent, runtime
+from fxcompress.backends.openvino.session import OpenVinoSession, absent, check_it_survives, runtime
 from fxcompress.cost import macs
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
@@ -90,7 +90,9 @@ class OpenVinoBackend(Backend):
 
     def report(self, program: Program, folder: Path, probe: Sequence[Tensor]) -> BackendReport:
         """Shares from OpenVINO's own model, parity with the interpreter (limit: that of exact rewrites) and what int8 activations cost."""
-        model, session = read_graph(folder), self.open(folder)
+        model = read_graph(folder)
+        check_it_survives(folder / MODEL, self.options.activation_rounding == "int8")
+        session = self.open(folder)
         shapes: dict[fx.Node, Sequence[int]] = {}
         wanted = run(program, probe, lambda node, value: shapes.update({node: value.shape} if isinstance(value, Tensor) else {}))
         rounded = session.run(probe)

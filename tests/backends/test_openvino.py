@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -385,3 +388,25 @@ def test_float(tmp_path):
     assert (seen.integer_share, seen.quantised_share, seen.in_float) == (0, None, ())
     assert seen.parity < 1e-5
     assert relative_error(run(program, program.example)[0], EXACT.open(tmp_path).run(program.example)[0]) < 1e-5
+
+
+@pytest.mark.parametrize(("compiling", "is_crash"), [("import os; os.abort()", True), ("raise SystemExit(1)", False)])
+def test_a_crash_of_openvino_is_a_refusal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiling: str, is_crash: bool) -> None:
+    """It ends another process, not this one; an error there comes again here, if it is one."""
+    monkeypatch.setattr(session, "COMPILE", compiling)
+    if not is_crash:
+        assert report(codes(nn.Linear(8, 8), torch.randn(2, 8)), tmp_path).integer_share == 1
+        return
+    with pytest.raises(BackendRefusal, match="OpenVINO crashes on the model") as refusal:
+        report(codes(nn.Linear(8, 8), torch.randn(2, 8)), tmp_path)
+    assert "SIGABRT" in refusal.value.why
+
+
+def test_what_is_compiled_elsewhere_first_is_this_model(tmp_path: Path) -> None:
+    """The command reads the file that it is given: one that is no model ends it with an error."""
+    backend, program = EXACT, codes(nn.Linear(8, 8), torch.randn(2, 8))
+    backend.write(program, tmp_path)
+    code = [sys.executable, "-c", session.COMPILE, str(tmp_path / MODEL), json.dumps(session._properties(1, False))]
+    assert subprocess.run(code, check=False).returncode == 0
+    (tmp_path / MODEL).write_bytes(b"no model")
+    assert subprocess.run(code, capture_output=True, check=False).returncode == 1
