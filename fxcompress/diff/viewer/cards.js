@@ -150,7 +150,7 @@ function nodeCard(view, name, go) {
       node.state === "moved" && ["was in", node.old.region || "root"],
       now.source && ["source", el("code", {}, now.source)],
       ["operations", now.flops ? atSizes(quantity(now.flops, "")) : ""], ["stored", now.stored ? quantity(now.stored, "B") : ""],
-      sqnr.has(name) && ["loss so far", sqnr.get(name) === null ? "none" : `${sqnr.get(name).toFixed(1)} dB`],
+      sqnr.has(name) && ["loss at the end of the run", sqnr.get(name) === null ? "none" : `${sqnr.get(name).toFixed(1)} dB`],
     ]),
     statistics(node),
     links("reads", now.inputs, view, go), links("read by", [...new Set(view.readers.get(name) || [])], view, go),
