@@ -39,6 +39,7 @@ SPELLINGS = (
     (r"\bcomponent=['\"]?([\w.-]+)['\"]?", r"--component \1"),
     (r"\bleave component out\b", "leave --component out"),
     (r"\bbackend=['\"](\w+)['\"]", r"--backend \1"),
+    (r"\bthe format '([\w-]+)'", r"--format \1"),
 )
 ENDINGS = {"html": "html", "text": "txt", "dot": "dot", "model-explorer": "json"}
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
@@ -154,20 +155,25 @@ def diff(
 ) -> None:
     """Show what each pass did to the graph, or how two results differ, in one HTML file or as text."""
     from fxcompress import api
+    from fxcompress.diff import placed
     from fxcompress.diff.text import SAME
 
     if format not in ENDINGS:
         raise typer.BadParameter(f"{format!r} is none of {', '.join(ENDINGS)}", param_hint="--format")
     if as_text and (output or format != "html"):
         raise typer.BadParameter("it prints; leave out -o and --format, or ask for --format text", param_hint="--text")
+    if as_text and as_json:
+        raise typer.BadParameter("the two print one thing each; leave out one of them", param_hint="--text and --json")
     if len(example or ()) > 1 + (second is not None):
         raise typer.BadParameter("more than there are models", param_hint="--example")
     with failing(as_json):
+        if output:
+            placed(output, format)  # type: ignore[arg-type]  # before the work
         inputs = [*map(example_inputs, example or ()), None, None]
         found = api.diff(first, second, inputs[0], component, inputs[1])
         wanted = None if as_text or (as_json and output is None) else output or Path(f"diff.{ENDINGS[format]}")
         saved = found.save(wanted, format) if wanted else None  # type: ignore[arg-type]
-    if as_text and not as_json:
+    if as_text:
         with writing():
             sys.stdout.write(found.text())
     else:

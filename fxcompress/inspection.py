@@ -18,7 +18,7 @@ from torch import fx
 from fxcompress import registry
 from fxcompress.calibrate.statistics import Statistics
 from fxcompress.cost import Cost, Costs
-from fxcompress.diff import Diff, of_run, written
+from fxcompress.diff import Diff, of_run, placed, written
 from fxcompress.diff.page import page
 from fxcompress.diff.read import run_of
 from fxcompress.diff.text import quantity
@@ -118,8 +118,9 @@ class Inspection:
         return page(self.diff, formulas, self._tables())
 
     def save(self, path: str | Path) -> Path:
-        """Write the HTML file, whole or not at all. ArtifactError if the place can't be written."""
-        return written(Path(path), self.html())
+        """Write the HTML file, whole or not at all. ArtifactError if the place can't be written, InputError if its suffix is that of another
+        format."""
+        return written(placed(path, "html"), self.html())
 
     def _steps(self) -> dict[str, str]:
         """A diffusion model is called once a step of its sampler."""

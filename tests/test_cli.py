@@ -230,6 +230,7 @@ WRONG_USAGE = [
     ["bench", "out", "--runs", "many"],
     ["explain", "out"],
     ["diff"],
+    ["diff", WITH_EXAMPLE, "--text", "--json"],
     ["inspect"],
     ["no-such-command"],
     [],
@@ -364,6 +365,13 @@ def test_diff(out: Path) -> None:
     assert not (out.parent / "diff.html").exists()
     assert text("diff", "out") == "diff.html: cli_models:with_example, mine\n"
     assert (out.parent / "diff.html").read_text(encoding="utf-8") == (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_diff_refuses_another_suffix_before_it_works(place: Path) -> None:
+    """The model isn't even looked for."""
+    refused = as_json("diff", "nothing", "-o", "y.dot", code=1)
+    assert (refused["where"], refused["do"]) == ("y.dot", "name it y.html, or ask for --format dot")
+    assert not (place / "y.dot").exists()
 
 
 def test_diff_of_two(out: Path) -> None:

@@ -17,11 +17,17 @@ from fxcompress.history import Graph, History, Node
 from fxcompress.loss import stand_ins
 from fxcompress.report import PassReport, Report
 
-__all__ = ["Diff", "Format", "Run", "Step", "between", "of_run", "written"]
+__all__ = ["Diff", "Format", "Run", "Step", "between", "of_run", "placed", "written"]
 
 
 LOWERED, NOT_LOWERED = "on the backend", "before lowering"
 Format = Literal["html", "text", "dot", "model-explorer"]
+SUFFIXES: Mapping[Format, Sequence[str]] = {
+    "html": (".html", ".htm"),
+    "text": (".txt", ".text"),
+    "dot": (".dot", ".gv"),
+    "model-explorer": (".json",),
+}
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,8 @@ class Diff:
         return page(self)
 
     def save(self, path: str | Path, format: Format = "html") -> Path:
-        """Write the file, whole or not at all. ArtifactError if the place can't be written."""
+        """Write the file, whole or not at all. ArtifactError if the place can't be written, InputError if its suffix is that of another
+        format."""
         from fxcompress.diff.exports import as_dot, as_model_explorer
 
         made: dict[Format, Callable[[], str]] = {
@@ -156,7 +163,7 @@ class Diff:
         }
         if format not in made:
             raise InputError(f"a diff has no format {format!r}", do=f"one of {', '.join(made)}")
-        return written(Path(path), made[format]())
+        return written(placed(path, format), made[format]())
 
     def graph(self) -> Any:
         """The nodes of before and after as a networkx DiGraph; attributes: op, attributes, region, shape, state, flops, stored."""
@@ -189,6 +196,22 @@ def _local(path: str, parent: str) -> str:
 
 def _replaced(report: PassReport) -> dict[str, str]:
     return {old: new for change in report.changes for old, new in change.replaced.items()}
+
+
+def placed(path: str | Path, format: Format) -> Path:
+    """The path of a file of that format. InputError if it is none, or its suffix is that of another format."""
+    if not isinstance(path, str | Path):
+        raise InputError(f"{path!r} is no path of a file", do="pass a str or a Path, such as 'diff.html'")
+    suffix = Path(path).suffix.lower()
+    if format == "html":
+        fits = suffix in ("", *SUFFIXES["html"])
+    else:
+        fits = suffix not in {s for other, known in SUFFIXES.items() if other != format for s in known}
+    if not fits:
+        meant = next((f for f, known in SUFFIXES.items() if suffix in known), None)
+        do = f"name it {Path(path).with_suffix(SUFFIXES[format][0]).name}" + (f", or ask for the format {meant!r}" if meant else "")
+        raise InputError(f"a file of format {format!r} isn't called so", where=str(path), do=do)
+    return Path(path)
 
 
 def written(path: Path, content: str) -> Path:

@@ -440,6 +440,35 @@ def test_formats_are_saved(format: Any, start: str, model: fxc.CompiledModel, tm
     assert model.diff().save(tmp_path / "deep/file", format).read_text(encoding="utf-8").startswith(start)
 
 
+@pytest.mark.parametrize(
+    ("name", "format", "do"),
+    [
+        ("y.dot", "html", "name it y.html, or ask for the format 'dot'"),
+        ("y.txt", "html", "name it y.html, or ask for the format 'text'"),
+        ("x.json", "html", "name it x.html, or ask for the format 'model-explorer'"),
+        ("x.pdf", "html", "name it x.html"),
+        ("x.HTML", "dot", "name it x.dot, or ask for the format 'html'"),
+        (3, "html", "pass a str or a Path, such as 'diff.html'"),
+    ],
+)
+def test_a_file_is_what_it_is_called(name: Any, format: Any, do: str, model: fxc.CompiledModel, tmp_path: Path) -> None:
+    place = tmp_path / name if isinstance(name, str) else name
+    with pytest.raises(fxc.InputError) as caught:
+        model.diff().save(place, format)
+    assert caught.value.do == do
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "format"), [("a.htm", "html"), ("a.gv", "dot"), ("a.log", "text")])
+def test_a_file_of_another_usual_name_is_saved(name: str, format: Any, model: fxc.CompiledModel, tmp_path: Path) -> None:
+    assert model.diff().save(str(tmp_path / name), format).is_file()
+
+
+def test_an_inspection_is_no_other_file() -> None:
+    with pytest.raises(fxc.InputError, match="isn't called so"):
+        fxc.inspect(Net().eval(), (seeded(2, 4),)).save("x.json")
+
+
 HOSTILE = "\x1b[31mred\nblue"
 
 
