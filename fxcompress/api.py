@@ -103,7 +103,7 @@ def compile(  # noqa: PLR0913 - the arguments users say
         manager = Manager(captured.copy(), runner.target, probe, check, statistics)
         manager.tell = lambda sentence: progress(f"{at[0]}, {sentence}", at[1], steps)
         passes = build(recipe)
-        with _opened(folder, captured, passes, runner, check, feed) as kept:
+        with _opened(folder, captured, recipe, passes, runner, check, feed) as kept:
             _run(manager, passes, kept, tell)
             audit(manager.program)
             return _compiled(recipe, runner, captured, manager, threads, kept)
@@ -144,7 +144,13 @@ def _check_options(check: str, threads: Any, memory: Any) -> None:
 
 
 def _opened(
-    folder: str | Path | None, captured: Program, passes: Sequence[tuple[Step, Pass]], runner: Backend, check: str, feed: Feed | None
+    folder: str | Path | None,
+    captured: Program,
+    recipe: Recipe,
+    passes: Sequence[tuple[Step, Pass]],
+    runner: Backend,
+    check: str,
+    feed: Feed | None,
 ) -> contextlib.AbstractContextManager[Checkpoint | None]:
     """The checkpoint in the folder, told what this run depends on; nothing without a folder."""
     if folder is None:
@@ -156,7 +162,7 @@ def _opened(
         "feed": feed and feed.digest,
         "passes": [{s.use: step_options(s, p)} for s, p in passes],
     }
-    return opened(folder, run, captured)
+    return opened(folder, run, captured, recipe.name)
 
 
 def _run(manager: Manager, passes: Sequence[tuple[Step, Pass]], kept: Checkpoint | None, progress: Callable[[str, int], None]) -> None:

@@ -38,15 +38,16 @@ ANEW = "delete the folder to start anew"
 
 
 @contextlib.contextmanager
-def opened(folder: str | Path, run: Mapping[str, Any], captured: Program) -> Iterator[Checkpoint]:
+def opened(folder: str | Path, run: Mapping[str, Any], captured: Program, recipe: str = "") -> Iterator[Checkpoint]:
     """The checkpoint in the folder, made if there is none, for this process alone. An error inside gets a note that says what is kept.
 
     run: what the finished passes depend on beside the captured model, as plain data: "versions", "check", "target", "feed", and "passes", one
-    {name: options} each. ArtifactError if the checkpoint is in use, altered or of another run (it says what differs), or can't be written.
+    {name: options} each. recipe: what it is called, only to be told. ArtifactError if the checkpoint is in use, altered or of another run (it
+    says what differs), or can't be written.
     """
     path = Path(folder)
     with _locked(path):
-        checkpoint = Checkpoint(path, run, captured)
+        checkpoint = Checkpoint(path, run, captured, recipe)
         try:
             yield checkpoint
         except BaseException as error:
@@ -58,12 +59,13 @@ def opened(folder: str | Path, run: Mapping[str, Any], captured: Program) -> Ite
 class Checkpoint:
     """done: reports of the finished passes. program: as after the last of them; None before the first. history: its graphs as plain data."""
 
-    def __init__(self, folder: Path, run: Mapping[str, Any], captured: Program) -> None:
+    def __init__(self, folder: Path, run: Mapping[str, Any], captured: Program, recipe: str = "") -> None:
         self.folder, self.captured, self.objects = folder, captured, Objects(folder / OBJECTS)
         self.done: list[PassReport] = []
         self.program: Program | None = None
         self.history: dict[str, Any] = {}
         self._run = json.loads(json.dumps(run))
+        self._plan = {"recipe": recipe, "passes": [name for entry in run["passes"] for name in entry]}  # told, and nothing depends on it
         self._model = json.dumps(_model(captured), sort_keys=True).encode()
         self._contents = _contents(captured)
         self._kept = _read(folder)
@@ -84,7 +86,7 @@ class Checkpoint:
             state = {**snapshot.take(program, self.captured, put), "reports": [r.model_dump(mode="json") for r in done], "history": history}
             names = {"model": put(self._model), "state": put(json.dumps(state).encode())}
             run = {**self._run, "passes": self._run["passes"][: len(done)]}
-            self._commit({**names, "run": run, "contents": self._contents, "objects": sorted(set(used)), "artifact": None})
+            self._commit({**names, "run": run, "plan": self._plan, "contents": self._contents, "objects": sorted(set(used)), "artifact": None})
             (self.folder / PROGRESS).unlink(missing_ok=True)
             self.done = list(done)
 
@@ -238,7 +240,8 @@ class Objects:
 
 
 def stored_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint keeps, to be looked at: "reports", "history", and the last program. ArtifactError if an object of it is damaged."""
+    """What a checkpoint keeps, to be looked at: "reports", "history", and the last program; "plan": the recipe's name and all its passes, None
+    where it is older than that; "is_lowered": whether it holds an artifact. ArtifactError if an object of it is damaged."""
     kept = _read(folder)
     if kept is None:
         raise ArtifactError("no checkpoint there", where=str(folder), why=f"it has no {STATE}", do="check the path")
@@ -246,7 +249,7 @@ def stored_state(folder: Path) -> dict[str, Any]:
     for name in kept["objects"]:
         objects.get(name)
     state: dict[str, Any] = json.loads(objects.get(kept["state"]).numpy().tobytes())
-    return state
+    return {**state, "plan": kept.get("plan"), "is_lowered": kept["artifact"] is not None}
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -156,7 +156,7 @@ def diff(
     """Show what each pass did to the graph, or how two results differ, in one HTML file or as text."""
     from fxcompress import api
     from fxcompress.diff import placed
-    from fxcompress.diff.text import SAME
+    from fxcompress.diff.text import SAME, unfinished
 
     if format not in ENDINGS:
         raise typer.BadParameter(f"{format!r} is none of {', '.join(ENDINGS)}", param_hint="--format")
@@ -177,7 +177,11 @@ def diff(
         with writing():
             sys.stdout.write(found.text())
     else:
-        show({**found.summary(), "file": saved and str(saved)}, as_json, lambda: [f"{saved}: {found.title}", *[SAME] * found.is_same])
+        show(
+            {**found.summary(), "file": saved and str(saved)},
+            as_json,
+            lambda: [f"{saved}: {found.title}", *unfinished(found), *[SAME] * found.is_same],
+        )
 
 
 @app.command()

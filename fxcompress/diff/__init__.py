@@ -33,13 +33,14 @@ SUFFIXES: Mapping[Format, Sequence[str]] = {
 @dataclass(frozen=True)
 class Run:
     """One side of a diff: a title, the graphs of its run, the reports of its passes, and the whole report where it is finished. folder: where
-    it was read from."""
+    it was read from. unfinished: what a checkpoint of a run that isn't through has, and what is still to come."""
 
     title: str
     history: History
     passes: Sequence[PassReport] = ()
     report: Report | None = None
     folder: str = ""
+    unfinished: str = ""
 
     @property
     def sqnrs(self) -> dict[str, float | None]:

@@ -198,6 +198,9 @@ def _tiles(diff: Diff) -> list[list[str]]:
         ["Operations a call", change(before.flops, after.flops, "", "→"), diff.sizes or "all sizes are fixed"],
         ["Nodes", f"{len(before.nodes)} → {len(after.nodes)}" if before is not after else str(len(before.nodes)), counted],
     ]
+    if len(diff.runs) == 1 and (told := diff.runs[0].unfinished):
+        done, _, coming = told.partition("; ")
+        found.insert(0, ["Not a finished run", done, coming])
     for figures in sqnr(diff, "→"):
         found.append(["Output SQNR", figures.removesuffix(diff.measured).strip(), f"lowest output, {diff.measured}".removesuffix(", ")])
     if len(diff.runs) == 1 and report and report.backend and report.backend.integer_share is not None:
@@ -263,6 +266,8 @@ def _facts(run: Run, graph: Graph) -> Iterator[tuple[str, str]]:
         yield "model", model_name(report.origin, run.history)
         yield "recipe", str(report.recipe.get("name") or "unnamed")
         yield "contracts checked", report.check
+    if run.unfinished:
+        yield "not a finished run", run.unfinished
     yield "weights", quantity(graph.stored, "B")
     yield "operations a call", quantity(graph.flops, "").strip()
     yield "multiply-accumulates on quantised values", f"{quantised_share(graph):.1%}"

@@ -32,9 +32,21 @@ def run_at(path: Path) -> Run:
             state = checkpoint.stored_state(path)
             passes = [PassReport.model_validate(r) for r in state["reports"]]
             run = _run("", state["history"], passes, path)
-            return replace(run, title=f"{run.history.graphs[0].kinds[''] or 'model'}, checkpoint")
+            parts = [run.history.graphs[0].kinds[""] or "model", *([state["plan"]["recipe"]] if state["plan"] else []), "checkpoint"]
+            return replace(run, title=", ".join(filter(None, parts)), unfinished=_unfinished(state))
     artifact.read_manifest(path)
     return replace(run_in(path), folder=str(path.resolve()))
+
+
+def _unfinished(state: Mapping[str, Any]) -> str:
+    """ "2 of 4 passes finished; still to come: quant.reconstruct, quant.finalize", as far as the checkpoint knows it; "" once all is done."""
+    count, plan = len(state["reports"]), state["plan"]
+    if state["is_lowered"]:
+        return ""
+    if plan is None:
+        return f"{count} {'pass' if count == 1 else 'passes'} finished, and no artifact made; the checkpoint doesn't say what is still to come"
+    coming = plan["passes"][count:] or ["lowering to the backend"]
+    return f"{count} of {len(plan['passes'])} passes finished; still to come: {', '.join(coming)}"
 
 
 def run_in(folder: Path) -> Run:

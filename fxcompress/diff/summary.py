@@ -13,7 +13,8 @@ from fxcompress.report import PassReport
 
 
 def summary(diff: Diff) -> dict[str, Any]:
-    """runs: with their passes. bytes, flops, nodes: [before, after]. steps: per state the names of the nodes, and each as the text writes it.
+    """runs: with their passes; unfinished: what of one that isn't through is done and to come. bytes, flops, nodes: [before, after].
+    steps: per state the names of the nodes, and each as the text writes it.
     renamed: of nodes and modules, what they are called in the second. sizes: at which flops are counted, in words."""
     return {
         "title": diff.title,
@@ -29,7 +30,7 @@ def summary(diff: Diff) -> dict[str, Any]:
 def _run(run: Run, label: str) -> dict[str, Any]:
     graphs = run.history.graphs
     passes = [_pass(p, a, b) for p, a, b in zip(run.passes, graphs[:-1], graphs[1:], strict=True)]
-    return {"title": label, "output_sqnr": run.sqnrs, "passes": passes}
+    return {"title": label, "unfinished": run.unfinished, "output_sqnr": run.sqnrs, "passes": passes}
 
 
 def _pass(done: PassReport, before: Graph, after: Graph) -> dict[str, Any]:

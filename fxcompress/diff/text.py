@@ -22,7 +22,7 @@ SIGNS: Mapping[State, str] = {"added": "+", "removed": "-", "changed": "~", "mov
 
 def text(diff: Diff) -> str:
     """The whole diff."""
-    lines = [diff.title]
+    lines = [diff.title, *unfinished(diff)]
     for run, label in zip(diff.runs, diff.labels, strict=True):
         lines += ["", *[f"of {label}"] * (len(diff.runs) > 1), *_passes(run.passes, run.history)] if run.passes else []
     lines += ["", f"in all  {_sizes(diff.whole.before, diff.whole.after, diff.sizes if len(diff.runs) == 1 else '')}", *_both(diff)]
@@ -41,6 +41,12 @@ def printable(line: str) -> str:
 def _counted(step: Step) -> str:
     others = [f"{len(step.rewired)} read another value"] if step.rewired else []
     return ", ".join([*([counted(step.states)] if step.states else []), *others])
+
+
+def unfinished(diff: Diff) -> list[str]:
+    """What of the runs isn't a finished result, named where there are two."""
+    named = [(f"{label}: " if len(diff.runs) > 1 else "", run) for run, label in zip(diff.runs, diff.labels, strict=True)]
+    return [f"{name}{run.unfinished}" for name, run in named if run.unfinished]
 
 
 def _both(diff: Diff) -> Iterator[str]:

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import fxcompress as fxc
-from fxcompress import api
+from fxcompress import api, checkpoint
 from fxcompress.diff import Run, between
 from fxcompress.diff.exports import as_dot, as_model_explorer
-from fxcompress.diff.read import model_name, run_at, run_in, run_of
+from fxcompress.diff.read import _unfinished, model_name, run_at, run_in, run_of
 from fxcompress.diff.text import change, quantity
 from fxcompress.history import Graph
 from tests.passes.helpers import lines, seeded
@@ -182,8 +182,8 @@ def test_checkpoints_of_a_run(tmp_path: Path, model: fxc.CompiledModel) -> None:
     fxc.compile(program, {"passes": PASSES}, checkpoint=tmp_path / "late", **options)
     fxc.compile(program, {"passes": PASSES[:1]}, checkpoint=tmp_path / "early", **options)
     assert [p.name for p in run_at(tmp_path / "early").passes] == ["tidy.fold_constants"]
-    assert run_at(tmp_path / "early").title == "Net, checkpoint"
-    assert api.diff(tmp_path / "early", tmp_path / "late").title == "early: Net, checkpoint → late: Net, checkpoint"
+    assert run_at(tmp_path / "early").title == "Net, unnamed, checkpoint"
+    assert api.diff(tmp_path / "early", tmp_path / "late").title == "early: Net, unnamed, checkpoint → late: Net, unnamed, checkpoint"
     found = api.diff(tmp_path / "early", tmp_path / "late")
     assert found.was == {}
     assert {found.whole.nodes[n].op for n in found.whole.states} == {
@@ -193,6 +193,41 @@ def test_checkpoints_of_a_run(tmp_path: Path, model: fxc.CompiledModel) -> None:
         "aten.linear.default",
     }
     assert found.whole.before == run_at(tmp_path / "early").history.graphs[-1]
+
+
+@pytest.fixture
+def killed(tmp_path: Path) -> Path:
+    """The checkpoint of a run that ended in its second pass of three."""
+
+    def stop(name: str, finished: int, *_: object) -> None:
+        if finished == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compiled(checkpoint=tmp_path / "killed", progress=stop)
+    return tmp_path / "killed"
+
+
+def test_an_unfinished_run_says_so(killed: Path, model: fxc.CompiledModel, tmp_path: Path) -> None:
+    """With its recipe, what it has and what it lacks; alone, and where it is compared."""
+    told = "1 of 3 passes finished; still to come: quant.weight_only, quant.finalize"
+    assert api.diff(killed).text().splitlines()[:3] == ["Net, mine, checkpoint", told, ""]
+    assert api.diff(killed).summary()["runs"][0]["unfinished"] == told
+    assert '["Not a finished run","1 of 3 passes finished","still to come: quant.weight_only, quant.finalize"]' in api.diff(killed).html()
+    found = api.diff(killed, model.save(tmp_path / "out"))
+    assert found.text().splitlines()[1] == f"killed: Net, mine, checkpoint: {told}"
+    assert f'["not a finished run","{told}","–"]' in found.html()
+    assert all("finished" not in made for made in (model.diff().text(), model.diff().summary()["runs"][0]["unfinished"]))
+    compiled(checkpoint=killed)
+    assert run_at(killed).unfinished == ""
+
+
+def test_what_is_lowered_last_is_told(killed: Path) -> None:
+    """All passes are through, and there is no artifact yet; a checkpoint from before plans were kept knows less."""
+    compiled(checkpoint=killed)
+    state = {**checkpoint.stored_state(killed), "is_lowered": False}
+    assert _unfinished(state) == "3 of 3 passes finished; still to come: lowering to the backend"
+    assert _unfinished({**state, "plan": None}).startswith("3 passes finished, and no artifact made; the checkpoint doesn't say")
 
 
 def test_two_programs() -> None:
