@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fxcompress.diff import Run
+from fxcompress.diff.recipes import flow
 from fxcompress.diff.text import ON_PURPOSE, measured
 from fxcompress.errors import InputError, nearest
 from fxcompress.history import Graph
@@ -101,15 +101,6 @@ def exclusion(done: PassReport, change: Change, others: Sequence[Change] = ()) -
     out = dict.fromkeys(glob for c in (*others, change) for glob in c.exclude)
     options = {**done.options, "where": {**where, "exclude": [*(where.get("exclude") or ()), *out]}}
     return f"- {done.name}: {flow(options)}", ""
-
-
-def flow(value: Any) -> str:
-    """Plain data as YAML in one line, its texts quoted."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(flow, value))}]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {flow(inner)}" for key, inner in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _leaving_out(done: PassReport, change: Change, asked: Sequence[Change] = ()) -> Row:

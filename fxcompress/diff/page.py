@@ -13,6 +13,7 @@ from fxcompress.diff import Diff, Run, Step
 from fxcompress.diff.journal import barred, concerned, site_node, swept, verdicts
 from fxcompress.diff.matching import attributes
 from fxcompress.diff.read import model_name
+from fxcompress.diff.recipes import differing
 from fxcompress.diff.text import NONE, change, decibels, figure, quantity, sqnr
 from fxcompress.history import Graph, History, Node, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
@@ -245,6 +246,8 @@ def _compared(diff: Diff) -> Iterator[dict[str, Any]]:
     columns = [dict(_facts(run, step)) for run, step in zip(diff.runs, (diff.whole.before, diff.whole.after), strict=True)]
     rows = [[key, *(c.get(key, NONE) for c in columns)] for key in dict.fromkeys([*columns[0], *columns[1]])]
     yield {"title": "Side by side", "head": ["", *names], "rows": rows}
+    if found := differing(diff):
+        yield {"title": "Recipe options that differ", "head": ["pass", "option", *names], "rows": [d.row for d in found]}
     for run, name in zip(diff.runs, names, strict=True):
         if run.passes:
             head = ["pass", "contract", "sites", "declined", "measured"]

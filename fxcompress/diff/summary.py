@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from fxcompress.diff import Diff, Run, Step
+from fxcompress.diff.recipes import differing
 from fxcompress.diff.states import State
 from fxcompress.diff.text import content, written
 from fxcompress.history import Graph, Node
@@ -15,7 +16,8 @@ from fxcompress.report import PassReport
 def summary(diff: Diff) -> dict[str, Any]:
     """runs: with their passes; unfinished: what of one that isn't through is done and to come. bytes, flops, nodes: [before, after].
     steps: per state the names of the nodes, and each as the text writes it.
-    renamed: of nodes and modules, what they are called in the second. sizes: at which flops are counted, in words."""
+    renamed: of nodes and modules, what they are called in the second. sizes: at which flops are counted, in words.
+    recipes: options that differ, and passes that only one run has, whose option is ""."""
     return {
         "title": diff.title,
         "is_same": diff.is_same,
@@ -23,6 +25,7 @@ def summary(diff: Diff) -> dict[str, Any]:
         **_sizes(diff.whole.before, diff.whole.after),
         "sizes": diff.sizes,
         "renamed": dict(diff.was),
+        "recipes": [{"pass": d.label, "option": d.option, "first": d.first, "second": d.second} for d in differing(diff)],
         "steps": [_step(step, diff.was) for step in diff.steps],
     }
 

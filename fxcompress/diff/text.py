@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fxcompress.diff import Diff, Step
 from fxcompress.diff.matching import attributes
+from fxcompress.diff.recipes import differing
 from fxcompress.diff.sizes import at
 from fxcompress.diff.states import State
 from fxcompress.history import Graph, History, Node
@@ -25,6 +26,7 @@ def text(diff: Diff) -> str:
     lines = [diff.title, *unfinished(diff)]
     for run, label in zip(diff.runs, diff.labels, strict=True):
         lines += ["", *[f"of {label}"] * (len(diff.runs) > 1), *_passes(run.passes, run.history)] if run.passes else []
+    lines += _recipes(diff)
     lines += ["", f"in all  {_sizes(diff.whole.before, diff.whole.after, diff.sizes if len(diff.runs) == 1 else '')}", *_both(diff)]
     lines += [SAME] * diff.is_same
     for number, step in enumerate(diff.steps, 1):
@@ -47,6 +49,13 @@ def unfinished(diff: Diff) -> list[str]:
     """What of the runs isn't a finished result, named where there are two."""
     named = [(f"{label}: " if len(diff.runs) > 1 else "", run) for run, label in zip(diff.runs, diff.labels, strict=True)]
     return [f"{name}{run.unfinished}" for name, run in named if run.unfinished]
+
+
+def _recipes(diff: Diff) -> Iterator[str]:
+    found = differing(diff)
+    yield from ["", "recipe options that differ"] * bool(found)
+    yield from (f"   {d.label}  {d.option}: {d.first} -> {d.second}" for d in found if d.option)
+    yield from (f"   {d.label}  only in {diff.labels[d.first == NONE]}" for d in found if not d.option)
 
 
 def _both(diff: Diff) -> Iterator[str]:

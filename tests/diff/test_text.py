@@ -17,6 +17,7 @@ from fxcompress import api, checkpoint
 from fxcompress.diff import Run, between
 from fxcompress.diff.exports import as_dot, as_model_explorer
 from fxcompress.diff.read import _unfinished, model_name, run_at, run_in, run_of
+from fxcompress.diff.recipes import differing
 from fxcompress.diff.text import change, quantity
 from fxcompress.history import Graph
 from tests.passes.helpers import lines, seeded
@@ -331,6 +332,48 @@ def test_a_compiled_model_and_another(model: fxc.CompiledModel) -> None:
     found = model.diff(other)
     assert set(found.whole.states.values()) == {"changed"}
     assert any("'int4'" in line and line.startswith("    ~") for line in found.text().splitlines())
+
+
+def test_recipes_of_two_runs_are_compared(model: fxc.CompiledModel, tmp_path: Path) -> None:
+    """Options that differ, what only one says, and passes that only one has; nothing against itself or a model."""
+    mine: list[Any] = [{"quant.weight_only": {"weights": "int4/channel", "where": {"exclude": ["head"]}}}, "quant.finalize"]
+    found = model.diff(compiled(mine))
+    first, _ = found.labels
+    start = found.text().index("recipe options that differ")
+    assert found.text()[start:].splitlines()[1:5] == [
+        "   quant.weight_only  weights: int8/channel -> int4/channel",
+        '   quant.weight_only  where: – -> {exclude: ["head"]}',
+        f"   tidy.fold_constants  only in {first}",
+        "",
+    ]
+    assert found.summary()["recipes"][1] == {
+        "pass": "quant.weight_only",
+        "option": "weights",
+        "first": "int8/channel",
+        "second": "int4/channel",
+    }
+    assert found.summary()["recipes"][0] == {"pass": "tidy.fold_constants", "option": "", "first": "runs", "second": "–"}
+    assert '"title":"Recipe options that differ","head":["pass","option",' in found.html()
+    for same in (model.diff(model), model.diff(Net().eval())):
+        assert same.summary()["recipes"] == [] and "recipe options" not in same.text() and "Recipe options" not in same.html()
+
+
+def test_a_pass_that_is_named_again_has_a_number() -> None:
+    mine: list[Any] = ["tidy.fold_constants", "tidy.fold_constants", *PASSES[1:]]
+    found = compiled().diff(compiled(mine)).summary()["recipes"]
+    assert [(d["pass"], d["option"], d["first"], d["second"]) for d in found] == [("tidy.fold_constants (2)", "", "–", "runs")]
+
+
+def test_another_order_of_passes_is_told(model: fxc.CompiledModel) -> None:
+    fold, weights, codes = model.report.passes
+    runs = [
+        Run(title, model.diff().runs[0].history, passes) for title, passes in (("a", (fold, weights, codes)), ("b", (weights, fold, codes)))
+    ]
+    found = [(d.name, d.option, d.first, d.second) for d in differing(between(*runs))]
+    assert found == [
+        ("tidy.fold_constants", "place", "1 of 3 in both", "2 of 3 in both"),
+        ("quant.weight_only", "place", "2 of 3 in both", "1 of 3 in both"),
+    ]
 
 
 def test_folders_are_named_as_far_as_they_differ(model: fxc.CompiledModel, tmp_path: Path) -> None:
