@@ -103,7 +103,7 @@ class Manager:
             if isinstance(error, FxcError):
                 raise error.placed(state=f"program as before this pass; {len(self.done)} finished passes are kept") from None
             raise
-        exact, opened = isinstance(item.contract, Exact), {s.node for s in sites}
+        exact, opened = isinstance(item.contract, Exact), {s.node for s in sites if not s.places or any(p.name == s.node for p in s.places)}
         report = PassReport(
             name=item.name,
             options=step_options(step, item),
@@ -123,7 +123,7 @@ class Manager:
             changes=tuple(as_change(s, globs) for s, globs in zip(sites, excluded, strict=True)),
             notes=tuple(notes),
             whole=item.whole,
-            excluded=tuple(e for e in gate.refused.values() if e.site not in opened),  # another name may let it in
+            excluded=tuple(e for e in gate.refused.values() if e.site not in opened),  # another of its places may let it in
         )
         return report, recast
 
