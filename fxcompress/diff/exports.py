@@ -8,7 +8,7 @@ from typing import Any
 
 from fxcompress.diff import Diff, Step
 from fxcompress.diff.states import State
-from fxcompress.diff.text import SIGNS
+from fxcompress.diff.text import SIGNS, printable
 from fxcompress.history import Graph, Node
 
 STYLES: Mapping[State, str] = {
@@ -78,7 +78,7 @@ def _cluster(path: str, inside: Mapping[str, list[str]], members: Mapping[str, l
 
 
 def _quoted(*lines: str) -> str:
-    escaped = (line.replace("\\", "\\\\").replace('"', '\\"') for line in lines)
+    escaped = (printable(line).replace("\\", "\\\\").replace('"', '\\"') for line in lines)
     return '"' + "\\n".join(escaped) + '"'
 
 

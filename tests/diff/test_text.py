@@ -14,12 +14,12 @@ from torch import nn
 
 import fxcompress as fxc
 from fxcompress import api, checkpoint
-from fxcompress.diff import Run, between
+from fxcompress.diff import Run, Step, between
 from fxcompress.diff.exports import as_dot, as_model_explorer
 from fxcompress.diff.read import _unfinished, model_name, run_at, run_in, run_of
 from fxcompress.diff.recipes import differing
 from fxcompress.diff.text import change, quantity
-from fxcompress.history import Graph
+from fxcompress.history import Graph, Node
 from tests.passes.helpers import lines, seeded
 
 PASSES: list[Any] = ["tidy.fold_constants", {"quant.weight_only": {"weights": "int8/channel"}}, "quant.finalize"]
@@ -454,6 +454,30 @@ def test_a_checkpoint_is_explained(tmp_path: Path) -> None:
     assert rows == api.explain(made.save(tmp_path / "out"), "blocks.0.fc")
 
 
+class Twice(nn.Module):
+    """The second convolution reads what the first, which stores its result, quantises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return x + self.second(x)
+
+
+def test_what_is_excluded_is_told_where_another_site_changes_its_value(tmp_path: Path) -> None:
+    """The site stands at the node that the recipe leaves out, as the reader of the value, on behalf of the other."""
+    insert = {"quant.insert": {"weights": "int8/channel", "activations": "uint8/tensor", "where": {"exclude": ["second"]}}}
+    feed = [seeded(1, 3, 8, 8)]
+    made = fxc.compile(Twice().eval(), {"passes": [insert, "quant.finalize"]}, (feed[0],), feed, backend="onnxruntime")
+    rows = [(r["pass"], r["what"], r["why"]) for r in api.explain(made.save(tmp_path / "out"), "second")]
+    assert ("quant.insert", "changed", "relu as uint8/tensor") in rows
+    assert ("quant.insert", "excluded", 'the recipe leaves it out: where: {exclude: ["second"]}') in rows
+    assert not [r for r in api.explain(tmp_path / "out", "first") if r["what"] == "excluded"]
+
+
 def test_diff_is_a_function() -> None:
     """The package of that name is imported as fxcompress.diff all the same."""
     import importlib
@@ -491,11 +515,16 @@ def test_dot(model: fxc.CompiledModel) -> None:
 
 
 def test_dot_quotes_names() -> None:
-    from fxcompress.diff import Step
-    from fxcompress.history import Graph, Node
-
     graph = Graph({'a"b\\': Node('a"b\\', "op", (), "", "", "")}, {"": ""}, {})
     assert '"a\\"b\\\\" [label="op\\na\\"b\\\\"];' in as_dot(Step("", graph, graph, {}))
+
+
+def test_dot_spells_out_what_turns_text_around() -> None:
+    name = "a\u202eb\u2066"
+    graph = Graph({name: Node(name, "op", (), "", name, "")}, {"": "", name: name}, {name: ""})
+    made = as_dot(Step("", graph, graph, {}))
+    assert not set(made) & set(name) - {"a", "b"}
+    assert '[label="op\\na\\\\u202eb\\\\u2066"]' in made
 
 
 def test_model_explorer(model: fxc.CompiledModel) -> None:

@@ -138,6 +138,23 @@ def test_no_name_is_harmful(name: str, browser: Browser, tmp_path: Path) -> None
     assert browser.errors == []
 
 
+def test_what_turns_text_around_is_spelled_out(browser: Browser, tmp_path: Path) -> None:
+    """On the page, in titles and in the tab; links and search go by the name as it is."""
+    name, told = "a\u202eb\u2066\xad", "a\\u202eb\\u2066\\xad"
+    node = Node(name, name, (), name, name, "float32[2]", source=name)
+    before, after = (Graph(nodes, {"": "M", name: name}, {name: ""}) for nodes in ({}, {name: node}))
+    found = between(Run("a", History([before])), Run(name, History([after])))
+    browser.open(found.save(tmp_path / "page.html"))
+    browser.run(f"location.hash = '#pass=all&node=' + encodeURIComponent({json.dumps(name)})")
+    browser.wait("document.querySelector('#card h2 small')")
+    assert browser.run("document.querySelector('#card h2 small').textContent") == told
+    assert told in browser.run("document.title") and told in browser.run("document.getElementById('title').title")
+    shown = browser.run("document.title + ['header', '#tools', '#graph', '#overview'].map((e) => document.querySelector(e).textContent).join()")
+    spoken = browser.run("[...document.querySelectorAll('[aria-label], [title]')].map((e) => e.getAttribute('aria-label') + e.title).join()")
+    assert not {"\u202e", "\u2066", "\xad"} & {*shown, *spoken}
+    assert browser.errors == []
+
+
 # the page
 
 
@@ -554,6 +571,24 @@ def test_dark_is_dark(at: Any) -> None:
 
 def test_it_prints(at: Any) -> None:
     assert at("#pass=2").pdf().startswith(b"%PDF")
+
+
+def test_the_pass_table_is_printed_whole(at: Any) -> None:
+    """On landscape A4 less its margins: nothing scrolls or is wider than the page, and a heading stays with what follows."""
+    browser = at()
+    browser.send("Emulation.setDeviceMetricsOverride", width=1046, height=718, deviceScaleFactor=1, mobile=False)
+    browser.send("Emulation.setEmulatedMedia", media="print")
+    try:
+        browser.run(
+            "document.querySelectorAll('.passes tbody td:nth-child(6)').forEach((e) => e.append(' in a long sentence of why'.repeat(5)))"
+        )
+        assert browser.run("document.documentElement.scrollWidth") <= 1046
+        assert browser.run("[...document.querySelectorAll('table')].every((e) => e.getBoundingClientRect().right <= innerWidth + 1)")
+        assert browser.run("[...document.querySelectorAll('.scroll')].every((e) => getComputedStyle(e).overflowX === 'visible')")
+        assert browser.run("[...document.querySelectorAll('h2')].every((e) => getComputedStyle(e).breakAfter === 'avoid')")
+    finally:
+        browser.send("Emulation.setEmulatedMedia", media="")
+        browser.send("Emulation.setDeviceMetricsOverride", width=1280, height=800, deviceScaleFactor=1, mobile=False)
 
 
 def test_at_1280_nothing_is_cut_off(at: Any) -> None:

@@ -5,7 +5,7 @@ const state = { view: null, node: null, region: null, split: false, overlay: "no
 const $ = (id) => document.getElementById(id);
 
 function start() {
-  $("title").textContent = $("title").title = data.title;
+  $("title").textContent = $("title").title = visible(data.title);
   $("overview").append(tiles(), passTable(go), ...facts());
   for (const view of views) $("choice").append(el("option", { value: view.index }, view.pass === null ? view.name : `${view.pass + 1}  ${view.name}`));
   controls();
@@ -68,13 +68,13 @@ const addresses = (view) => [view.hash, view.name, ...(passes.length ? [] : ["1"
 
 // What an address asks for and the page hasn't got.
 function notice(words) {
-  $("notice").textContent = words;
+  $("notice").textContent = visible(words);
   $("notice").hidden = !words;
 }
 
 function overview() {
   state.view = null;
-  document.title = `${data.title} – fxcompress`;
+  document.title = visible(`${data.title} – fxcompress`);
   document.body.className = "at-overview";
 }
 
@@ -166,7 +166,7 @@ function render() {
   const started = performance.now();
   document.body.className = state.split ? "at-graph split" : "at-graph";
   for (const id of ["split", "fold", "constants"]) $(id).checked = state[id];
-  document.title = [state.node ?? state.region, view.name, data.title, "fxcompress"].filter(Boolean).join(" – ");
+  document.title = visible([state.node ?? state.region, view.name, data.title, "fxcompress"].filter(Boolean).join(" – "));
   $("overlay").value = state.overlay;
   $("choice").value = String(view.index);
   $("previous").disabled = views.indexOf(view) === 0;

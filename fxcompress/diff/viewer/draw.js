@@ -14,11 +14,19 @@ function svg(tag, attributes = {}, ...children) {
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+    else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : SPOKEN.has(name) ? visible(value) : value);
   }
-  element.append(...children.flat(Infinity).filter((c) => c !== null && c !== undefined && c !== false));
+  const shown = children.flat(Infinity).filter((c) => c !== null && c !== undefined && c !== false);
+  element.append(...shown.map((c) => (typeof c === "string" ? visible(c) : c)));
   return element;
 }
+
+const SPOKEN = new Set(["title", "aria-label"]);
+
+// Names come from the model: what would turn the direction of text around, or isn't seen, is spelled out, as in the text of a diff.
+const visible = (words) => String(words).replace(/[\p{Cf}\p{Cc}]/gu, (c) => (c === "\n" || c === "\t" ? c : spelled(c.codePointAt(0))));
+const spelled = (code) => (code < 0x100 ? "\\x" + hex(code, 2) : code < 0x10000 ? "\\u" + hex(code, 4) : "\\U" + hex(code, 8));
+const hex = (code, digits) => code.toString(16).padStart(digits, "0");
 
 // A name that may be broken behind a dot or an underscore.
 const broken = (name) => name.split(/(?<=[._])/).flatMap((part, i) => (i ? [el("wbr"), part] : [part]));

@@ -114,7 +114,10 @@ function label(view, item) {
   return [cut(localName(item.path, region.parent)), `${cut(region.kind || "module")} · ${region.size}`];
 }
 
-const cut = (words, most = 34) => (words.length > most ? words.slice(0, most - 1) + "…" : words);
+const cut = (words, most = 34) => {
+  const seen = visible(words);
+  return seen.length > most ? seen.slice(0, most - 1) + "…" : seen;
+};
 const sizeOf = (view, keys) => keys.reduce((sum, key) => sum + (key[0] === "r" ? view.tree.get(key.slice(2)).size : 1), 0);
 
 // "layers.1–29", "0, 2".
