@@ -56,15 +56,17 @@ def _differing(first: Sequence[PassReport], second: Sequence[PassReport]) -> Ite
     for key in {**one, **other}:
         name, occurrence = key
         if key not in one or key not in other:
-            yield Difference(name, "", *((PRESENT, ABSENT) if key in one else (ABSENT, PRESENT)), occurrence)
+            first_has, second_has = (PRESENT if key in side else ABSENT for side in (one, other))
+            yield Difference(name, "", first_has, second_has, occurrence)
             continue
         if ranks[0][key] != ranks[1][key]:
-            yield Difference(name, "place", *(f"{r[key]} of {len(r)} in both" for r in ranks), occurrence)
+            was, now = (f"{r[key]} of {len(r)} in both" for r in ranks)
+            yield Difference(name, "place", was, now, occurrence)
         sides = one[key].options, other[key].options
         for option in dict.fromkeys([*sides[0], *sides[1]]):
-            told = [_told(options, option) for options in sides]
-            if told[0] != told[1]:
-                yield Difference(name, option, *told, occurrence)
+            was, now = (_told(options, option) for options in sides)
+            if was != now:
+                yield Difference(name, option, was, now, occurrence)
 
 
 def _numbered(passes: Sequence[PassReport]) -> dict[tuple[str, int], PassReport]:
