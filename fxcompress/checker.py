@@ -19,7 +19,7 @@ from fxcompress.contract import MEASURED, Bounded, Contract, Exact, Lossy, Measu
 from fxcompress.dataflow import is_read, is_zero, pair_of
 from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
-from fxcompress.measure import filled, greatest_distance, has_zeros, histograms, relative_error, rounded
+from fxcompress.measure import filled, greatest_distance, has_zeros, histograms, is_flat, relative_error, rounded, varied
 from fxcompress.pairs import Pair, Pairs
 from fxcompress.program import Program
 from fxcompress.wiring import misreads
@@ -143,22 +143,46 @@ class _Checker:
 
     def _unrecorded(self, pair: Pair) -> str:
         """How a pair makes something else of its value than the edit recorded, or how the new nodes, with the value itself in the pair's
-        place, give another one than the old node, as a sentence; "" if neither, and where no pair is recorded."""
-        env = {node: self._changed(root, node) for node, root in pair.frontier.items()}
-        nodes = [] if self.pairs.is_old(pair.new) else [*_between(pair.new, env), pair.new]
+        place, give another one than the old node, here or with other numbers where the probe has zeros, as a sentence; "" if neither, and
+        where no pair is recorded."""
+        nodes = [] if self.pairs.is_old(pair.new) else [*_between(pair.new, pair.frontier), pair.new]
         if self.edit.made.keys().isdisjoint(nodes):
             return ""
+        env = self._unpaired(pair, nodes)
+        if isinstance(env, fx.Node):
+            return f"{env.name} makes something else of its value than {pair.site.name} recorded"
+        limit = Exact().bound(_leaves(env[pair.new])[0], pair.new)
+        error = _worst_error(self._changed(pair.old, pair.new), env[pair.new])
+        if error <= limit:
+            error = self._unpaired_elsewhere(pair, nodes)
+        return "" if error <= limit else f"without its quantiser {pair.new.name} is {error:.3g} off, not {limit:.3g}"
+
+    def _unpaired(self, pair: Pair, nodes: Sequence[fx.Node]) -> dict[fx.Node, Any] | fx.Node:
+        """The values of the new nodes with every recorded pair's own value in its place; the pair that isn't as recorded, if there is one."""
+        env = {node: self._changed(root, node) for node, root in pair.frontier.items()}
         for node in nodes:
             env[node] = evaluate(node, env, self.program.constants)
             if node in self.edit.made:
                 found = pair_of(node)
                 value = None if found is None else env[found.value]
                 if value is None or not torch.equal(self.edit.made[node](value), env[node]):
-                    return f"{node.name} makes something else of its value than {pair.site.name} recorded"
+                    return node
                 env[node] = value
-        error = _worst_error(self._changed(pair.old, pair.new), env[pair.new])
-        limit = Exact().bound(_leaves(env[pair.new])[0], pair.new)
-        return "" if error <= limit else f"without its quantiser {pair.new.name} is {error:.3g} off, not {limit:.3g}"
+        return env
+
+    def _unpaired_elsewhere(self, pair: Pair, nodes: Sequence[fx.Node]) -> float:
+        """The error of the new nodes without recorded pairs where other numbers stand for zeros, and for values that don't change along an
+        axis, of which softmax makes the same whatever its scores; 0 where that can't be said."""
+        other = {root: filled(self.old[root]) for root in pair.frontier.values() if has_zeros(self.old[root])}
+        other |= {root: varied(self.old[root]) for root in pair.frontier.values() if is_flat(self.old[root])}
+        cone = self.pairs.cone(pair) if other else None
+
+        def unpaired() -> Any:
+            env = self._unpaired(pair, nodes)
+            return math.nan if isinstance(env, fx.Node) else env[pair.new]
+
+        found = self._from(pair, cone, other, unpaired) if cone else None
+        return _worst_error(*found) if found else 0.0
 
     def _off_grid(self, pair: Pair, env: Mapping[fx.Node, Any], before: Any, after: Any) -> str:
         """How a number of the range that a quantiser of integers is for moves by more than half a step, as a sentence; "" if none does. The
@@ -235,12 +259,16 @@ class _Checker:
         if any(isinstance(a, float) for a in (*pair.new.args, *pair.new.kwargs.values())):
             yield {root: self.old[root] * SMALL for root in around if _is_wide(self.old[root])}, f"are {SMALL} of what they are on the probe"
 
-    def _from(self, pair: Pair, cone: Sequence[Step], other: Mapping[fx.Node, Any]) -> tuple[Any, Any] | None:
-        """(the old value under its changes, the new one) from other numbers; None if an op can't take them, as an index made of floats."""
+    def _from(
+        self, pair: Pair, cone: Sequence[Step], other: Mapping[fx.Node, Any], new: Callable[[], Any] | None = None
+    ) -> tuple[Any, Any] | None:
+        """(the old value under its changes, the new one) from other numbers; None if an op can't take them, as an index made of floats.
+        new: how the new value is computed, if not by evaluating the node."""
         kept, self.old = self.old, {**self.old, **other}
         try:
             self.old[pair.old] = self._old_value(cone, lambda value: value)
-            return self._changed(pair.old, pair.new), evaluate(pair.new, self._operands(pair), self.program.constants)
+            value = new() if new else evaluate(pair.new, self._operands(pair), self.program.constants)
+            return self._changed(pair.old, pair.new), value
         except (IndexError, RuntimeError):
             return None
         finally:

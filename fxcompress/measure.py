@@ -88,6 +88,21 @@ def filled(x: Tensor) -> Tensor:
     return torch.where(x == 0, noise.to(x.device, x.dtype), x)
 
 
+def is_flat(value: Any) -> bool:
+    """Whether a value is a tensor of floats that doesn't change along one of its axes: what averages it there gives it back, whatever the
+    weights."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.itemsize == 1 or not value.numel():
+        return False
+    return any(n > 1 and bool((value == value.narrow(axis, 0, 1)).all()) for axis, n in enumerate(value.shape))
+
+
+def varied(x: Tensor) -> Tensor:
+    """The tensor with random numbers of its own size added; the same ones every time."""
+    size = x[x.isfinite()].double().square().mean().sqrt().item() or 1.0
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) * size
+    return x + noise.to(x.device, x.dtype)
+
+
 class Histograms(NamedTuple):
     """How two values are spread: counts in equal bins from low to high."""
 

@@ -698,3 +698,28 @@ def test_errors_are_those_of_the_definition(dtype: torch.dtype) -> None:
     assert relative_error(a, b) == pytest.approx(float(wanted), rel=1e-6)
     assert relative_error(a, b.clone().fill_(math.nan)) == math.inf
     assert relative_error(torch.zeros(3, dtype=dtype), torch.tensor([0.0, 2.0, 0.0], dtype=dtype), 4.0) == 0.5
+
+
+@pytest.mark.parametrize(("sign", "verdict"), [(1.0, "held"), (-1.0, "broken")])
+def test_what_equal_values_hide_in_front_of_a_recorded_pair_is_seen(sign: float, verdict: str) -> None:
+    """All tokens have the same value, so that attention gives it back whatever its scores are."""
+    built = Builder(q=seeded(1, 2, 5, 4), k=seeded(1, 2, 5, 4, seed=1), v=seeded(1, 2, 1, 4, seed=2).repeat(1, 1, 5, 1))
+    program = built.program(built.op(aten.scaled_dot_product_attention.default, built.q, built.k, built.v))
+    (old,), edit, block = program.results(), Edit(program), [-1] * 4
+    q, k, v = program.placeholders()
+
+    def rounded(x: Tensor) -> Tensor:
+        scale = torch.full((1, 1, 1, 1), 1 / 255)
+        return torch.ops.fxc.dequantize(torch.ops.fxc.quantize(x, scale, None, "uint8", block), scale, None, "uint8", block)
+
+    with edit.site(old):
+        like = {"like": old}
+        scores = edit.insert(aten.matmul.default, q, edit.insert(aten.transpose.int, k, -2, -1, **like), **like)
+        weights = edit.insert(aten.softmax.int, edit.insert(aten.mul.Tensor, scores, sign / 2, **like), -1, **like)
+        scale = edit.constant("scale", torch.full((1, 1, 1, 1), 1 / 255), **like)
+        codes = edit.insert(torch.ops.fxc.quantize.default, weights, scale, None, "uint8", block, **like)
+        pair = edit.insert(torch.ops.fxc.dequantize.default, codes, scale, None, "uint8", block, **like)
+        edit.makes(pair, rounded)
+        edit.replace(old, edit.insert(aten.matmul.default, pair, v, **like))
+    (result,) = check(program, edit, Lossy(), program.example)
+    assert result.verdict == verdict
