@@ -15,7 +15,7 @@ PRESENT = "runs"
 
 class Difference(NamedTuple):
     """One option of a pass as either side has it; option "": a pass that only one side runs; "place": both do, in another
-    order. occurrence: the how manieth of that name."""
+    order. occurrence: which of the passes of that name it is, from 1."""
 
     name: str
     option: str
@@ -70,7 +70,7 @@ def _differing(first: Sequence[PassReport], second: Sequence[PassReport]) -> Ite
 
 
 def _numbered(passes: Sequence[PassReport]) -> dict[tuple[str, int], PassReport]:
-    """By name, and the how manieth of that name each is."""
+    """By name and number among those of that name."""
     names = [p.name for p in passes]
     return {(p.name, names[: place + 1].count(p.name)): p for place, p in enumerate(passes)}
 
