@@ -100,6 +100,7 @@ def compile(  # noqa: PLR0913 - the arguments users say
     probe = captured.example if items is None else items.probe
 
     def one(recipe: Recipe, folder: str | Path | None = None) -> CompiledModel:
+        """The captured program under one recipe, lowered; finished passes are kept in the folder."""
         manager = Manager(captured.copy(), runner.target, probe, check, statistics)
         manager.tell = lambda sentence: progress(f"{at[0]}, {sentence}", at[1], steps)
         passes = build(recipe)

@@ -82,9 +82,7 @@ def has_zeros(value: Any) -> bool:
 
 def filled(x: Tensor) -> Tensor:
     """The tensor with positive random numbers of its own size in place of zeros; the same ones every time."""
-    finite = x[x.isfinite()].double()
-    size = finite.square().mean().sqrt().item() or 1.0
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).abs() * size
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).abs() * _size(x)
     return torch.where(x == 0, noise.to(x.device, x.dtype), x)
 
 
@@ -98,9 +96,13 @@ def is_flat(value: Any) -> bool:
 
 def varied(x: Tensor) -> Tensor:
     """The tensor with random numbers of its own size added; the same ones every time."""
-    size = x[x.isfinite()].double().square().mean().sqrt().item() or 1.0
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) * size
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) * _size(x)
     return x + noise.to(x.device, x.dtype)
+
+
+def _size(x: Tensor) -> float:
+    """The rms of the finite numbers, 1 if that is 0."""
+    return x[x.isfinite()].double().square().mean().sqrt().item() or 1.0
 
 
 class Histograms(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fxcompress.diff import Diff, Step
 from fxcompress.diff.matching import attributes
-from fxcompress.diff.recipes import differing
+from fxcompress.diff.recipes import ABSENT, differing
 from fxcompress.diff.sizes import at
 from fxcompress.diff.states import State
 from fxcompress.history import Graph, History, Node
@@ -55,7 +55,7 @@ def _recipes(diff: Diff) -> Iterator[str]:
     found = differing(diff)
     yield from ["", "recipe options that differ"] * bool(found)
     yield from (f"   {d.label}  {d.option}: {d.first} -> {d.second}" for d in found if d.option)
-    yield from (f"   {d.label}  only in {diff.labels[d.first == NONE]}" for d in found if not d.option)
+    yield from (f"   {d.label}  only in {diff.labels[d.first == ABSENT]}" for d in found if not d.option)
 
 
 def _both(diff: Diff) -> Iterator[str]:
