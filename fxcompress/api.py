@@ -383,10 +383,10 @@ class CompiledModel:
     def _plain_configs(self) -> dict[str, Any]:
         return {"config": plain_config(self.config), "generation_config": plain_config(self.generation_config)}
 
-    def diff(self, other: Any = None) -> Diff:
-        """What each pass did to the graph: `.save("diff.html")`, `.text()`. other: a compiled model, a folder or a model to compare
-        with instead."""
-        return diff(self, other)
+    def diff(self, against: Any = None) -> Diff:
+        """What each pass did to the graph: `.save("diff.html")`, `.text()`. against: a compiled model, a folder or a model; then how this one
+        differs from it."""
+        return diff(self) if against is None else diff(against, self)
 
     def as_module(self) -> CompiledModule:
         """A drop-in nn.Module for diffusers and transformers: config, dtype, device and output classes of the model.

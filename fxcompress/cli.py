@@ -290,9 +290,9 @@ def _headline(report: Any) -> str:
 
 def number(value: float | None) -> str:
     """A figure in three digits; a dash where there is none."""
-    from fxcompress.diff.text import NONE
+    from fxcompress.diff import text
 
-    return NONE if value is None else f"{value:.3g}"
+    return text.NONE if value is None else text.number(value)
 
 
 def table(key: str, rows: list[dict[str, Any]]) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -97,6 +98,7 @@ class Manager:
             verify(self.program)
             sites, excluded = list(edit.sites), self._excluded(item, edit.sites)
             recast = [n.name for n in (*edit.changes, *edit.loose)]
+            moved = _moved(edit)
             edit.commit()
         except BaseException as error:
             edit.rollback()
@@ -120,7 +122,7 @@ class Manager:
             bytes_after=weight_bytes(self.program),
             nodes_before=nodes_before,
             nodes_after=len(self.program.graph.nodes),
-            changes=tuple(as_change(s, globs) for s, globs in zip(sites, excluded, strict=True)),
+            changes=tuple(as_change(s, globs, moved) for s, globs in zip(sites, excluded, strict=True)),
             notes=tuple(notes),
             whole=item.whole,
             excluded=tuple(e for e in gate.refused.values() if e.site not in opened),  # another of its places may let it in
@@ -213,7 +215,7 @@ def as_check(measured: Measured) -> Check:
     return Check(**{**{f: getattr(measured, f) for f in Check.model_fields}, "histogram": spread})
 
 
-def as_change(site: Site, exclude: tuple[str, ...] = ()) -> Change:
+def as_change(site: Site, exclude: tuple[str, ...] = (), moved: Mapping[str, float] | None = None) -> Change:
     """A site of an edit as it stands in the journal."""
     return Change(
         site=site.name,
@@ -225,7 +227,20 @@ def as_change(site: Site, exclude: tuple[str, ...] = ()) -> Change:
         constants=tuple(site.constants),
         erased=tuple(site.erased),
         exclude=exclude,
+        moved={name: moved[name] for name in site.constants if name in moved} if moved else {},
     )
+
+
+def _moved(edit: Edit) -> dict[str, float]:
+    """How far an edit moved each floating-point constant, |new - old| / |old|; of those that it resized, added or took away nothing."""
+    both = {n: (edit.constants_before.get(n), edit.program.constants.get(n)) for s in edit.sites for n in s.constants}
+    found = {}
+    for name, (old, new) in both.items():
+        if old is not None and new is not None and old.shape == new.shape and old.is_floating_point() and new.is_floating_point():
+            size, gap = (float(torch.linalg.vector_norm(v)) for v in (old.float(), new.float() - old.float()))
+            if size and math.isfinite(gap):
+                found[name] = float(f"{gap / size:.3g}")
+    return found
 
 
 def _worst(measured: Sequence[Measured], exact: bool) -> Measured:

@@ -58,7 +58,7 @@ class Excluded(Frozen):
 
 class Change(Frozen):
     """One site of the journal: nodes before and after, constants changed. exclude: globs of a recipe that leave this site alone; () where none
-    do."""
+    do. moved: of each of its floating-point constants how far the pass moved it, |new - old| / |old| over all entries."""
 
     site: str
     module: str
@@ -69,6 +69,7 @@ class Change(Frozen):
     constants: tuple[str, ...]
     erased: tuple[str, ...]
     exclude: tuple[str, ...] = ()
+    moved: dict[str, float] = {}
 
 
 class Histogram(Frozen):

@@ -94,6 +94,10 @@ class Reject:
         """The sentence with its values filled in."""
         return self.sentence.format(*(v.name if isinstance(v, fx.Node) else v for v in self.values))
 
+    def but(self, words: str) -> Reject:
+        """The same, and what was done all the same."""
+        return Reject(f"{self.sentence}; {words}", *self.values)
+
 
 class Pass(ABC):
     """Base of both kinds. needs, gives, breaks, excludes: facts about the program ("quantised", "finalised") that order is checked with.

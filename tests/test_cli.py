@@ -446,7 +446,7 @@ def test_explain_tells_what_the_recipe_excludes(where: str, module: str, node: s
     text("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out")
     for name in (module, f"{module}.weight", node):
         (row,) = (r for r in as_json("explain", "out", name)["found"] if r["what"] == "excluded")
-        assert (row["pass"], row["site"], row["why"]) == ("quant.weight_only", node, words)
+        assert (row["pass"], row["site"], row["why"]) == ("quant.weight_only", f"{module}  ({node})", words)
         assert words in text("explain", "out", name)
 
 
@@ -525,7 +525,7 @@ def test_another_encoding_stops_nothing(out: Path) -> None:
     command = [sys.executable, "-c", "from fxcompress.cli import app; app()", "diff", "out", "out", "--text"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=out.parent, capture_output=True, text=True, env=environment, timeout=120, check=True)
-    assert done.stdout.startswith("out: cli_models:with_example, mine \\u2192 out: cli_models:with_example, mine\n")
+    assert done.stdout.startswith("the first, out: cli_models:with_example, mine \\u2192 the second, out: cli_models:with_example, mine\n")
 
 
 @pytest.mark.parametrize("module", ["fxcompress", "fxcompress.cli"])

@@ -51,12 +51,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """Two graphs and what is between them. states: of every node that isn't as it was."""
+    """Two graphs and what is between them. states: of every node that isn't as it was. moved: node of a constant -> how far a pass moved it."""
 
     name: str
     before: Graph
     after: Graph
     states: Mapping[str, State]
+    moved: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def nodes(self) -> dict[str, Node]:
@@ -107,7 +108,8 @@ class Diff:
         same = 1
         while len({p[-same:] for p in parts}) < len({*parts}):
             same += 1
-        return [f"{'/'.join(p[-same:])}: {r.title}" if p else r.title for p, r in zip(parts, self.runs, strict=True)]
+        found = [f"{'/'.join(p[-same:])}: {r.title}" if p else r.title for p, r in zip(parts, self.runs, strict=True)]
+        return [f"the first, {found[0]}", f"the second, {found[1]}"] if len(found) == 2 and found[0] == found[1] else found
 
     @property
     def title(self) -> str:
@@ -177,7 +179,7 @@ def of_run(run: Run) -> Diff:
     """What each pass of a run did."""
     graphs, replaced = run.history.graphs, [_replaced(p) for p in run.passes]
     triples = zip(run.passes, graphs[:-1], graphs[1:], replaced, strict=True)
-    steps = [Step(p.name, a, b, states(a, b, r)) for p, a, b, r in triples]
+    steps = [Step(p.name, a, b, states(a, b, r), _moved(p, b)) for p, a, b, r in triples]
     whole = Step("all passes", graphs[0], graphs[-1], states(graphs[0], graphs[-1], stand_ins(graphs[0].nodes, replaced)))
     return Diff(steps, whole, [run], sizes=at(run.history.sizes))
 
@@ -193,6 +195,12 @@ def between(first: Run, second: Run) -> Diff:
 
 def _local(path: str, parent: str) -> str:
     return path.removeprefix(f"{parent}.")
+
+
+def _moved(report: PassReport, after: Graph) -> dict[str, float]:
+    by_constant = {name: by for change in report.changes for name, by in change.moved.items()}
+    nodes = after.nodes.values() if by_constant else ()
+    return {n.name: by_constant[n.attributes] for n in nodes if n.op == "constant" and n.attributes in by_constant}
 
 
 def _replaced(report: PassReport) -> dict[str, str]:

@@ -7,11 +7,11 @@ from typing import Any
 
 from fxcompress.diff import Run
 from fxcompress.diff.recipes import flow
-from fxcompress.diff.text import ON_PURPOSE, measured
+from fxcompress.diff.text import measured
 from fxcompress.errors import InputError, nearest
 from fxcompress.history import Graph
 from fxcompress.program import ROOT
-from fxcompress.report import Change, Check, Excluded, PassReport, worst_of
+from fxcompress.report import Change, Check, Declined, Excluded, PassReport, worst_of
 
 UNREAD = "nothing reads it after this: "
 Row = dict[str, Any]
@@ -19,8 +19,8 @@ Row = dict[str, Any]
 
 def explained(run: Run, name: str) -> list[Row]:
     """Rows in the order of the passes: {"pass", "site", "what", "why"} each, and "exclude" or "alone" where the site was changed: the recipe's
-    line that leaves out all that the name stands for, or why there is none. what: changed, removed, declined, excluded, or a verdict. None
-    where no pass did anything and no recipe kept one from it.
+    line that leaves out all that the name stands for, or why there is none. what: changed, removed, declined, excluded, a verdict, or "not
+    measured". None where no pass did anything and no recipe kept one from it.
 
     InputError with the nearest names for a name that neither the model nor a pass ever had.
     """
@@ -47,11 +47,16 @@ def _told(done: PassReport, before: Graph, after: Graph, name: str, asked: set[s
             yield {"pass": done.name, "site": change.site, "what": "removed", "why": UNREAD + change.reason, **_leaving_out(done, change)}
     for declined in done.declined:
         if asked & {declined.site, declined.module} or is_inside(declined.module, name):
-            yield {"pass": done.name, "site": declined.site, "what": "declined", "why": declined.reason}
+            yield {"pass": done.name, "site": named(declined), "what": "declined", "why": declined.reason}
     readers = {n.name for n in before.nodes.values() if any(i in asked and before.nodes[i].op == "constant" for i in n.inputs)}
     for excluded in done.excluded:
         if (asked | readers) & {excluded.site, excluded.module} or is_inside(excluded.module, name):
-            yield {"pass": done.name, "site": excluded.site, "what": "excluded", "why": barred(excluded, done)}
+            yield {"pass": done.name, "site": named(excluded), "what": "excluded", "why": barred(excluded, done)}
+
+
+def named(left: Declined | Excluded) -> str:
+    """Where a pass did nothing, as changed sites are named."""
+    return f"{left.module or ROOT}  ({left.site})"
 
 
 def barred(excluded: Excluded, done: PassReport) -> str:
@@ -92,7 +97,8 @@ def swept(done: PassReport, before: Graph, after: Graph) -> dict[str, list[int]]
 
 
 def exclusion(done: PassReport, change: Change, others: Sequence[Change] = ()) -> tuple[str, str]:
-    """The pass with its options and this place left out, and other places with it, as a line of a recipe; or "" and why there is none."""
+    """The pass with its options and this place left out, and other places with it, as a line of a recipe; or "" and why there is none. A
+    comment counts what goes besides: a value that several layers read is left to all of them."""
     if done.whole:
         return "", done.whole
     if not change.exclude:
@@ -100,7 +106,9 @@ def exclusion(done: PassReport, change: Change, others: Sequence[Change] = ()) -
     where = done.options.get("where") or {}
     out = dict.fromkeys(glob for c in (*others, change) for glob in c.exclude)
     options = {**done.options, "where": {**where, "exclude": [*(where.get("exclude") or ()), *out]}}
-    return f"- {done.name}: {flow(options)}", ""
+    more = sum(bool(c.exclude) and out.keys() >= {*c.exclude} for c in done.changes) - len({id(c) for c in (*others, change)})
+    besides = f"  # and {more} other site{'s' * (more > 1)}" if more > 0 else ""
+    return f"- {done.name}: {flow(options)}{besides}", ""
 
 
 def _leaving_out(done: PassReport, change: Change, asked: Sequence[Change] = ()) -> Row:
@@ -109,19 +117,20 @@ def _leaving_out(done: PassReport, change: Change, asked: Sequence[Change] = ())
 
 
 def verdicts(done: PassReport) -> Iterator[tuple[str, str, str]]:
-    """Every site and verdict with the worst figure and where it is."""
+    """Every site and verdict with the worst figure and where it is; "not measured" where all values were changed on purpose."""
     groups: dict[tuple[str, str], list[Check]] = {}
     for check in done.checks:
         groups.setdefault((check.site, check.verdict), []).append(check)
     for (site, verdict), members in groups.items():
-        yield site, verdict, _verdict(members, done.unit)
+        has_figure = worst_of(members, done.unit) is not None
+        yield site, verdict if has_figure or verdict != "held" else "not measured", _verdict(members, done.unit)
 
 
 def _verdict(checks: Sequence[Check], unit: str) -> str:
     """The worst figure of some checks and where it is."""
     worst, compared = worst_of(checks, unit), [c for c in checks if unit != "dB" or not c.unmeasured]
     if worst is None:
-        return f"{ON_PURPOSE}, at {checks[0].value if len(checks) == 1 else f'{len(checks)} values'}"
+        return f"changed on purpose, at {checks[0].value if len(checks) == 1 else f'{len(checks)} values'}"
     told, count = measured(worst, unit), len(compared)
     place = f"{count} values" if told == "equal" and count > 1 else worst.value + (f", the worst of {count} values" if count > 1 else "")
     return f"{told} at {place}{': ' if worst.why else ''}{worst.why}"

@@ -70,7 +70,7 @@ def _data(diff: Diff) -> dict[str, Any]:
     texts = _Texts(written["texts"])
     whole = _view(diff.whole, "all", 0, len(graphs) - 1, None, texts)
     views = [_view(s, str(i + 1), i, i + 1, i, texts) for i, s in enumerate(diff.steps)] if is_run else []
-    passes = [_pass(p, a, b, texts) for p, a, b in zip(run.passes, graphs[:-1], graphs[1:], strict=True)] if is_run else []
+    passes = [_pass(p, s, texts) for p, s in zip(run.passes, diff.steps, strict=True)] if is_run else []
     losses = [[texts(name), loss] for name, loss in run.history.sqnr.items() if name in graphs[-1].nodes] if is_run else []
     was = [[texts(name), texts(other)] for name, other in diff.was.items()]
     return {
@@ -115,7 +115,8 @@ def _view(step: Step, hash: str, before: int, after: int, number: int | None, te
     return {"name": step.name, "hash": hash, "before": before, "after": after, "pass": number, **by_state, "alike": [*folded.values()]}
 
 
-def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dict[str, Any]:
+def _pass(report: PassReport, step: Step, texts: _Texts) -> dict[str, Any]:
+    before, after, worst = step.before, step.after, report.worst
     sites, places = {}, {}
     for number, made in reversed([*enumerate(report.changes)]):
         sites[made.site] = number
@@ -128,7 +129,7 @@ def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dic
         "cpu": report.cpu_seconds,
         "fired": report.fired,
         "legal": report.legal,
-        "worst": report.worst and {"figure": report.worst.figure, "limit": report.worst.limit, "verdict": report.worst.verdict},
+        "worst": worst and _worst(worst, step, texts),
         "output_sqnr": report.output_sqnr,
         "stored": [before.stored, after.stored],
         "flops": [before.flops, after.flops],
@@ -138,9 +139,15 @@ def _pass(report: PassReport, before: Graph, after: Graph, texts: _Texts) -> dic
         "declined": [[texts(d.site), texts(d.module), texts(d.reason)] for d in report.declined],
         "excluded": [[texts(e.site), texts(e.module), texts(barred(e, report))] for e in report.excluded],
         "sites": [_site(c, texts) for c in report.changes],
+        "moved": [[texts(name), by] for name, by in step.moved.items()],
         "swept": [[texts(name), *numbers] for name, numbers in swept(report, before, after).items() if numbers],
         "checks": [_check(c, places.get((c.site, c.value), sites.get(c.site, -1)), texts) for c in report.checks],
     }
+
+
+def _worst(check: Check, step: Step, texts: _Texts) -> dict[str, Any]:
+    facts = check.model_dump(include={"figure", "limit", "verdict"})
+    return {**facts, "value": texts(check.value), "is_node": check.value in step.before.nodes or check.value in step.after.nodes}
 
 
 def _sides(diff: Diff, texts: _Texts) -> Iterator[dict[str, Any]]:
@@ -151,17 +158,18 @@ def _sides(diff: Diff, texts: _Texts) -> Iterator[dict[str, Any]]:
 
 
 def _done(report: PassReport, graph: Graph, here: Mapping[str, str], texts: _Texts) -> dict[str, Any]:
-    """sites: module, reason, the worst figure, and the nodes that are still there. left: node, module and reason of each place left alone."""
-    worst = {site: figure for site, what, figure in verdicts(report) if what == "held"}
+    """sites: module, reason, the worst figure, the globs that leave it out, and the nodes that are still there. left: node, module and reason
+    of each place left alone."""
+    worst = {site: figure for site, what, figure in verdicts(report) if what in ("held", "not measured")}
     sites = []
     for made in report.changes:
         names = {here.get(n, n) for n in concerned(made) | {site_node(made)}}
         told = [here.get(made.module, made.module), made.reason, typeset(worst.get(made.site, ""))]
-        sites.append([*map(texts, told), *sorted(texts(n) for n in names if n in graph.nodes)])
+        sites.append([*map(texts, told), [*map(texts, made.exclude)], *sorted(texts(n) for n in names if n in graph.nodes)])
     left = [(d.site, d.module, f"declined: {d.reason}") for d in report.declined]
     left += [(e.site, e.module, f"not here: {barred(e, report)}") for e in report.excluded]
     places = [[texts(here.get(site, site)), texts(here.get(module, module)), texts(why)] for site, module, why in left]
-    return {"name": report.name, "sites": sites, "left": places}
+    return {"name": report.name, "options": report.options, "whole": report.whole, "sites": sites, "left": places}
 
 
 def _site(change: Change, texts: _Texts) -> list[Any]:
@@ -193,9 +201,11 @@ def _tiles(diff: Diff) -> list[list[str]]:
     """The headline: [name, figure, note] each."""
     before, after, report = diff.whole.before, diff.whole.after, diff.runs[-1].report
     weights = f"{after.stored / before.stored:.3f} of before" if before is not after and before.stored else ""
+    files = report.backend.file_bytes if len(diff.runs) == 1 and report and report.backend else None
     counted = "the same on both sides" if diff.is_same else f"{len(diff.whole.states)} differ" if before is not after else ""
     found = [
         ["Weights", change(before.stored, after.stored, "B", "→"), weights],
+        *([["Files", quantity(files, "B"), f"of {report.backend.name}, graphs with weights"]] if files and report and report.backend else []),
         ["Operations a call", change(before.flops, after.flops, "", "→"), diff.sizes or "all sizes are fixed"],
         ["Nodes", f"{len(before.nodes)} → {len(after.nodes)}" if before is not after else str(len(before.nodes)), counted],
     ]
@@ -259,7 +269,7 @@ def _compared(diff: Diff) -> Iterator[dict[str, Any]]:
 def _short(diff: Diff) -> list[str]:
     """The folders' names where those tell the two apart, else all that is known."""
     heads = [label.partition(": ")[0] if run.folder else label for run, label in zip(diff.runs, diff.labels, strict=True)]
-    return heads if heads[0] != heads[1] else [f"the first, {heads[0]}", f"the second, {heads[1]}"]
+    return heads if heads[0] != heads[1] else [*diff.labels]
 
 
 def _facts(run: Run, graph: Graph) -> Iterator[tuple[str, str]]:
@@ -289,7 +299,7 @@ def _predicted(backend: BackendReport, weight_bytes: int, last: Graph) -> list[l
     """What the cost model says before lowering, beside what the files and the runtime's own graph say after it."""
     kernels = _shown(backend.integer_share, "{:.1%}".format)
     return [
-        ["weights; files", quantity(weight_bytes, "B"), _shown(backend.file_bytes, lambda v: quantity(v, "B"))],
+        ["weights alone; whole files, graphs among them", quantity(weight_bytes, "B"), _shown(backend.file_bytes, lambda v: quantity(v, "B"))],
         ["multiply-accumulates on quantised values; in integer kernels", f"{quantised_share(last):.1%}", kernels],
     ]
 

@@ -54,8 +54,9 @@ def _step(step: Step, was: Mapping[str, str]) -> dict[str, Any]:
     return {"name": step.name, **by_state, "rewired": step.rewired, "written": nodes, "alike": step.changed_alike}
 
 
-def _node(node: Node, step: Step, was: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Module and line; was: the line before, or the content of a constant; there: its name in the second."""
+def _node(node: Node, step: Step, was: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Module and line; was: the line before, or the content of a constant, and how far a pass moved it; there: its name in
+    the second."""
     old = step.before.nodes.get(node.name)
     yield "module", node.region
     yield "line", written(node)
@@ -64,6 +65,7 @@ def _node(node: Node, step: Step, was: Mapping[str, str]) -> Iterator[tuple[str,
             yield "was", written(old)
         elif (old.statistics, old.revision) != (node.statistics, node.revision):
             yield from (("content_was", content(old)), ("content", content(node)))
+            yield from (("moved", by) for by in [step.moved.get(node.name)] if by is not None)
         if old.region != node.region:
             yield "module_was", old.region
     if node.name in was:

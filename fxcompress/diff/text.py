@@ -18,6 +18,8 @@ from fxcompress.report import Check, PassReport
 ON_PURPOSE = "changed on purpose, not measured"
 SAME = "no node differs: the same operations, arguments, shapes and weights"
 NONE = "–"  # a figure that isn't known
+EQUAL = "equal"
+CONTENT = "    content: "
 SIGNS: Mapping[State, str] = {"added": "+", "removed": "-", "changed": "~", "moved": ">"}
 
 
@@ -112,23 +114,32 @@ def change(before: int, after: int, unit: str, arrow: str = "->") -> str:
 
 
 def figure(report: PassReport) -> str:
-    """The worst figure with its limit, or why there is none."""
+    """The worst figure with its limit and its place, or why there is none."""
     if report.worst is not None:
-        return measured(report.worst, report.unit)
+        told = measured(report.worst, report.unit)
+        return told if told == EQUAL else f"{told} at {report.worst.value}"
     if not report.fired:
         return "nothing to measure"
     return ON_PURPOSE if report.checks else "not measured"
 
 
 def measured(check: Check, unit: str) -> str:
-    """A figure with its limit: 2.46e-06 <= 0.0001 relative error."""
+    """A figure with its limit: 2.5e-6 <= 1e-4 relative error."""
     if check.figure == (None if unit == "dB" else 0):
-        return "equal"
+        return EQUAL
     if check.figure is None:
         return "not comparable"
     sign = "<=" if unit != "dB" else ">="
-    limit = "" if check.limit is None else f" {sign} {check.limit:.3g}"
-    return f"{check.figure:.3g}{limit} {unit}"
+    limit = "" if check.limit is None else f" {sign} {number(check.limit)}"
+    return f"{number(check.figure)}{limit} {unit}"
+
+
+def number(value: float) -> str:
+    """A figure in three digits; one that is very small or large in two, as 2.5e-6."""
+    if 1e-3 <= abs(value) < 1e5 or not value:
+        return f"{float(f'{value:.3g}'):g}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def written(node: Node) -> str:
@@ -167,7 +178,7 @@ def grouped(lines: Iterable[str]) -> Iterator[str]:
     """The lines, those that differ in numbers alone counted."""
     groups: dict[str, list[str]] = {}
     for line in lines:
-        groups.setdefault(re.sub(r"\d+", "#", line), []).append(line)
+        groups.setdefault(re.sub(r"_?\d+", "", line), []).append(line)
     for alike in groups.values():
         yield alike[0] + (f"  (and {len(alike) - 1} alike)" if len(alike) > 1 else "")
 
@@ -184,8 +195,9 @@ def _changes(step: Step, was: Mapping[str, str]) -> Iterator[str]:
         if _is_folded(path, folded, parents):
             continue
         alike = [p for p, first in folded.items() if first == path or path.startswith(f"{first}.")]
-        yield f"  {path or ROOT}{_named_in(path, was)}{_as_well(alike)}"
-        yield from (f"    {line}" for node in members for line in _node(node, step, was))
+        told = [line for node in members for line in _node(node, step, was)]
+        yield f"  {path or ROOT}{_named_in(path, was)}{_as_well(alike, any(line.startswith(CONTENT) for line in told))}"
+        yield from (f"    {line}" for line in told)
 
 
 def _is_folded(path: str | None, folded: Mapping[str, str], parents: Mapping[str, str]) -> bool:
@@ -196,14 +208,14 @@ def _is_folded(path: str | None, folded: Mapping[str, str], parents: Mapping[str
     return False
 
 
-def _as_well(others: Iterable[str]) -> str:
-    """The numbers of the modules in which the same changed: "(the same in layers.1–29)"."""
+def _as_well(others: Iterable[str], has_figures: bool) -> str:
+    """The numbers of the modules in which the same changed: "(the same in layers.1–29)". has_figures: contents are told, which differ."""
     groups: dict[str, list[int]] = {}
     for path in others:
         stem = path.rstrip("0123456789")
         groups.setdefault(stem, []).append(int(path[len(stem) :]))
     parts = [f"{stem}{_ranges(sorted(numbers))}" for stem, numbers in groups.items()]
-    return f"  (the same in {', '.join(parts)})" if parts else ""
+    return f"  (the same in {', '.join(parts)}{', with contents of their own' * has_figures})" if parts else ""
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -226,7 +238,13 @@ def _node(node: Node, step: Step, was: Mapping[str, str]) -> Iterator[str]:
     if state == "moved" and old is not None:
         yield f"    from {old.region or ROOT}"
     if state == "changed" and old is not None:
-        yield f"    was {written(old)}" if written(old) != written(node) else f"    content: {content(old)} -> {content(node)}"
+        by = f"  moved by {share(step.moved[node.name])}" if node.name in step.moved else ""
+        yield f"    was {written(old)}" if written(old) != written(node) else f"{CONTENT}{content(old)} -> {content(node)}{by}"
+
+
+def share(value: float) -> str:
+    """A share of 1 in percent: 12.3%."""
+    return f"{number(100 * value)}%"
 
 
 def _rewired(node: Node, old: Node) -> str:

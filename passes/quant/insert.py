@@ -126,7 +126,8 @@ class Insert(Transform):
         for site in sites:
             if site.family in ("conv", "transposed"):
                 _insert_bias(site, edit)
-        return declined
+        whole = {n.name for n in covered}
+        return {name: reject.but("its weight is quantised") if name in whole else reject for name, reject in declined.items()}
 
     @cached_property
     def _weight_only(self) -> WeightOnly:

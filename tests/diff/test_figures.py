@@ -77,13 +77,13 @@ def test_what_changed_on_purpose_is_not_equal(model: fxc.CompiledModel, out: Pat
     report = done(model, "quant.bias_correction")
     (linear,) = (c for c in report.checks if not c.unmeasured)
     assert linear.value == "linear"
-    assert figure(report) == f"{linear.figure:.3g} dB"
+    assert figure(report) == f"{linear.figure:.3g} dB at linear"
     assert figure(report.model_copy(update={"checks": report.checks[:1], "worst": worst_of(report.checks[:1], "dB")})) == ON_PURPOSE
-    told = {r["site"]: r["why"] for r in fxc.api.explain(out, "") if r["pass"] == report.name and r["what"] == "held"}
+    told = {r["site"]: (r["what"], r["why"]) for r in fxc.api.explain(out, "") if r["pass"] == report.name and r["what"] != "changed"}
     assert told == {
-        "0  (conv2d_default)": f"{ON_PURPOSE}, at 2 values",
-        "3  (conv2d_default_1)": f"{ON_PURPOSE}, at 2 values",
-        "8  (linear)": f"{linear.figure:.3g} dB at linear",
+        "0  (conv2d_default)": ("not measured", "changed on purpose, at 2 values"),
+        "3  (conv2d_default_1)": ("not measured", "changed on purpose, at 2 values"),
+        "8  (linear)": ("held", f"{linear.figure:.3g} dB at linear"),
     }
 
 

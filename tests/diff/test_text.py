@@ -18,7 +18,7 @@ from fxcompress.diff import Run, Step, between
 from fxcompress.diff.exports import as_dot, as_model_explorer
 from fxcompress.diff.read import _unfinished, model_name, run_at, run_in, run_of
 from fxcompress.diff.recipes import differing
-from fxcompress.diff.text import change, quantity
+from fxcompress.diff.text import change, grouped, number, quantity
 from fxcompress.history import Graph, Node
 from tests.passes.helpers import lines, seeded
 
@@ -73,7 +73,7 @@ def test_the_whole_text(model: fxc.CompiledModel) -> None:
         256 B, {flops} FLOP at batch=2, 17 -> 17 nodes
 
         2  quant.weight_only  3 sites, 1 declined
-        bounded: {worst.figure:.3g} >= {worst.limit:.3g} dB  output {sqnr:.1f} dB
+        bounded: {worst.figure:.3g} >= {worst.limit:.3g} dB at {worst.value}  output {sqnr:.1f} dB
         256 B -> 304 B, {flops} FLOP at batch=2, 17 -> 26 nodes
         declined head: head_weight is also read by add_3, not as a weight
 
@@ -161,6 +161,45 @@ def test_unequal_figures_look_unequal(before: int, after: int, text: str) -> Non
     assert change(before, after, "B") == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0"), (2.46e-6, "2.5e-6"), (1e-4, "1e-4"), (0.001234, "0.00123"), (41.06, "41.1"), (1234.0, "1230"), (3e5, "3e5")]
+)
+def test_figures(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_lines_that_differ_in_numbers_alone_are_counted() -> None:
+    """A name's number may be missing: of two the first has none."""
+    assert [*grouped(["h.0: index is read", "h.0: index_1 is read", "h.1: index_2 is read", "h.1: bias is read"])] == [
+        "h.0: index is read  (and 2 alike)",
+        "h.1: bias is read",
+    ]
+
+
+def test_how_far_a_pass_moved_a_weight() -> None:
+    """A norm's gain of 3 goes into the weight that reads it: |3 w - w| / |w| = 2. In each block, with figures of its own."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList([nn.Sequential(nn.RMSNorm(4), nn.Linear(4, 4)) for _ in range(3)])
+            for block in self.blocks:
+                nn.init.constant_(block[0].weight, 3.0)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = x + block(x)
+            return x
+
+    model = fxc.compile(Normed().eval(), {"passes": ["tidy.fold_norm_gain"]}, (seeded(2, 4),), backend="reference")
+    told = model.diff().text()
+    assert told.count("  moved by 200%\n") == 1
+    assert "  blocks.0.1  (the same in blocks.1–2, with contents of their own)\n" in told
+    written = model.diff().summary()["steps"][0]["written"]
+    assert {written[f"blocks_{i}_1_weight"]["moved"] for i in range(3)} == {2.0}
+
+
 # where the sides come from
 
 
@@ -235,7 +274,7 @@ def test_two_programs() -> None:
     found = api.diff(fxc.capture(Net().eval(), (seeded(2, 4),)), Net().eval(), (seeded(2, 4),))
     assert found.whole.states == {}
     same = "no node differs: the same operations, arguments, shapes and weights\n"
-    assert found.text() == f"Net → Net\n\nin all  256 B, 328 FLOP, 17 -> 17 nodes\noperations at batch=2\n{same}"
+    assert found.text() == f"the first, Net → the second, Net\n\nin all  256 B, 328 FLOP, 17 -> 17 nodes\noperations at batch=2\n{same}"
     assert found.is_same and found.summary()["is_same"]
     other = Net()
     with torch.no_grad():
@@ -295,7 +334,7 @@ def test_the_summary_says_what_the_text_says(model: fxc.CompiledModel) -> None:
         if " = " in line:
             assert json.dumps(line.strip().lstrip("+-~ "))[1:-1] in held
     compared = api.diff(Net().eval(), Net().eval(), (seeded(2, 4),)).summary()
-    assert [r["title"] for r in compared["runs"]] == ["Net", "Net"]
+    assert [r["title"] for r in compared["runs"]] == ["the first, Net", "the second, Net"]
 
 
 def test_content_and_place_of_what_changed_are_in_the_summary() -> None:
@@ -329,7 +368,7 @@ def test_sizes_that_cannot_be_the_same_are_told() -> None:
 
 def test_a_compiled_model_and_another(model: fxc.CompiledModel) -> None:
     other = compiled([PASSES[0], {"quant.weight_only": {"weights": "int4/channel"}}, PASSES[2]])
-    found = model.diff(other)
+    found = other.diff(model)
     assert set(found.whole.states.values()) == {"changed"}
     assert any("'int4'" in line and line.startswith("    ~") for line in found.text().splitlines())
 
@@ -337,7 +376,7 @@ def test_a_compiled_model_and_another(model: fxc.CompiledModel) -> None:
 def test_recipes_of_two_runs_are_compared(model: fxc.CompiledModel, tmp_path: Path) -> None:
     """Options that differ, what only one says, and passes that only one has; nothing against itself or a model."""
     mine: list[Any] = [{"quant.weight_only": {"weights": "int4/channel", "where": {"exclude": ["head"]}}}, "quant.finalize"]
-    found = model.diff(compiled(mine))
+    found = compiled(mine).diff(model)
     first, _ = found.labels
     start = found.text().index("recipe options that differ")
     assert found.text()[start:].splitlines()[1:5] == [
@@ -360,7 +399,7 @@ def test_recipes_of_two_runs_are_compared(model: fxc.CompiledModel, tmp_path: Pa
 
 def test_a_pass_that_is_named_again_has_a_number() -> None:
     mine: list[Any] = ["tidy.fold_constants", "tidy.fold_constants", *PASSES[1:]]
-    found = compiled().diff(compiled(mine)).summary()["recipes"]
+    found = compiled(mine).diff(compiled()).summary()["recipes"]
     assert [(d["pass"], d["option"], d["first"], d["second"]) for d in found] == [("tidy.fold_constants (2)", "", "–", "runs")]
 
 
@@ -382,7 +421,7 @@ def test_folders_are_named_as_far_as_they_differ(model: fxc.CompiledModel, tmp_p
     assert titles == [
         "a/out: Net, mine → b/out: Net, mine",
         "out: Net, mine → other: Net, mine",
-        "out: Net, mine → out: Net, mine",
+        "the first, out: Net, mine → the second, out: Net, mine",
     ]
     assert api.diff(places[0]).title == "Net, mine", "a run's page is the same wherever it lies"
     assert api.diff(places[0], places[1]).text().count("\nof ") == 2
@@ -413,7 +452,9 @@ def test_a_model_takes_the_example_of_what_it_is_compared_with(model: fxc.Compil
             "unpack_default"
         )
     assert api.diff(program, Net().eval()).whole.states == {}, "fixed where that is"
-    assert model.diff(Net().eval()).whole.states == api.diff(model, Net().eval()).whole.states != {}
+    assert model.diff(Net().eval()).whole.states == api.diff(Net().eval(), model).whole.states != {}, (
+        "the model as it was is what it differs from"
+    )
     with pytest.raises(fxc.InputError, match="no example inputs"):
         api.diff(Net().eval(), Net().eval())
 

@@ -164,7 +164,7 @@ def test_it_opens_on_the_table_of_passes(at: Any) -> None:
     assert [r[1] for r in rows] == ["tidy.fold_constants", "quant.weight_only", "quant.finalize"]
     assert [r[2] for r in rows] == ["exact", "bounded", "exact"]
     assert rows[1][3:5] == ["8", "1"], "eight weights, the head declined"
-    assert re.fullmatch(r"[\d.]+ dB ≥ [\d.]+ dB", rows[1][5])
+    assert re.fullmatch(r"[\d.]+ dB ≥ [\d.]+ dB\nat dequantize_default_\d", rows[1][5])
     assert shown(browser, "#overview") and not shown(browser, "#graph")
     heads = browser.run("[...document.querySelectorAll('section h2')].map((e) => e.innerText)")
     assert "Weights by width" in heads and "Measured on reference" not in heads, "no table without rows"
@@ -720,7 +720,7 @@ def compared(model: fxc.CompiledModel, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("compared")
     passes: list[Any] = [{"quant.weight_only": {"weights": "int8/channel"}}, "quant.finalize"]
     other = fxc.compile(Renamed().eval(), {"name": "other", "passes": passes}, (seeded(4, 16),), backend="reference")
-    return fxc.load(model.save(folder / "old")).diff(other.save(folder / "new")).save(folder / "diff.html")
+    return fxc.diff(fxc.load(model.save(folder / "old")), other.save(folder / "new")).save(folder / "diff.html")
 
 
 def test_a_comparison_says_what_it_compares(browser: Browser, compared: Path) -> None:
@@ -744,11 +744,13 @@ def test_a_comparison_s_cards_tell_what_the_passes_of_each_side_did(browser: Bro
     """Under the names that are shown, though the second side knows the block by another."""
     browser.open(compared, "#pass=all&node=dequantize_default_2")
     first, second = browser.run("[...document.querySelectorAll('#card .history li')].map((e) => e.innerText)")[:2]
-    assert re.fullmatch(r"Net, mine quant\.weight_only: int4 in blocks of \[1, -1\]\s+[\d.]+ ≥ [\d.]+ dB at dequantize_default_2", first)
-    assert re.fullmatch(r"new quant\.weight_only: int8 in blocks of \[1, -1\]\s+[\d.]+ ≥ [\d.]+ dB at dequantize_default_2", second)
+    for told, side, bits, block in ((first, "Net, mine", 4, "blocks.1.up"), (second, "new", 8, "stages.1.up")):
+        start = rf"{side} quant\.weight_only: int{bits} in blocks of \[1, -1\]\s+[\d.]+ ≥ [\d.]+ dB at dequantize_default_2\s+"
+        assert re.fullmatch(start + rf'- quant\.weight_only: .*where: {{exclude: \["{block}"\]}}}}\s+copy as recipe exclusion', told)
     browser.open(compared, "#pass=all&module=blocks.1")
     told = browser.run("[...document.querySelectorAll('#card .history li')].map((e) => e.innerText)")
-    assert told == [f"{side} {name} changed 2 sites" for side in ("Net, mine", "new") for name in ("quant.weight_only", "quant.finalize")]
+    sides = [(side, name) for side in ("Net, mine", "new") for name in ("quant.weight_only", "quant.finalize")]
+    assert len(told) == 4 and all(t.startswith(f"{side} {name} changed 2 sites\n") for t, (side, name) in zip(told, sides, strict=True))
     browser.open(compared, "#pass=all&node=add_4")
     assert browser.errors == []
 
@@ -795,6 +797,45 @@ def test_no_edge_leaves_its_frame(browser: Browser, tmp_path: Path) -> None:
     assert browser.run(OUTSIDE) == []
     browser.run("document.querySelector('#before .edge').setAttribute('d', 'M-900 0L0 0')")
     assert len(browser.run(OUTSIDE)) == 1
+
+
+CROSSED = """(() => {
+  const found = [];
+  const walk = (drawn) => {
+    for (const { from, to, points } of drawn.edges) {
+      const path = svg("path", { d: curve(points) }), length = path.getTotalLength();
+      for (const item of drawn.items.filter((i) => i.key !== from && i.key !== to))
+        for (let at = 0; at <= length; at += 3) {
+          const { x, y } = path.getPointAtLength(at);
+          if (x > item.x + 1 && x < item.x + item.w - 1 && y > item.y + 1 && y < item.y + item.h - 1) found.push([from, to, item.key, at]);
+        }
+    }
+    for (const item of drawn.items) if (item.inner) walk(item.inner);
+  };
+  walk(layout(state.view, "", state));
+  return found;
+})()"""
+
+
+def test_no_edge_runs_behind_a_box(browser: Browser, tmp_path: Path) -> None:
+    """A tall open module stands in a row with small nodes: edges from above to those, and past it, keep clear of it."""
+
+    def node(name: str, *inputs: str, region: str = "") -> Node:
+        return Node(name, "mine.op" if inputs else "input", inputs, ", ".join("%" * len(inputs)) or name, region, "float32[2]")
+
+    names = [f"t{i}" for i in range(20)]
+    tall = [node(name, before, region="tall") for before, name in zip(["x", *names], names, strict=False)]
+    made = [node("x"), node("y"), *tall, node("small", "x", "y"), node("last", "t19", "small", "y", "x")]
+    graph = Graph({n.name: n for n in made}, {"": "M", "tall": "Tall"}, {"tall": ""})
+    browser.open(of_run(Run("tall", History([graph]))).save(tmp_path / "tall.html"), "#pass=all&node=t3")
+    browser.wait(ITEM.format("n:t19"))
+    assert browser.run(CROSSED) == []
+    assert browser.run(CROSSED.replace("curve(points)", "'M0 0L' + (drawn.w / 2) + ' ' + drawn.h")) != []
+
+
+def test_inputs_that_did_not_change_are_told_as_such(at: Any) -> None:
+    browser = at("#pass=2")
+    assert browser.run("shown(state.view, '', state)[0].node") == "x", "one stands as it is"
 
 
 # other diffs

@@ -413,7 +413,7 @@ REFUSALS: dict[str, tuple[Callable[[], Program], Target, dict[str, Any], list[tu
         lambda: function(linear, seeded(4, 6), w=seeded(3, 6)),
         kernels("conv", "product"),
         {},
-        [("linear", "linear: device has no integer kernel for linear with activations uint8/tensor and weights int8")],
+        [("linear", "linear: device has no integer kernel for linear with activations uint8/tensor and weights int8; its weight is quantised")],
     ),
     "no kernel for the formats": (
         lambda: function(linear, seeded(4, 6), w=seeded(3, 6)),
@@ -423,7 +423,7 @@ REFUSALS: dict[str, tuple[Callable[[], Program], Target, dict[str, Any], list[tu
             (
                 "linear",
                 "linear: device has no integer kernel for linear with activations uint8/tensor and weights int4, "
-                "only for int8/token by int8, uint8/tensor by int8",
+                "only for int8/token by int8, uint8/tensor by int8; its weight is quantised",
             )
         ],
     ),
@@ -437,7 +437,7 @@ REFUSALS: dict[str, tuple[Callable[[], Program], Target, dict[str, Any], list[tu
         lambda: function(conv1d, seeded(2, 3, 9), w=seeded(4, 3, 2)),
         REFERENCE,
         {"activations": "int8/token"},
-        [("conv1d", "conv1d sums over other axes than the last one of x, so its tokens can't have scales")],
+        [("conv1d", "conv1d sums over other axes than the last one of x, so its tokens can't have scales; its weight is quantised")],
     ),
     "tokens of a right operand": (
         lambda: function(lambda x, y: x @ y, seeded(4, 6), seeded(6, 3)),
@@ -449,7 +449,7 @@ REFUSALS: dict[str, tuple[Callable[[], Program], Target, dict[str, Any], list[tu
         lambda: function(lambda x, w: F.conv1d(x, w).relu(), seeded(2, 3, 9), w=seeded(4, 3, 2)),
         kernels("conv", needs_output=True),
         {},
-        [("conv1d", "relu is a result of the model; device computes conv only into integers")],
+        [("conv1d", "relu is a result of the model; device computes conv only into integers; its weight is quantised")],
     ),
     "a weight that is computed": (
         lambda: function(lambda x, w: F.linear(x, w.tanh()), seeded(4, 6), w=seeded(3, 6)),
@@ -473,19 +473,19 @@ REFUSALS: dict[str, tuple[Callable[[], Program], Target, dict[str, Any], list[tu
         lambda: function(lambda x, v, w: F.linear(x, w) + F.linear(x * 0 + 0.5, v), seeded(4, 6), v=seeded(3, 6), w=seeded(3, 6, seed=1)),
         kernels("linear"),
         {},
-        [("linear_1", "add is 0.5 everywhere on the calibration feed")],
+        [("linear_1", "add is 0.5 everywhere on the calibration feed; its weight is quantised")],
     ),
     "a value without entries": (
         lambda: function(lambda x, v, w: F.linear(x, w).sum() + F.linear(x[:0], v), seeded(4, 6), v=seeded(3, 6), w=seeded(3, 6, seed=1)),
         kernels("linear"),
         {},
-        [("linear_1", "slice_1 is empty on the calibration feed")],
+        [("linear_1", "slice_1 is empty on the calibration feed; its weight is quantised")],
     ),
     "hardly ever anything but 0": (
         lambda: function(lambda x, v, w: F.linear(x, w) + F.linear((x - 2.5).relu(), v), seeded(99, 8), v=seeded(3, 8), w=seeded(3, 8, seed=1)),
         kernels("linear"),
         {"range": "percentile:95"},
-        [("linear_1", "relu is 0 on the calibration feed but for what percentile:95 leaves out")],
+        [("linear_1", "relu is 0 on the calibration feed but for what percentile:95 leaves out; its weight is quantised")],
     ),
 }
 

@@ -20,7 +20,7 @@ function passRow(pass, index, go) {
     pass.contract,
     pass.fired === pass.legal ? pass.fired : `${pass.fired} of ${pass.legal}`,
     pass.declined.length,
-    el("span", { class: `verdict ${verdict}` }, wrapped(figure)),
+    [el("span", { class: `verdict ${verdict}` }, wrapped(figure)), view ? worstPlace(view, pass, go) : ""],
     pass.output_sqnr === null ? "" : `${pass.output_sqnr.toFixed(1)} dB`,
     change(pass.stored, "B"),
     change(pass.flops, ""),
@@ -42,10 +42,19 @@ const wrapped = (words) => words.split(/ (?=[≤≥→(])/).map((part, i) => [i 
 
 const ON_PURPOSE = "changed on purpose, not measured";
 
-// [verdict, "2.6e-6 ≤ 1e-4"]: the worst measured figure.
+// [verdict, "2.6e-6 ≤ 1e-4"]: the worst measured figure. What has no limit can't fail, so it has no verdict.
 function measured(pass) {
   if (pass.worst === null) return ["none", pass.fired ? (pass.checks.length ? ON_PURPOSE : "not measured") : "–"];
-  return [pass.worst.verdict, figureOf(pass.worst, pass.unit)];
+  return [verdictOf(pass.worst), figureOf(pass.worst, pass.unit)];
+}
+
+const verdictOf = (check) => (check.limit === null && check.verdict === "held" ? "none" : check.verdict);
+
+// Where the worst figure was measured; nowhere in particular where all are equal.
+function worstPlace(view, pass, go) {
+  if (pass.worst === null || figureOf(pass.worst, pass.unit) === "equal") return "";
+  const name = text(pass.worst.value), words = cut(name, 22);
+  return el("div", { class: "at", title: name }, "at ", pass.worst.is_node ? linkTo(view, { node: name }, words, go) : words);
 }
 
 function figureOf(check, unit) {
@@ -85,7 +94,7 @@ function viewCard(view, go) {
   if (pass) {
     const [verdict, figure] = measured(pass);
     parts.push(rows([
-      ["contract", pass.contract], ["measured", el("span", { class: `verdict ${verdict}` }, figure + (pass.unit === "dB" || figure === "equal" || pass.worst === null ? "" : " relative error"))],
+      ["contract", pass.contract], ["measured", [el("span", { class: `verdict ${verdict}` }, figure + (pass.unit === "dB" || figure === "equal" || pass.worst === null ? "" : " relative error")), worstPlace(view, pass, go)]],
       pass.output_sqnr !== null && ["output SQNR", `${pass.output_sqnr.toFixed(1)} dB`],
       ["sites", `${pass.fired} of ${pass.legal}`], ["weights", change(pass.stored, "B")], ["operations", atSizes(change(pass.flops, ""))], ["CPU time", `${pass.cpu} s`]]));
     parts.push(...pass.notes.map((n) => el("p", { class: "noted" }, n)));
@@ -150,6 +159,7 @@ function nodeCard(view, name, go) {
       node.state === "moved" && ["was in", node.old.region || "root"],
       now.source && ["source", el("code", {}, now.source)],
       ["operations", now.flops ? atSizes(quantity(now.flops, "")) : ""], ["stored", now.stored ? quantity(now.stored, "B") : ""],
+      view.pass !== null && passes[view.pass].moved.has(name) && ["moved by", `${number(100 * passes[view.pass].moved.get(name))}%`],
       sqnr.has(name) && ["loss at the end of the run", sqnr.get(name) === null ? "none" : `${sqnr.get(name).toFixed(1)} dB`],
     ]),
     statistics(node),
@@ -190,7 +200,7 @@ function journal(view, node, go) {
   for (const [kind, words] of [["declined", " declined: "], ["excluded", " not here: "]])
     for (const [index, left] of leftAt(node, kind)) parts.push(el("li", { class: "declined" }, passLink(index, go), words, text(left.reason)));
   for (const [side, pass, site] of inSides("sites", (s) => s.names.includes(node.name)))
-    parts.push(el("li", {}, el("b", {}, side.name), ` ${pass.name}: ${site.reason || "touched it"}`, site.figure ? el("p", {}, `${site.figure}`) : ""));
+    parts.push(el("li", {}, el("b", {}, side.name), ` ${pass.name}: ${site.reason || "touched it"}`, site.figure ? el("p", {}, `${site.figure}`) : "", exclusion(pass, site.exclude)));
   for (const [side, pass, left] of inSides("left", (l) => isAt(node, l.site, l.module)))
     parts.push(el("li", { class: "declined" }, el("b", {}, side.name), ` ${pass.name} ${left.reason}`));
   return parts.length ? [el("h3", {}, "what passes did here"), el("ul", { class: "history" }, parts)] : [];
@@ -214,7 +224,7 @@ function checksFor(index, node, site) {
   const isQuiet = (c) => c.verdict === "held" && !c.histogram && (c.unmeasured || !c.figure);
   const quiet = [false, true].map((unmeasured) => own.filter((c) => isQuiet(c) && c.unmeasured === unmeasured)), rest = own.filter((c) => !isQuiet(c));
   const line = (check, place) => el("div", { class: "check" },
-    el("span", { class: `verdict ${check.verdict}` }, `${figureOf(check, passes[index].unit)} ${check.verdict}`), " at ", broken(place), check.why ? el("p", {}, check.why) : "",
+    el("span", { class: `verdict ${verdictOf(check)}` }, [figureOf(check, passes[index].unit), ...(verdictOf(check) === "none" ? [] : [check.verdict])].join(" ")), " at ", broken(place), check.why ? el("p", {}, check.why) : "",
     check.histogram ? histogram(check) : "");
   const alike = (same) => (same.length ? line(same[0], same.length > 1 ? `${same.length} values` : text(same[0].value)) : "");
   const first = (c) => (text(c.value) === node.name ? 0 : 1);
@@ -233,13 +243,15 @@ function opening(title, make) {
   return details;
 }
 
-// The pass with its options and one place left out, by the globs that do so; or why that can't be.
-function exclusion(pass, globs) {
+// The pass with its options and one place left out, by the globs that do so, and how many other sites go with it: a value that several layers
+// read is left to all of them. Or why that can't be.
+function exclusion(pass, globs, own = 1) {
   if (pass.whole) return el("p", { class: "why" }, `Can't be left out alone: ${pass.whole}.`);
   if (!globs.length) return el("p", { class: "why" }, "Can't be left out alone: a recipe has no name that means this place and no other.");
   const asked = pass.options.where || {};
   const where = { ...asked, exclude: [...(asked.exclude || []), ...globs] };
-  const line = `- ${pass.name}: ${flow({ ...pass.options, where })}`;
+  const more = pass.sites.filter((s) => s.exclude.length && s.exclude.every((glob) => globs.includes(glob))).length - own;
+  const line = `- ${pass.name}: ${flow({ ...pass.options, where })}` + (more > 0 ? `  # and ${more} other ${more > 1 ? "sites" : "site"}` : "");
   const button = el("button", { class: "copy", title: line }, "copy as recipe exclusion");
   button.addEventListener("click", async () => {
     await copy(line);
@@ -282,14 +294,21 @@ function moduleCard(view, path, go) {
     Object.hasOwn(data.formulas, path) && ["formula", el("code", {}, data.formulas[path])],
     Number.isFinite(loss) && ["worst loss", `${loss.toFixed(1)} dB`]]);
   const same = [...view.folded].filter(([, first]) => first === path).map(([other]) => other);
-  const within = (module) => module === path || module.startsWith(path + ".");
-  const touched = passes.map((pass, index) => [index, pass.sites.filter((s) => within(text(s.module)))]).filter(([, s]) => s.length);
-  const there = sides.flatMap((side) => side.passes.map((pass) => [side, pass, pass.sites.filter((s) => within(s.module)).length])).filter(([, , count]) => count);
+  const within = (module) => path === "" || module === path || module.startsWith(path + ".");
+  const done = (pass, by, sites, left) => !sites.length && !left.length ? "" : el("li", {}, by,
+    sites.length ? ` changed ${counted(sites.length, "site")}` : "", sites.length && path ? exclusion(pass, sites.every((s) => s.exclude.length) ? [path.replace(/[[*?]/g, "[$&]")] : [], sites.length) : "",
+    left.length ? more(`left ${counted(left.length, "place")} alone`, left, ([name, why]) => el("span", {}, view.nodes.has(name) ? nodeLink(view, name, go) : el("b", {}, name), " ", why)) : "");
+  const leftBy = (pass) => [["declined", "declined: "], ["excluded", "not here: "]].flatMap(([kind, words]) =>
+    pass[kind].filter((l) => within(text(l.module))).map((l) => [text(l.site), words + text(l.reason)]));
+  const rowsOf = [
+    ...sides.flatMap((side) => side.passes.map((pass) => done(pass, [el("b", {}, side.name), ` ${pass.name}`], pass.sites.filter((s) => within(s.module)), pass.left.filter((l) => within(l.module)).map((l) => [l.site, l.reason])))),
+    ...passes.map((pass, index) => done(pass, passLink(index, go), pass.sites.filter((s) => within(text(s.module))), leftBy(pass))),
+  ].filter((row) => row !== "");
   return [
     el("h2", {}, path || data.root), el("p", { class: "chips" }, chips(region.counts)), place,
-    same.length ? el("p", {}, `The same in ${same.length} other ${same.length > 1 ? "blocks" : "block"}: ${blockNames(same.map((other) => "r:" + other))}`) : "",
-    touched.length || there.length ? el("h3", {}, "what passes did here") : "",
-    el("ul", { class: "history" }, there.map(([side, pass, count]) => el("li", {}, el("b", {}, side.name), ` ${pass.name} changed ${count} ${count > 1 ? "sites" : "site"}`)), touched.map(([index, sites]) => el("li", {}, passLink(index, go), ` changed ${sites.length} ${sites.length > 1 ? "sites" : "site"}`,
-      exclusion(passes[index], sites.every((s) => s.exclude.length) ? [path.replace(/[[*?]/g, "[$&]")] : [])))),
+    same.length ? el("p", {}, `The same in ${counted(same.length, "other block")}: ${blockNames(same.map((other) => "r:" + other))}`) : "",
+    rowsOf.length ? el("h3", {}, "what passes did here") : "", el("ul", { class: "history" }, rowsOf),
   ];
 }
+
+const counted = (count, words) => `${count} ${words}${count === 1 ? "" : "s"}`;

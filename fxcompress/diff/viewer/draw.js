@@ -81,15 +81,19 @@ function isAbsent(view, item, side) {
   return side === "before" ? !node.old : !node.new;
 }
 
+// Straight lines with round corners, so that an edge stays where it was laid.
 function curve(points) {
-  const p = points.map(({ x, y }) => [x.toFixed(1), y.toFixed(1)]);
-  if (p.length < 3) return `M${p[0]}L${p[p.length - 1]}`;
-  let path = `M${p[0]}`;
-  for (let i = 1; i < p.length - 1; i++) {
-    const end = i === p.length - 2 ? p[i + 1] : [(+p[i][0] + +p[i + 1][0]) / 2, (+p[i][1] + +p[i + 1][1]) / 2];
-    path += `Q${p[i]} ${end}`;
-  }
-  return path;
+  const at = ({ x, y }) => `${x.toFixed(1)} ${y.toFixed(1)}`;
+  let path = `M${at(points[0])}`;
+  for (let i = 1; i < points.length - 1; i++) path += `L${at(towards(points[i], points[i - 1]))}Q${at(points[i])} ${at(towards(points[i], points[i + 1]))}`;
+  return path + `L${at(points[points.length - 1])}`;
+}
+
+const ROUND = 16;  // where a corner begins, at most half of the way
+
+function towards(corner, end) {
+  const share = Math.min(0.5, ROUND / (Math.hypot(end.x - corner.x, end.y - corner.y) || 1));
+  return { x: corner.x + share * (end.x - corner.x), y: corner.y + share * (end.y - corner.y) };
 }
 
 function drawItem(view, item, state, side, act, absent) {

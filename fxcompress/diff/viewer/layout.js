@@ -14,7 +14,8 @@ function shown(view, path, state) {
   for (const entry of entries) {
     const first = entry.region !== undefined && !state.unfolded.has("same " + entry.region) ? view.folded.get(entry.region) : undefined;
     if (folding && !isChanged(view, entry) && !isWanted(view, entry, state)) {
-      if (!rest) items.push((rest = { kind: "rest", key: "rest " + keyOf(entry), of: path, keys: [] }));
+      const inputs = entry.node !== undefined && isInput(view.nodes.get(entry.node));
+      if (!rest || rest.inputs !== inputs) items.push((rest = { kind: "rest", key: "rest " + keyOf(entry), of: path, inputs, keys: [] }));
       rest.keys.push(keyOf(entry));
     } else if (first !== undefined) {
       const known = items.find((i) => i.kind === "same" && i.first === first);
@@ -107,7 +108,7 @@ function label(view, item) {
     const node = view.nodes.get(item.node);
     return [cut(isConstant(node) ? node.now.attributes.split(".").slice(-2).join(".") : shortOp(node.now.op)), cut(isConstant(node) ? node.now.shape : item.node)];
   }
-  if (item.kind === "rest") return [`${sizeOf(view, item.keys)} unchanged`, ""];
+  if (item.kind === "rest") return [`${sizeOf(view, item.keys)} ${item.inputs ? "inputs" : "unchanged"}`, ""];
   if (item.kind === "part") return [`${sizeOf(view, item.keys)} nodes`, `from ${cut(item.keys[0].slice(2))}`];
   if (item.kind === "same") return [`${item.keys.length} blocks as ${cut(item.first)}`, cut(blockNames(item.keys))];
   const region = view.tree.get(item.path);
@@ -145,8 +146,24 @@ function placed(items, edges) {
     item.x = at.x - item.w / 2;
     item.y = at.y - item.h / 2;
   }
-  for (const edge of edges) edge.points = graph.edge(edge.from, edge.to).points;
+  const byKey = new Map(items.map((item) => [item.key, item])), tallest = new Map();  // half of the tallest of each row, by where its middle is
+  for (const { y, h } of items) tallest.set(Math.round(y + h / 2), Math.max(h / 2, tallest.get(Math.round(y + h / 2)) ?? 0));
+  for (const edge of edges) edge.points = upright(graph.edge(edge.from, edge.to).points, byKey.get(edge.from), byKey.get(edge.to), tallest);
   return { items, edges, ...framed(items, edges) };
+}
+
+// An edge runs straight down beside the boxes of a row that it passes, comes from or goes to, however tall they are.
+function upright(points, from, to, tallest) {
+  const half = (y) => tallest.get(Math.round(y)) ?? 0;
+  const inner = points.slice(1, -1).flatMap(({ x, y }) => (half(y) ? [{ x, y: y - half(y) }, { x, y: y + half(y) }] : [{ x, y }]));
+  return [...ending(points[0], from, 1, half), ...inner, ...ending(points[points.length - 1], to, -1, half).reverse()];
+}
+
+// The end below a box (way 1) or above it (-1), and where it comes out of its row, if others there are taller.
+function ending(point, box, way, half) {
+  const middle = box.y + box.h / 2, row = half(middle), x = Math.min(box.x + box.w - 8, Math.max(box.x + 8, point.x));
+  const end = { x, y: middle + way * box.h / 2 };
+  return row > box.h / 2 ? [end, { x, y: middle + way * row }] : [end];
 }
 
 // Edges may swing out further than any box: all is moved to start at 0.

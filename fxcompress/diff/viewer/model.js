@@ -56,6 +56,7 @@ const passes = data.passes.map((pass) => ({
   ...pass,
   declined: pass.declined.map(([site, module, reason]) => ({ site, module, reason })),
   excluded: pass.excluded.map(([site, module, reason]) => ({ site, module, reason })),
+  moved: new Map(pass.moved.map(([name, by]) => [text(name), by])),
   sites: pass.sites.map(([node, module, reason, exclude, ...names], index) =>
     ({ index, node, module, reason, exclude: exclude === 0 ? [text(module)] : exclude.map(text), names })),
   checks: pass.checks.map(([site, value, figure, limit, verdict, why, unmeasured, ...histogram]) => ({
@@ -169,7 +170,7 @@ for (const [index, pass] of passes.entries()) {
 
 // The same of the sides of a comparison, which only say it: [side, pass, site] and [side, pass, place left alone].
 const sides = data.sides.map(({ name, passes }) => ({ name, passes: passes.map((pass) => ({ ...pass,
-  sites: pass.sites.map(([module, reason, figure, ...names]) => ({ module: text(module), reason: text(reason), figure: text(figure), names: names.map(text) })),
+  sites: pass.sites.map(([module, reason, figure, exclude, ...names]) => ({ module: text(module), reason: text(reason), figure: text(figure), exclude: exclude.map(text), names: names.map(text) })),
   left: pass.left.map(([site, module, reason]) => ({ site: text(site), module: text(module), reason: text(reason) })) })) }));
 const inSides = (kind, fits) => sides.flatMap((side) => side.passes.flatMap((pass) => pass[kind].filter(fits).map((found) => [side, pass, found])));
 
@@ -190,6 +191,7 @@ function leftAt(node, kind) {
 
 const isAt = (node, site, module) => site === node.name || (module === node.now.region && node.now.region !== "" && isMain(node));
 const isMain = (node) => node.now.op !== "constant" && node.now.op !== "input";
+const isInput = (node) => node.now.op === "input";
 const isConstant = (node) => node.now.op === "constant";
 const shortOp = (op) => op.replace(/^aten\./, "").replace(/\.default$/, "");
 const localName = (path, parent) => (parent && path.startsWith(parent + ".") ? path.slice(parent.length + 1) : path) || data.root;
@@ -235,5 +237,5 @@ function changeOf(before, after, unit) {
 function number(value, digits = 3) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
-  return (size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1) : String(Number(value.toPrecision(digits)))).replace(/-/g, "−");
+  return (size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(1).replace(/\.0e/, "e").replace("+", "") : String(Number(value.toPrecision(digits)))).replace(/-/g, "−");
 }
