@@ -148,7 +148,8 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a complete, unaltered artifact of a version we know. ArtifactError naming the file and what is wrong with it."""
     if not folder.is_dir():
-        raise ArtifactError("no artifact there", where=str(folder), why="the folder doesn't exist", do="check the path")
+        why = "it's a file; an artifact is a folder" if folder.exists() else "the folder doesn't exist"
+        raise ArtifactError("no artifact there", where=str(folder), why=why, do="check the path")
     data = _manifest(folder)
     version = data["version"]
     if version > VERSION:

@@ -55,9 +55,8 @@ def ran(program: Program, recipe: Recipe) -> list[PassReport]:
 
 def test_what_goes_with_an_excluded_place_is_counted() -> None:
     """Three layers read one value, which stays in float if all three are left out, and their weights with it."""
-    first = ran(captured(Attention(), seeded(2, 5, 16)), Recipe.model_validate({"name": "mine", "passes": ["quant.insert", "quant.finalize"]}))[
-        0
-    ]
+    recipe = Recipe.model_validate({"name": "mine", "passes": ["quant.insert", "quant.finalize"]})
+    first = ran(captured(Attention(), seeded(2, 5, 16)), recipe)[0]
     shared = next(c for c in first.changes if c.reason.startswith("x as"))
     line, _ = exclusion(first, shared)
     assert {*shared.exclude} >= {"q", "k", "v"} and line.endswith('"v"]}}  # and 3 other sites')
