@@ -26,7 +26,8 @@ from torch.export import Dim, ExportedProgram
 from fxcompress import cached
 from fxcompress import dynamic as axes_of
 from fxcompress.errors import CaptureError, InputError, raised_at
-from fxcompress.functional import NotFunctional, flat_graph
+from fxcompress.functional import flat_graph
+from fxcompress.inplace import NotFunctional
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.program import Program, State, Value

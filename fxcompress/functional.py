@@ -1,13 +1,12 @@
 """ExportedProgram -> one flat graph without mutation: parameters read by name, wrapped bodies inlined, asserts and in-place ops gone.
 
-In-place ops become their functional forms where nothing else reads the memory they write. Where something does, `NotFunctional` says so
-and the caller lets torch functionalise the whole program, which costs a second trace.
+In-place ops become their functional forms (`inplace`). Where that can't be done here, `NotFunctional` says so and the caller lets torch
+functionalise the whole program, which costs a second trace.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from fxcompress.errors import CaptureError
 from fxcompress.experts import open_experts
+from fxcompress.inplace import NotFunctional, functionalise
 
 ASSERTS = ("_assert", "sym_constrain", "_check")
 RESHAPES = {  # a view refuses operands that lie in memory otherwise than at capture, as a rewrite may make them
@@ -25,10 +25,6 @@ RESHAPES = {  # a view refuses operands that lie in memory otherwise than at cap
     torch.ops.aten.view_as.default: torch.ops.aten.reshape_as.default,
 }
 IDENTITIES = ("detach_", "detach", "alias", "lift", "lift_fresh", "lift_fresh_copy", "lift_fresh_copy_", "requires_grad_")
-
-
-class NotFunctional(Exception):  # noqa: N818 - caught by capture, never seen by a user
-    """An in-place op whose memory is read elsewhere, or a wrapper whose body can't be inlined as it stands."""
 
 
 def flat_graph(exported: ExportedProgram, strip: str = "") -> tuple[fx.Graph, dict[str, Tensor], tuple[Any, ...]]:
@@ -166,24 +162,6 @@ class _Flattener:
         self.graph.output(tuple(r for r in results if isinstance(r, fx.Node)))
 
 
-def functionalise(graph: fx.Graph) -> None:
-    """Replace every in-place op by its functional form. NotFunctional if other memory than the op's own result would have to change too."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    groups = _alias_groups(graph)
-    for node in list(graph.nodes):
-        if not _mutates(node):
-            continue
-        functional, target = _functional_form(node), node.args[0]
-        group = groups(target)
-        others = [m for m in order if m is not node and m is not target and groups(m) is group]
-        late = [m for m in others if any(order[u] > order[node] for u in m.users)]
-        if functional is None or late or any(m.op in ("placeholder", "get_attr") for m in [*others, target]):
-            raise NotFunctional(f"{node.name}: {node.target} writes memory that {late or others} read")
-        node.target = functional
-        for user in [u for u in list(target.users) if order.get(u, -1) > order[node]]:
-            user.replace_input_with(target, node)
-
-
 def write_fixed_sizes(graph: fx.Graph) -> None:
     """A size that export fixed, and what is computed of it, is the number itself in every op: what is made of it alone is a constant then."""
     for node in graph.nodes:
@@ -196,55 +174,6 @@ def write_fixed_sizes(graph: fx.Graph) -> None:
 
         for user in [u for u in node.users if u.op == "call_function"]:
             user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), written)
-
-
-def _functional_form(node: fx.Node) -> Callable[..., Any] | None:
-    target, arg = node.target, node.args[0] if node.args else None
-    packet, overload = str(target._schema.name).split("::")[1], target._overloadname  # type: ignore[union-attr]
-    form = getattr(getattr(torch.ops.aten, packet.removesuffix("_"), None), overload, None)
-    before, after = getattr(arg, "meta", {}).get("val"), node.meta.get("val")
-    same = isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype and before.dim() == after.dim()
-    return form if packet.endswith("_") and same and not _keeps_dtype_only_in_place(node) else None
-
-
-def _keeps_dtype_only_in_place(node: fx.Node) -> bool:
-    """Whether the functional form could promote: a wider tensor operand beside the written one, or a true division of integers."""
-    dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
-    operands = [a.meta.get("val") for a in node.all_input_nodes]
-    tensors = [v for v in operands if isinstance(v, Tensor)]
-    return any(torch.promote_types(v.dtype, dtype) != dtype for v in tensors if v.dim()) or not dtype.is_floating_point
-
-
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
-
-
-def _alias_groups(graph: fx.Graph) -> Callable[[Any], Any]:
-    """A find function: nodes whose values may share memory have one representative."""
-    parent: dict[Any, Any] = {}
-
-    def find(x: Any) -> Any:
-        while parent.setdefault(x, x) is not x:
-            x = parent[x]
-        return x
-
-    for node in graph.nodes:
-        for source in _aliased(node):
-            parent[find(node)] = find(source)
-    return find
-
-
-def _aliased(node: fx.Node) -> Iterator[fx.Node]:
-    if node.op != "call_function":
-        return
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:  # getitem and size arithmetic
-        yield from (a for a in node.args if isinstance(a, fx.Node))
-        return
-    for argument, value in zip(schema.arguments, node.args, strict=False):
-        if argument.alias_info is not None:
-            yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node))
 
 
 def drop_dead(graph: fx.Graph) -> list[str]:

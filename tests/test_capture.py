@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from fxcompress import Inputs
 from fxcompress.capture import capture
@@ -18,7 +21,7 @@ from fxcompress.interpret import run
 from fxcompress.measure import relative_error
 from fxcompress.regions import regions
 from fxcompress.verify import verify
-from tests.passes.helpers import zoo
+from tests.passes.helpers import function, seeded, zoo
 from tests.zoo import ZOO
 
 
@@ -175,6 +178,85 @@ def test_in_place_ops_become_functional(late_read: bool) -> None:
     x = torch.randn(2, 3)
     program = capture(model, (x,))
     assert torch.equal(run(program, [x])[0], model(x)[0])
+
+
+def _copied(x):
+    y = x * 2
+    y[:, 0] = x[:, 1]
+    return y
+
+
+def _added_to_a_slice(x):
+    y = x * 2
+    part = y[:, 1:]
+    part[..., :2] += 1
+    return y, part
+
+
+def _twice_in_one_place(x):
+    y = x.clone()
+    whole = y[:, :2]
+    y[:, 0] = 1.0
+    first = whole.sum()
+    y[0, 0] *= 3
+    return first, whole, y
+
+
+def _integers(x):
+    n = x.long()
+    n += (x > 0) * 2
+    n[:, :1] = x[:, :1]
+    return n
+
+
+def _one_of_two_results(x):
+    values, places = x.topk(2)
+    values /= values.sum(-1, keepdim=True)
+    return values, places
+
+
+def _filled(x):
+    y = torch.zeros_like(x)
+    y[:, 1:3].fill_(2.5)
+    y[1].copy_(x.sum())
+    return y.relu_()
+
+
+def _column_of_a_row(x):
+    y = x + 0
+    row = y[1:]
+    column = row[:, 2]
+    column.mul_(4)
+    return row - y[:-1], column
+
+
+WRITES = (_copied, _added_to_a_slice, _twice_in_one_place, _integers, _one_of_two_results, _filled, _column_of_a_row)
+
+
+@pytest.mark.parametrize("forward", WRITES, ids=lambda f: f.__name__.strip("_"))
+def test_writes_to_slices_need_no_second_trace(forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every value that shares the memory is as in eager mode, whether it was taken before or after."""
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", lambda *_: pytest.fail("a second trace"))
+    x = seeded(2, 4)
+    program = function(forward, x)
+    found, wanted = run(program, [x]), pytree.tree_leaves(forward(x.clone()))
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert not any(n.target._schema.is_mutable for n in program.graph.nodes if hasattr(n.target, "_schema"))
+
+
+def test_memory_that_is_read_otherwise_takes_a_second_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(x):
+        y = x * 2
+        turned = y.t()
+        y[0] = 1.0
+        return turned
+
+    traced, real = list[int](), ExportedProgram.run_decompositions
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", lambda *given: (traced.append(1), real(*given))[1])
+    x = seeded(2, 4)
+    assert torch.equal(run(function(forward, x), [x])[0], forward(x.clone())) and traced
 
 
 def test_an_integer_written_in_place_keeps_its_dtype() -> None:
