@@ -377,8 +377,10 @@ def bar() -> Iterator[Callable[[str, int, int], None]]:
 
 def _exclusions(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The recipe's lines that leave out what was changed, and why single places of a pass can't be."""
+    from fxcompress.diff.journal import BESIDES
+
     lines = dict.fromkeys(row["exclude"] for row in rows if row.get("exclude"))
-    yield from ["to leave it out, in place of the recipe's line:"] * bool(lines)
+    yield from [f"to leave it out, in place of the recipe's line ({BESIDES}):"] * bool(lines)
     yield from lines
     yield from dict.fromkeys(f"{row['pass']}: can't be left out alone: {row['alone']}" for row in rows if row.get("alone"))
 

@@ -115,7 +115,7 @@ class Inspection:
     def html(self) -> str:
         """The graph in the viewer, with costs and forecasts on its first page."""
         formulas = {r.path: formula(c.flops) for r, c in self.costs}
-        return page(self.diff, formulas, self._tables())
+        return page(self.diff, formulas, self._tables(), {f.recipe: f.passes for f in self.forecasts})
 
     def save(self, path: str | Path) -> Path:
         """Write the HTML file, whole or not at all. ArtifactError if the place can't be written, InputError if its suffix is that of another
@@ -134,7 +134,8 @@ class Inspection:
             names = ("recipe", "sites", "declined", "weights", "quantised", "what")
             rows = [[str(r[n]) for n in names] for r in facts["recipes"]]
             yield {
-                "title": "What each recipe would do; sites: of all passes; quantised: multiply-accumulates on quantised values",
+                "title": "What each recipe would do; sites: of all passes; quantised: multiply-accumulates on quantised values; the example "
+                "inputs are the calibration feed",
                 "head": list(names),
                 "rows": rows,
             }

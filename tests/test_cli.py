@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import fxcompress as fxc
 from fxcompress import cli, registry
+from fxcompress.diff.journal import BESIDES
 from fxcompress.passes.quant import finalize, weight_only
 from fxcompress.recipe import shipped
 
@@ -428,7 +429,7 @@ def test_explain(out: Path) -> None:
     assert [r["what"] for r in declined] == ["declined"]
     assert text("explain", "out", "relu") == "no pass touched relu\n"
     shown = text("explain", "out", "fc1")
-    assert f"to leave it out, in place of the recipe's line:\n{found['found'][0]['exclude']}\n" in shown
+    assert f"to leave it out, in place of the recipe's line ({BESIDES}):\n{found['found'][0]['exclude']}\n" in shown
     assert "quant.finalize: can't be left out alone: codes are stored for every quantised weight" in shown
     assert as_json("explain", "out", "relu")["found"] == []
 
@@ -448,6 +449,14 @@ def test_explain_tells_what_the_recipe_excludes(where: str, module: str, node: s
         (row,) = (r for r in as_json("explain", "out", name)["found"] if r["what"] == "excluded")
         assert (row["pass"], row["site"], row["why"]) == ("quant.weight_only", f"{module}  ({node})", words)
         assert words in text("explain", "out", name)
+
+
+def test_explain_numbers_a_pass_that_runs_again(place: Path) -> None:
+    steps = ["{quant.weight_only: {weights: int4/channel, where: {exclude: [fc1]}}}", "{quant.weight_only: {weights: int8/channel}}"]
+    (place / "mine.yaml").write_text(RECIPE.replace("{quant.weight_only: {weights: int8/channel}}", ", ".join(steps)))
+    text("compile", WITH_EXAMPLE, "-r", "mine.yaml", "-o", "out")
+    found = {r["pass"]: r["what"] for r in as_json("explain", "out", "fc1")["found"] if r["what"] in ("changed", "excluded")}
+    assert found == {"quant.weight_only": "excluded", "quant.weight_only (2)": "changed", "quant.finalize": "changed"}
 
 
 def test_explain_an_unknown_name(out: Path) -> None:

@@ -10,7 +10,6 @@ from torch import nn
 
 from fxcompress import registry
 from fxcompress.calibrate.statistics import Statistics
-from fxcompress.diff.journal import exclusion
 from fxcompress.errors import VerifierError
 from fxcompress.manager import Manager
 from fxcompress.program import Program
@@ -51,18 +50,6 @@ def ran(program: Program, recipe: Recipe) -> list[PassReport]:
     done = manager.run(build(recipe))
     audit(manager.program)
     return done
-
-
-def test_what_goes_with_an_excluded_place_is_counted() -> None:
-    """Three layers read one value, which stays in float if all three are left out, and their weights with it."""
-    recipe = Recipe.model_validate({"name": "mine", "passes": ["quant.insert", "quant.finalize"]})
-    first = ran(captured(Attention(), seeded(2, 5, 16)), recipe)[0]
-    shared = next(c for c in first.changes if c.reason.startswith("x as"))
-    line, _ = exclusion(first, shared)
-    assert {*shared.exclude} >= {"q", "k", "v"} and line.endswith('"v"]}}  # and 3 other sites')
-    weight = next(c for c in first.changes if c.exclude == ("q",))
-    assert "#" not in exclusion(first, weight)[0]
-    assert "#" not in exclusion(first, shared, [c for c in first.changes if c.exclude in {("q",), ("k",), ("v",)}])[0]
 
 
 def without(recipe: Recipe, number: int, exclude: tuple[str, ...]) -> Recipe:

@@ -189,7 +189,9 @@ def between(first: Run, second: Run) -> Diff:
     old, new, sizes = at_one_size(first.history, second.history)
     captured = (first.history.graphs[0], second.history.graphs[0]) if first.passes or second.passes else None
     found: Aligned = aligned(old, new, captured)
-    step = Step("comparison", old, found.graph, states(old, found.graph, {}))
+    here = {other: known for known, other in found.nodes.items()}
+    known = {} if first.passes else stand_ins(second.history.graphs[0].nodes, [_replaced(p) for p in second.passes])
+    step = Step("comparison", old, found.graph, states(old, found.graph, {here.get(a, a): here.get(b, b) for a, b in known.items()}))
     return Diff([step], step, [first, second], {**found.regions, **found.nodes}, sizes)
 
 

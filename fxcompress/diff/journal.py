@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fxcompress.diff import Run
-from fxcompress.diff.recipes import flow
+from fxcompress.diff.recipes import flow, numbered
 from fxcompress.diff.text import measured
 from fxcompress.errors import InputError, nearest
 from fxcompress.history import Graph
 from fxcompress.program import ROOT
 from fxcompress.report import Change, Check, Declined, Excluded, PassReport, worst_of
 
+BESIDES = "what shares a value or a weight with a place that is left out goes with it"
 UNREAD = "nothing reads it after this: "
 Row = dict[str, Any]
 
@@ -25,9 +26,11 @@ def explained(run: Run, name: str) -> list[Row]:
     InputError with the nearest names for a name that neither the model nor a pass ever had.
     """
     graphs, name = run.history.graphs, "" if name == ROOT else name
+    labels = numbered(run.passes)
     asked = {name, *_named_by(name, graphs)}
     steps = zip(run.passes, graphs[:-1], graphs[1:], strict=True)
-    rows = [row for done, before, after in steps for row in _told(done, before, after, name, asked)]
+    told = ((label, _told(*step, name, asked)) for label, step in zip(labels, steps, strict=True))
+    rows = [{**row, "pass": label} for label, found in told for row in found]
     if not rows and not asked & (known := _known(run)):
         do = "fxcompress inspect MODEL lists the module paths"
         raise InputError(f"the artifact has no {name!r}", where=run.folder, why=nearest(name, known, most=5), do=do)
@@ -45,8 +48,9 @@ def _told(done: PassReport, before: Graph, after: Graph, name: str, asked: set[s
     for number in sorted({n for node, numbers in swept(done, before, after).items() if node in asked for n in numbers}):
         if (change := done.changes[number]) not in touched:
             yield {"pass": done.name, "site": change.site, "what": "removed", "why": UNREAD + change.reason, **_leaving_out(done, change)}
+    read = {i for n in asked & before.nodes.keys() for i in before.nodes[n].inputs if before.nodes[i].op == "constant"}
     for declined in done.declined:
-        if asked & {declined.site, declined.module} or is_inside(declined.module, name):
+        if (asked | read) & {declined.site, declined.module} or is_inside(declined.module, name):
             yield {"pass": done.name, "site": named(declined), "what": "declined", "why": declined.reason}
     readers = {n.name for n in before.nodes.values() if any(i in asked and before.nodes[i].op == "constant" for i in n.inputs)}
     for excluded in done.excluded:
@@ -97,8 +101,7 @@ def swept(done: PassReport, before: Graph, after: Graph) -> dict[str, list[int]]
 
 
 def exclusion(done: PassReport, change: Change, others: Sequence[Change] = ()) -> tuple[str, str]:
-    """The pass with its options and this place left out, and other places with it, as a line of a recipe; or "" and why there is none. A
-    comment counts what goes besides: a value that several layers read is left to all of them."""
+    """The pass with its options and this place left out, and other places with it, as a line of a recipe; or "" and why there is none."""
     if done.whole:
         return "", done.whole
     if not change.exclude:
@@ -106,9 +109,7 @@ def exclusion(done: PassReport, change: Change, others: Sequence[Change] = ()) -
     where = done.options.get("where") or {}
     out = dict.fromkeys(glob for c in (*others, change) for glob in c.exclude)
     options = {**done.options, "where": {**where, "exclude": [*(where.get("exclude") or ()), *out]}}
-    more = sum(bool(c.exclude) and out.keys() >= {*c.exclude} for c in done.changes) - len({id(c) for c in (*others, change)})
-    besides = f"  # and {more} other site{'s' * (more > 1)}" if more > 0 else ""
-    return f"- {done.name}: {flow(options)}{besides}", ""
+    return f"- {done.name}: {flow(options)}", ""
 
 
 def _leaving_out(done: PassReport, change: Change, asked: Sequence[Change] = ()) -> Row:

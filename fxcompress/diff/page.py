@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from typing import Any
@@ -23,9 +23,15 @@ VERDICTS = ("held", "broken", "unverified")
 DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 
-def page(diff: Diff, formulas: Mapping[str, str] | None = None, tables: Iterable[Mapping[str, Any]] = ()) -> str:
-    """The whole file. formulas: per module path its operations in the dynamic sizes. tables: more for the first page, {title, head, rows}."""
-    content = {**_data(diff), "formulas": dict(formulas or {})}
+def page(
+    diff: Diff,
+    formulas: Mapping[str, str] | None = None,
+    tables: Iterable[Mapping[str, Any]] = (),
+    forecasts: Mapping[str, Sequence[PassReport]] | None = None,
+) -> str:
+    """The whole file. formulas: per module path its operations in the dynamic sizes. tables: more for the first page, {title, head, rows}.
+    forecasts: by recipe what its passes would do."""
+    content = {**_data(diff, forecasts or {}), "formulas": dict(formulas or {})}
     content["tables"] = [table for table in (*content["tables"], *tables) if table["rows"]]
     parts = {
         "style": _file("style.css").strip(),
@@ -62,7 +68,7 @@ class _Texts:
         return self.numbers.setdefault(text, len(self.numbers))
 
 
-def _data(diff: Diff) -> dict[str, Any]:
+def _data(diff: Diff, forecasts: Mapping[str, Sequence[PassReport]]) -> dict[str, Any]:
     run = diff.runs[-1]
     is_run = len(diff.runs) == 1
     graphs = run.history.graphs if is_run else [diff.whole.before, diff.whole.after]
@@ -71,7 +77,9 @@ def _data(diff: Diff) -> dict[str, Any]:
     whole = _view(diff.whole, "all", 0, len(graphs) - 1, None, texts)
     views = [_view(s, str(i + 1), i, i + 1, i, texts) for i, s in enumerate(diff.steps)] if is_run else []
     passes = [_pass(p, s, texts) for p, s in zip(run.passes, diff.steps, strict=True)] if is_run else []
-    losses = [[texts(name), loss] for name, loss in run.history.sqnr.items() if name in graphs[-1].nodes] if is_run else []
+    here = {} if is_run else {other: known for known, other in diff.was.items()}
+    losses = [_losses(diff.runs[0].history, diff.whole.before, {}, texts), _losses(run.history, diff.whole.after, here, texts)]
+    would = [{"name": name, "passes": [_done(p, graphs[-1], {}, texts) for p in passes]} for name, passes in forecasts.items()]
     was = [[texts(name), texts(other)] for name, other in diff.was.items()]
     return {
         "title": diff.title,
@@ -83,8 +91,9 @@ def _data(diff: Diff) -> dict[str, Any]:
         "regions": written["regions"],
         "views": [*views, {**whole, "name": "the graph" if len(graphs) == 1 else whole["name"]}],
         "passes": passes,
-        "sides": [] if is_run else [*_sides(diff, texts)],
-        "sqnr": losses,
+        "sides": would if is_run else [*_sides(diff, texts)],
+        "sqnr": losses[1],
+        "sqnr_there": [] if is_run else losses[0],
         "was": was,
         "renamed": [texts(path) for path in diff.renamed],
         "tiles": [[*map(typeset, tile)] for tile in _tiles(diff)],
@@ -143,6 +152,11 @@ def _pass(report: PassReport, step: Step, texts: _Texts) -> dict[str, Any]:
         "swept": [[texts(name), *numbers] for name, numbers in swept(report, before, after).items() if numbers],
         "checks": [_check(c, places.get((c.site, c.value), sites.get(c.site, -1)), texts) for c in report.checks],
     }
+
+
+def _losses(history: History, graph: Graph, here: Mapping[str, str], texts: _Texts) -> list[list[Any]]:
+    """Values of a graph and how far they are from the captured model's, under the names that they have here."""
+    return [[texts(here.get(name, name)), loss] for name, loss in history.sqnr.items() if here.get(name, name) in graph.nodes]
 
 
 def _worst(check: Check, step: Step, texts: _Texts) -> dict[str, Any]:

@@ -50,6 +50,11 @@ def flow(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def numbered(passes: Sequence[PassReport]) -> list[str]:
+    """What passes are called, with a number behind the name where a recipe names one again."""
+    return [name if occurrence == 1 else f"{name} ({occurrence})" for name, occurrence in _numbered(passes)]
+
+
 def _differing(first: Sequence[PassReport], second: Sequence[PassReport]) -> Iterator[Difference]:
     one, other = _numbered(first), _numbered(second)
     ranks = [{key: rank for rank, key in enumerate((k for k in side if k in one and k in other), 1)} for side in (one, other)]

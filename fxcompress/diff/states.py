@@ -74,14 +74,16 @@ def rewired(before: Graph, after: Graph, found: Mapping[str, State]) -> list[str
 def alike(before: Graph, after: Graph, found: Mapping[str, State], changes_only: bool) -> dict[str, str]:
     """Numbered module -> the first of its siblings that is the same, states included: "layers.3" -> "layers.0".
 
-    The same: ops, arguments, shapes, states and what reads what; what constants and nodes are called doesn't count. changes_only: the same in
-    what changed, and in what reads another value. Modules inside a folded one aren't listed.
+    The same: ops, arguments, shapes, states and what reads what; what constants and nodes are called doesn't count, nor where a value comes
+    from, unless it is read in another's place. changes_only: the same in what changed, and in what reads another value. Modules inside a folded
+    one aren't listed.
     """
     parents = {**before.parents, **after.parents}
     blocks: dict[str, _Block] = {}
     around: dict[str, list[_Block]] = {}
     others = {*rewired(before, after, found)} if changes_only else set()
-    for node in merged(before, after).values():
+    nodes = merged(before, after)
+    for node in nodes.values():
         if changes_only and node.name not in found and node.name not in others:
             continue
         old = before.nodes.get(node.name) if found.get(node.name) == "changed" or node.name in others else None
@@ -89,7 +91,7 @@ def alike(before: Graph, after: Graph, found: Mapping[str, State], changes_only:
             numbered = [path for path in _chain(node.region, parents) if _NUMBERED.fullmatch(path)]
             around[node.region] = [blocks.setdefault(path, _Block(path)) for path in numbered]
         for block in around[node.region]:
-            block.add(node, old, found.get(node.name))
+            block.add(node, old, found.get(node.name), nodes)
     first: dict[object, str] = {}
     folded: dict[str, str] = {}
     for path in sorted(blocks, key=_order):
@@ -109,19 +111,27 @@ class _Block:
     inside: dict[str, object] = field(default_factory=dict)
     outside: dict[str, int] = field(default_factory=dict)
 
-    def add(self, node: Node, old: Node | None, state: State | None) -> None:
-        """The next node; old: what it was, where it has changed."""
+    def add(self, node: Node, old: Node | None, state: State | None, nodes: Mapping[str, Node]) -> None:
+        """The next node; old: what it was, where it has changed. nodes: all of both graphs."""
         place = node.region.removeprefix(self.path)
         if node.op == "constant":
             self.constants.append((state or "", node.shape, place))
             self.inside[node.name] = self.constants[-1]
             return
-        was = old and (old.op, old.attributes, old.shape, self._read(old))
+        exchanged = [] if old is None else [pair for pair in zip(old.inputs, node.inputs, strict=False) if pair[0] != pair[1]]
+        whence = tuple(self._whence(nodes[name].region) for pair in exchanged for name in pair if name not in self.inside)
+        was = old and (old.op, old.attributes, old.shape, self._read(old), whence)
         self.lines.append((state, node.op, node.attributes, node.shape, place, self._read(node), was))
         self.inside[node.name] = len(self.lines)
 
     def _read(self, node: Node) -> tuple[object, ...]:
         return tuple(self.inside[i] if i in self.inside else -1 - self.outside.setdefault(i, len(self.outside)) for i in node.inputs)
+
+    def _whence(self, region: str) -> str | int:
+        """The module of a value from outside: of a sibling how many places on it is."""
+        stem = self.path.rstrip("0123456789")
+        sibling = re.match(rf"{re.escape(stem)}([0-9]+)(\.|$)", region)
+        return int(sibling[1]) - int(self.path[len(stem) :]) if sibling else region
 
     def structure(self) -> object:
         """Equal for blocks that are the same."""

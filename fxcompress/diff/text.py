@@ -39,7 +39,7 @@ def text(diff: Diff) -> str:
 
 def printable(line: str) -> str:
     """Names come from the model: what would move a terminal's cursor or its colours is spelled out."""
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf") else c for c in line)
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") else c for c in line)
 
 
 def _counted(step: Step) -> str:
@@ -66,7 +66,8 @@ def _both(diff: Diff) -> Iterator[str]:
         return
     yield f"operations {diff.sizes}"
     yield from (f"output SQNR {figures}" for figures in sqnr(diff))
-    yield from grouped(f"renamed {name} -> {other}" for name, other in diff.renamed.items())
+    yield from grouped(f"renamed {name} -> {other}" for name, other in diff.renamed.items() if numbers(name) == numbers(other))
+    yield from (f"renamed {name} -> {other}" for name, other in diff.renamed.items() if numbers(name) != numbers(other))
 
 
 def sqnr(diff: Diff, arrow: str = "->") -> Iterator[str]:
@@ -163,6 +164,11 @@ def _passes(passes: Sequence[PassReport], history: History) -> Iterator[str]:
         yield f"   {_sizes(before, after, sizes)}"
         yield from (f"   note: {n}" for n in report.notes)
         yield from (f"   declined {line}" for line in _declined(report))
+
+
+def numbers(name: str) -> list[str]:
+    """The numbers in a name."""
+    return re.findall(r"\d+", name)
 
 
 def _sizes(before: Graph, after: Graph, sizes: str) -> str:

@@ -270,6 +270,34 @@ def test_what_is_lowered_last_is_told(killed: Path) -> None:
     assert _unfinished({**state, "plan": None}).startswith("3 passes finished, and no artifact made; the checkpoint doesn't say")
 
 
+class Three(nn.Module):
+    """Blocks that run in some order."""
+
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = [Block() for _ in range(3)]
+        self.blocks = nn.ModuleList([blocks[i] for i in order])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_blocks_that_changed_places_each_say_so() -> None:
+    """All three read another value than before, and not alike: none is folded into another."""
+    told = api.diff(Three(0, 1, 2).eval(), Three(1, 0, 2).eval(), (seeded(2, 4),)).text()
+    assert "(the same in" not in told and "alike" not in told
+    assert "renamed blocks.0 -> blocks.1\nrenamed blocks.1 -> blocks.0\n" in told
+    assert all(f"\n  blocks.{i}" in told for i in range(3))
+
+
+def test_a_run_against_its_model_changes_what_its_passes_did(model: fxc.CompiledModel) -> None:
+    """What reads another value in the place of its own isn't counted, either way."""
+    assert model.diff(Net().eval()).whole.states == model.diff().whole.states
+
+
 def test_two_programs() -> None:
     found = api.diff(fxc.capture(Net().eval(), (seeded(2, 4),)), Net().eval(), (seeded(2, 4),))
     assert found.whole.states == {}

@@ -257,7 +257,7 @@ def test_a_card_s_loss_is_called_that_of_the_end_in_every_pass(at: Any) -> None:
     for fragment in ("#pass=1&node=linear", "#pass=2&node=linear", "#pass=all&node=linear"):
         browser = at(fragment)
         figure = browser.run("sqnr.get('linear').toFixed(1)")
-        assert re.search(rf"loss at the end of the run\s+{figure} dB", text(browser, "#card")), fragment
+        assert re.search(rf"loss at the end\s+{figure} dB", text(browser, "#card")), fragment
 
 
 def test_the_exclusion_is_copied_and_is_a_recipe_line(at: Any, model: fxc.CompiledModel) -> None:
@@ -327,7 +327,8 @@ def test_a_module_may_be_linked_to_as_a_node(at: Any) -> None:
     ("fragment", "words"),
     [
         ("#pass=99", "No pass here is called “99”."),
-        ("#node=nothing", "No pass here is called “node=nothing”."),
+        ("#node=nothing", "No node here is called “nothing”."),
+        ("#nothing", "No pass here is called “nothing”."),
         ("#pass=2&node=nothing", "No node here is called “nothing”."),
         ("#pass=2&node=", "No node here is called “”."),
         ("#pass=2&module=nothing", "No module here is called “nothing”."),
@@ -336,7 +337,7 @@ def test_a_module_may_be_linked_to_as_a_node(at: Any) -> None:
 )
 def test_wrong_links_do_no_harm_and_are_told(fragment: str, words: str, at: Any) -> None:
     browser = at(fragment)
-    assert shown(browser, "#graph" if "pass=2" in fragment else "#overview")
+    assert shown(browser, "#graph" if "=nothing" in fragment or "pass=2" in fragment else "#overview")
     assert text(browser, "#notice") == words
     browser.click("#home")
     browser.wait("document.getElementById('notice').hidden")
@@ -755,6 +756,14 @@ def test_a_comparison_s_cards_tell_what_the_passes_of_each_side_did(browser: Bro
     assert browser.errors == []
 
 
+def test_a_comparison_s_cards_tell_the_losses_of_both_sides(browser: Browser, compared: Path) -> None:
+    browser.open(compared, "#node=linear_2&overlay=loss")
+    told = re.search(r"loss at the end\s+([\d.]+) dB → ([\d.]+) dB", text(browser, "#card"))
+    assert told and float(told[1]) + 6 < float(told[2]), "4 bits, then 8"
+    assert f"{told[2]} dB" in browser.run(ITEM.format("n:linear_2") + ".textContent")
+    assert browser.errors == []
+
+
 def test_renamed_modules_are_listed_and_found_by_either_name(browser: Browser, compared: Path) -> None:
     browser.open(compared, "#pass=all")
     assert browser.run("[...document.querySelectorAll('#card summary')].map((e) => e.innerText)")[0] == "5 renamed modules"
@@ -831,6 +840,31 @@ def test_no_edge_runs_behind_a_box(browser: Browser, tmp_path: Path) -> None:
     browser.wait(ITEM.format("n:t19"))
     assert browser.run(CROSSED) == []
     assert browser.run(CROSSED.replace("curve(points)", "'M0 0L' + (drawn.w / 2) + ' ' + drawn.h")) != []
+
+
+class Order(nn.Module):
+    """A relu behind the second linear, or before it."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.early = nn.Linear(8, 8), nn.Linear(8, 8), early
+
+    def forward(self, x):
+        return self.b(self.a(x).relu()) if self.early else self.b(self.a(x)).relu()
+
+
+def test_what_ran_in_another_order_points_back(browser: Browser, tmp_path: Path) -> None:
+    """The edge that went from the linear down to the relu runs up to it now, from box to box."""
+    found = fxc.diff(Order(False).eval(), Order(True).eval(), (seeded(2, 8),))
+    browser.open(found.save(tmp_path / "order.html"), "#node=linear_1")
+    drawn = "layout(state.view, '', state)"
+    (edge,) = browser.run(f"{drawn}.edges.filter((e) => e.from === 'r:b' && e.to === 'n:relu')")
+    boxes = browser.run(f"Object.fromEntries({drawn}.items.map((i) => [i.key, [i.y, i.y + i.h]]))")
+    assert edge["state"] == "removed" and boxes["r:b"][0] > boxes["n:relu"][1]
+    assert [edge["points"][0]["y"], edge["points"][-1]["y"]] == pytest.approx([boxes["r:b"][0], boxes["n:relu"][1]])
+    assert browser.run(CROSSED) == []
+    assert browser.errors == []
 
 
 def test_inputs_that_did_not_change_are_told_as_such(at: Any) -> None:

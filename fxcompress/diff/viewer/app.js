@@ -30,15 +30,17 @@ function controls() {
   $("before").addEventListener("scroll", () => scrollAs("before", "after"));
   $("after").addEventListener("scroll", () => scrollAs("after", "before"));
   $("help").addEventListener("click", () => $("keys").showModal());
+  if (!sqnr.size && !passes.length) document.querySelector("#overlay [value=loss]").remove();
   if (data.single) for (const id of ["split", "fold"]) $(id).closest("label").hidden = true;
   if (views.length === 1) for (const id of ["previous", "choice", "next"]) $(id).hidden = true;
 }
 
-// The address says what is shown, so that it can be sent: #pass=3&node=linear_4&overlay=loss. pass: a number, a pass's name, or "all". node:
-// where no node is called so, a module, which is opened. overlay: one that isn't known shows none.
+// The address says what is shown, so that it can be sent: #pass=3&node=linear_4&overlay=loss. pass: a number, a pass's name, or "all", which
+// goes without saying before a node. node: where no node is called so, a module, which is opened. overlay: one that isn't known shows none.
 function follow() {
   const asked = new URLSearchParams(location.hash.slice(1));
-  const view = asked.has("pass") ? views.find((v) => addresses(v).includes(asked.get("pass"))) : undefined;
+  const view = asked.has("pass") ? views.find((v) => addresses(v).includes(asked.get("pass")))
+    : ["node", "module"].some((key) => asked.has(key)) ? views[views.length - 1] : undefined;
   if (!view) {
     overview();
     return notice(location.hash.length > 1 ? `${passes.length ? "No pass" : "Nothing"} here is called “${asked.get("pass") ?? location.hash.slice(1)}”.` : "");

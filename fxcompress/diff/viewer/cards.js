@@ -160,7 +160,7 @@ function nodeCard(view, name, go) {
       now.source && ["source", el("code", {}, now.source)],
       ["operations", now.flops ? atSizes(quantity(now.flops, "")) : ""], ["stored", now.stored ? quantity(now.stored, "B") : ""],
       view.pass !== null && passes[view.pass].moved.has(name) && ["moved by", `${number(100 * passes[view.pass].moved.get(name))}%`],
-      sqnr.has(name) && ["loss at the end of the run", sqnr.get(name) === null ? "none" : `${sqnr.get(name).toFixed(1)} dB`],
+      (sqnr.has(name) || sqnrThere.has(name)) && ["loss at the end", [...(sqnrThere.size ? [endLoss(sqnrThere, name)] : []), endLoss(sqnr, name)].join(" → ")],
     ]),
     statistics(node),
     links("reads", now.inputs, view, go), links("read by", [...new Set(view.readers.get(name) || [])], view, go),
@@ -169,6 +169,7 @@ function nodeCard(view, name, go) {
   return parts;
 }
 
+const endLoss = (losses, name) => (!losses.has(name) ? "–" : losses.get(name) === null ? "none" : `${losses.get(name).toFixed(1)} dB`);
 const argumentsOf = (node) => {
   let next = 0;
   return node.attributes.replace(/%/g, () => node.inputs[next++] ?? "%");
@@ -203,10 +204,18 @@ function journal(view, node, go) {
     parts.push(el("li", {}, el("b", {}, side.name), ` ${pass.name}: ${site.reason || "touched it"}`, site.figure ? el("p", {}, `${site.figure}`) : "", exclusion(pass, site.exclude)));
   for (const [side, pass, left] of inSides("left", (l) => isAt(node, l.site, l.module)))
     parts.push(el("li", { class: "declined" }, el("b", {}, side.name), ` ${pass.name} ${left.reason}`));
-  return parts.length ? [el("h3", {}, "what passes did here"), el("ul", { class: "history" }, parts)] : [];
+  return whatPassesDid(parts);
 }
 
-const passLink = (index, go) => linkTo(views.find((v) => v.pass === index), {}, passes[index].name, go);
+// Rows, and what is to be known of the exclusions among them.
+function whatPassesDid(rows) {
+  const offers = rows.some((row) => row.querySelector(".exclusion"));
+  return rows.length ? [el("h3", {}, data.single ? "what recipes would do here" : "what passes did here"), el("ul", { class: "history" }, rows), offers ? el("p", { class: "why" }, BESIDES) : ""] : [];
+}
+
+const BESIDES = "Exclusions: what shares a value or a weight with a place that is left out goes with it.";
+
+const passLink = (index, go) => linkTo(views.find((v) => v.pass === index), {}, passes[index].label, go);
 
 // A link to another place of the page, which keeps the overlay and the sides; its address is for other tabs.
 function linkTo(view, place, words, go) {
@@ -223,8 +232,9 @@ function checksFor(index, node, site) {
   const own = passes[index].checks.filter((c) => c.site === site.index);
   const isQuiet = (c) => c.verdict === "held" && !c.histogram && (c.unmeasured || !c.figure);
   const quiet = [false, true].map((unmeasured) => own.filter((c) => isQuiet(c) && c.unmeasured === unmeasured)), rest = own.filter((c) => !isQuiet(c));
+  const unit = passes[index].unit, seen = (check) => (check.unmeasured && unit === "dB" && check.verdict === "held" ? "none" : verdictOf(check));
   const line = (check, place) => el("div", { class: "check" },
-    el("span", { class: `verdict ${verdictOf(check)}` }, [figureOf(check, passes[index].unit), ...(verdictOf(check) === "none" ? [] : [check.verdict])].join(" ")), " at ", broken(place), check.why ? el("p", {}, check.why) : "",
+    el("span", { class: `verdict ${seen(check)}` }, figureOf(check, unit) + (seen(check) === "none" ? "" : ` ${check.verdict}`)), " at ", broken(place), check.why ? el("p", {}, check.why) : "",
     check.histogram ? histogram(check) : "");
   const alike = (same) => (same.length ? line(same[0], same.length > 1 ? `${same.length} values` : text(same[0].value)) : "");
   const first = (c) => (text(c.value) === node.name ? 0 : 1);
@@ -243,15 +253,13 @@ function opening(title, make) {
   return details;
 }
 
-// The pass with its options and one place left out, by the globs that do so, and how many other sites go with it: a value that several layers
-// read is left to all of them. Or why that can't be.
-function exclusion(pass, globs, own = 1) {
+// The pass with its options and one place left out, by the globs that do so; or why that can't be.
+function exclusion(pass, globs) {
   if (pass.whole) return el("p", { class: "why" }, `Can't be left out alone: ${pass.whole}.`);
   if (!globs.length) return el("p", { class: "why" }, "Can't be left out alone: a recipe has no name that means this place and no other.");
   const asked = pass.options.where || {};
   const where = { ...asked, exclude: [...(asked.exclude || []), ...globs] };
-  const more = pass.sites.filter((s) => s.exclude.length && s.exclude.every((glob) => globs.includes(glob))).length - own;
-  const line = `- ${pass.name}: ${flow({ ...pass.options, where })}` + (more > 0 ? `  # and ${more} other ${more > 1 ? "sites" : "site"}` : "");
+  const line = `- ${pass.name}: ${flow({ ...pass.options, where })}`;
   const button = el("button", { class: "copy", title: line }, "copy as recipe exclusion");
   button.addEventListener("click", async () => {
     await copy(line);
@@ -296,8 +304,8 @@ function moduleCard(view, path, go) {
   const same = [...view.folded].filter(([, first]) => first === path).map(([other]) => other);
   const within = (module) => path === "" || module === path || module.startsWith(path + ".");
   const done = (pass, by, sites, left) => !sites.length && !left.length ? "" : el("li", {}, by,
-    sites.length ? ` changed ${counted(sites.length, "site")}` : "", sites.length && path ? exclusion(pass, sites.every((s) => s.exclude.length) ? [path.replace(/[[*?]/g, "[$&]")] : [], sites.length) : "",
-    left.length ? more(`left ${counted(left.length, "place")} alone`, left, ([name, why]) => el("span", {}, view.nodes.has(name) ? nodeLink(view, name, go) : el("b", {}, name), " ", why)) : "");
+    sites.length ? ` ${data.single ? "would change" : "changed"} ${counted(sites.length, "site")}` : "", sites.length && path ? exclusion(pass, sites.every((s) => s.exclude.length) ? [path.replace(/[[*?]/g, "[$&]")] : []) : "",
+    left.length ? more(`${data.single ? "would leave" : "left"} ${counted(left.length, "place")} alone`, left, ([name, why]) => el("span", {}, view.nodes.has(name) ? nodeLink(view, name, go) : el("b", {}, name), " ", why)) : "");
   const leftBy = (pass) => [["declined", "declined: "], ["excluded", "not here: "]].flatMap(([kind, words]) =>
     pass[kind].filter((l) => within(text(l.module))).map((l) => [text(l.site), words + text(l.reason)]));
   const rowsOf = [
@@ -307,7 +315,7 @@ function moduleCard(view, path, go) {
   return [
     el("h2", {}, path || data.root), el("p", { class: "chips" }, chips(region.counts)), place,
     same.length ? el("p", {}, `The same in ${counted(same.length, "other block")}: ${blockNames(same.map((other) => "r:" + other))}`) : "",
-    rowsOf.length ? el("h3", {}, "what passes did here") : "", el("ul", { class: "history" }, rowsOf),
+    ...whatPassesDid(rowsOf),
   ];
 }
 

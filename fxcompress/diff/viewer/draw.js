@@ -24,7 +24,7 @@ function fill(element, attributes, children) {
 const SPOKEN = new Set(["title", "aria-label"]);
 
 // Names come from the model: what would turn the direction of text around, or isn't seen, is spelled out, as in the text of a diff.
-const visible = (words) => String(words).replace(/[\p{Cf}\p{Cc}]/gu, (c) => (c === "\n" || c === "\t" ? c : spelled(c.codePointAt(0))));
+const visible = (words) => String(words).replace(/[\p{Cf}\p{Cc}\p{Zl}\p{Zp}]/gu, (c) => (c === "\n" || c === "\t" ? c : spelled(c.codePointAt(0))));
 const spelled = (code) => (code < 0x100 ? "\\x" + hex(code, 2) : code < 0x10000 ? "\\u" + hex(code, 4) : "\\U" + hex(code, 8));
 const hex = (code, digits) => code.toString(16).padStart(digits, "0");
 

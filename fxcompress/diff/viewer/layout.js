@@ -154,9 +154,9 @@ function placed(items, edges) {
 
 // An edge runs straight down beside the boxes of a row that it passes, comes from or goes to, however tall they are.
 function upright(points, from, to, tallest) {
-  const half = (y) => tallest.get(Math.round(y)) ?? 0;
-  const inner = points.slice(1, -1).flatMap(({ x, y }) => (half(y) ? [{ x, y: y - half(y) }, { x, y: y + half(y) }] : [{ x, y }]));
-  return [...ending(points[0], from, 1, half), ...inner, ...ending(points[points.length - 1], to, -1, half).reverse()];
+  const half = (y) => tallest.get(Math.round(y)) ?? 0, down = from.y + from.h / 2 <= to.y + to.h / 2 ? 1 : -1;  // up where order changed
+  const inner = points.slice(1, -1).flatMap(({ x, y }) => (half(y) ? [{ x, y: y - down * half(y) }, { x, y: y + down * half(y) }] : [{ x, y }]));
+  return [...ending(points[0], from, down, half), ...inner, ...ending(points[points.length - 1], to, -down, half).reverse()];
 }
 
 // The end below a box (way 1) or above it (-1), and where it comes out of its row, if others there are taller.
