@@ -764,6 +764,21 @@ def test_a_comparison_s_cards_tell_the_losses_of_both_sides(browser: Browser, co
     assert browser.errors == []
 
 
+def test_inspection_tells_what_recipes_would_do_at_a_place(browser: Browser, tmp_path: Path) -> None:
+    """Sites and reasons, on the card of a node and of a module; no losses, which nobody has measured."""
+    found = fxc.inspect(Net().eval(), (seeded(4, 16),), recipes=["int8-weight-only"])
+    browser.open(found.save(tmp_path / "inspect.html"), "#node=linear")
+    card = text(browser, "#card")
+    assert "what recipes would do here" in card and "int8-weight-only quant.weight_only: int8 in blocks of [1, -1]" in card
+    browser.open(tmp_path / "inspect.html", "#module=blocks.1")
+    assert "int8-weight-only quant.weight_only would change 2 sites" in text(browser, "#card")
+    browser.open(tmp_path / "inspect.html", "#module=head")
+    browser.run("for (const d of document.querySelectorAll('#card details')) d.open = true")
+    assert "declined: head_weight is also read by add_4, not as a weight" in text(browser, "#card")
+    assert browser.run("[...document.getElementById('overlay').options].map((o) => o.value)") == ["none", "cost"]
+    assert browser.errors == []
+
+
 def test_renamed_modules_are_listed_and_found_by_either_name(browser: Browser, compared: Path) -> None:
     browser.open(compared, "#pass=all")
     assert browser.run("[...document.querySelectorAll('#card summary')].map((e) => e.innerText)")[0] == "5 renamed modules"
