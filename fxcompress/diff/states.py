@@ -118,17 +118,20 @@ class _Block:
             self.constants.append((state or "", node.shape, place))
             self.inside[node.name] = self.constants[-1]
             return
-        exchanged = [] if old is None else [pair for pair in zip(old.inputs, node.inputs, strict=False) if pair[0] != pair[1]]
-        whence = tuple(self._whence(nodes[name].region) for pair in exchanged for name in pair if name not in self.inside)
-        was = old and (old.op, old.attributes, old.shape, self._read(old), whence)
+        was = old and (old.op, old.attributes, old.shape, self._read(old), self._exchanged(old, node, nodes))
         self.lines.append((state, node.op, node.attributes, node.shape, place, self._read(node), was))
         self.inside[node.name] = len(self.lines)
 
     def _read(self, node: Node) -> tuple[object, ...]:
         return tuple(self.inside[i] if i in self.inside else -1 - self.outside.setdefault(i, len(self.outside)) for i in node.inputs)
 
+    def _exchanged(self, old: Node, new: Node, nodes: Mapping[str, Node]) -> tuple[tuple[str | int, str | int], ...]:
+        """Where the values from outside were that are read no more, and those in their place, as far as that isn't one module."""
+        pairs = ((nodes[a].region, nodes[b].region) for a, b in zip(old.inputs, new.inputs, strict=False) if not {a, b} & self.inside.keys())
+        return tuple((self._whence(a), self._whence(b)) for a, b in pairs if a != b)
+
     def _whence(self, region: str) -> str | int:
-        """The module of a value from outside: of a sibling how many places on it is."""
+        """A module outside: of a sibling how many places on it is."""
         stem = self.path.rstrip("0123456789")
         sibling = re.match(rf"{re.escape(stem)}([0-9]+)(\.|$)", region)
         return int(sibling[1]) - int(self.path[len(stem) :]) if sibling else region
