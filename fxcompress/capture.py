@@ -30,7 +30,7 @@ from fxcompress.functional import flat_graph
 from fxcompress.inplace import NotFunctional
 from fxcompress.interpret import run
 from fxcompress.measure import relative_error
-from fxcompress.program import Program, State, Value
+from fxcompress.program import ROOT, Program, State, Value
 from fxcompress.signature import INPUT, Inputs, Signature, bind, describe, forward_signature, leaf_names
 from fxcompress.verify import verify
 
@@ -266,7 +266,7 @@ def check_model(model: Any) -> None:
     if training := [name for name, m in model.named_modules() if m.training]:
         raise CaptureError(
             "the model is in train mode",
-            where=training[0] or "the root module",
+            where=training[0] or ROOT,
             why=f"{len(training)} modules have training=True",
             do="model.eval()",
         )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from fxcompress.program import ROOT, Program, module_path
+from fxcompress.program import Program, module_path, place_of
 
 aten = torch.ops.aten
 
@@ -35,11 +35,6 @@ class Site:
     constants: list[str] = field(default_factory=list)
     erased: list[str] = field(default_factory=list)
     places: list[fx.Node] | None = None  # what a recipe leaves out to leave this site alone: all of these; [] where it can't. None: its node
-
-
-def site_name(node: fx.Node) -> str:
-    """Module path and node."""
-    return f"{module_path(node) or ROOT}  ({node.name})"
 
 
 class Step(NamedTuple):
@@ -77,7 +72,7 @@ class Edit:
         if not self.before:
             self.before = [Step(n, n.target, n.args, n.kwargs, tuple(n.all_input_nodes)) for n in self.graph.nodes]
             self.constants_before = dict(self.program.constants)
-        self._open = Site(site_name(node), node.name, module_path(node), reason)
+        self._open = Site(place_of(node), node.name, module_path(node), reason)
         self.sites.append(self._open)
         try:
             yield self._open

@@ -17,6 +17,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from fxcompress.errors import CaptureError
 from fxcompress.experts import open_experts
 from fxcompress.inplace import NotFunctional, functionalise
+from fxcompress.program import place_name
 
 ASSERTS = ("_assert", "sym_constrain", "_check")
 RESHAPES = {  # a view refuses operands that lie in memory otherwise than at capture, as a rewrite may make them
@@ -205,4 +206,4 @@ def _meta(node: fx.Node, strip: str) -> dict[str, Any]:
 def _place(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""
-    return f"{path or 'the root module'}  ({node.name})"
+    return place_name(path, node.name)

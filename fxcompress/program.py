@@ -103,8 +103,13 @@ def module_path(node: fx.Node) -> str:
 
 
 def place_of(node: fx.Node) -> str:
-    """Where a node came from, in words for an error."""
-    return f"{module_path(node) or 'the root module'}  ({node.name})"
+    """Module path and node, as reports and errors name a place."""
+    return place_name(module_path(node), node.name)
+
+
+def place_name(module: str, name: str) -> str:
+    """ "blocks.0.fc  (linear)"."""
+    return f"{module or ROOT}  ({name})"
 
 
 def users_of(node: fx.Node) -> Iterator[fx.Node]:

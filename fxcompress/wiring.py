@@ -13,7 +13,8 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxcompress.dataflow import ancestors
-from fxcompress.edit import Edit, site_name
+from fxcompress.edit import Edit
+from fxcompress.program import place_of
 
 
 class Misread(NamedTuple):
@@ -40,7 +41,7 @@ def _misread(edit: Edit, node: fx.Node, wanted: Any) -> Misread:
     expected = [n for n in pytree.tree_leaves(wanted) if isinstance(n, fx.Node)]
     wrong = next((n for n in node.all_input_nodes if n not in expected), None)
     missing = next((n for n in expected if n not in node.all_input_nodes), None)
-    site = next((s.name for s in edit.sites for old, new in s.replaced.items() if wrong is old or missing is new), site_name(node))
+    site = next((s.name for s in edit.sites for old, new in s.replaced.items() if wrong is old or missing is new), place_of(node))
     if wrong is None or missing is None:
         return Misread(site, node, f"the arguments of {node.name} are others than before, and no site says so")
     return Misread(site, node, f"{node.name} reads {wrong.name} where {missing.name} belongs")

@@ -190,7 +190,7 @@ ERRORS: dict[str, tuple[list[str], dict[str, str]]] = {
         {
             "error": "CaptureError",
             "what": "the model is in train mode",
-            "where": "the root module",
+            "where": "<root>",
             "why": "3 modules have training=True",
             "state": "",
             "do": "model.eval()",

@@ -117,7 +117,7 @@ def test_a_constant_among_the_outputs_is_refused_by_name() -> None:
         fxc.compile(built(ConstantOutput), INT8, (X,))
     assert str(caught.value) == (
         "output 'output_1' is a constant of the model\n"
-        "  where the root module  (k)\n"
+        "  where <root>  (k)\n"
         "  why   no input decides it\n"
         '  do    leave it out, or backend="reference"'
     )

@@ -18,10 +18,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxcompress.calibrate.observers import Accumulator, JointAccumulator, JointObserver, Observer
 from fxcompress.dataflow import ancestors
-from fxcompress.edit import site_name
 from fxcompress.errors import CalibrationError
 from fxcompress.interpret import constant_value, walk
-from fxcompress.program import Program
+from fxcompress.program import Program, place_of
 
 MEMORY = 4 << 30  # bytes of accumulators in one run, more is asked for in several; and of values that are the same for all items
 
@@ -59,7 +58,7 @@ class Statistics:
             if size > self.memory:
                 raise CalibrationError(
                     "a statistic doesn't fit into memory",
-                    where=site_name(node),
+                    where=place_of(node),
                     why=f"{type(question[1]).__name__} of {list(node.meta['val'].shape)} takes {size} bytes, the limit is {self.memory}",
                     do="exclude the site in the recipe, or raise compile(memory=...)",
                 )
@@ -141,7 +140,7 @@ def _feed(by_node: Mapping[fx.Node, Sequence[_Take]], index: int, node: fx.Node,
     if not bool(torch.isfinite(value.sum())) and (wrong := int((~torch.isfinite(value)).sum())):  # a sum may overflow, and hides nothing
         raise CalibrationError(
             "the model computes values that aren't finite",
-            where=f"{site_name(node)}, calibration item {index}",
+            where=f"{place_of(node)}, calibration item {index}",
             why=f"{wrong} of {value.numel()} values are inf or nan",
             do="remove the item, or exclude the place in the recipe",
         )

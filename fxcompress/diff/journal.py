@@ -10,8 +10,8 @@ from fxcompress.diff.recipes import flow, numbered
 from fxcompress.diff.text import measured
 from fxcompress.errors import InputError, nearest
 from fxcompress.history import Graph
-from fxcompress.program import ROOT
-from fxcompress.report import Change, Check, Declined, Excluded, PassReport, worst_of
+from fxcompress.program import ROOT, place_name
+from fxcompress.report import Change, Check, Excluded, PassReport, worst_of
 
 BESIDES = "what shares a value or a weight with a place that is left out goes with it"
 UNREAD = "nothing reads it after this: "
@@ -51,16 +51,11 @@ def _told(done: PassReport, before: Graph, after: Graph, name: str, asked: set[s
     read = {i for n in asked & before.nodes.keys() for i in before.nodes[n].inputs if before.nodes[i].op == "constant"}
     for declined in done.declined:
         if (asked | read) & {declined.site, declined.module} or is_inside(declined.module, name):
-            yield {"pass": done.name, "site": named(declined), "what": "declined", "why": declined.reason}
+            yield {"pass": done.name, "site": place_name(declined.module, declined.site), "what": "declined", "why": declined.reason}
     readers = {n.name for n in before.nodes.values() if any(i in asked and before.nodes[i].op == "constant" for i in n.inputs)}
     for excluded in done.excluded:
         if (asked | readers) & {excluded.site, excluded.module} or is_inside(excluded.module, name):
-            yield {"pass": done.name, "site": named(excluded), "what": "excluded", "why": barred(excluded, done)}
-
-
-def named(left: Declined | Excluded) -> str:
-    """Where a pass did nothing, as changed sites are named."""
-    return f"{left.module or ROOT}  ({left.site})"
+            yield {"pass": done.name, "site": place_name(excluded.module, excluded.site), "what": "excluded", "why": barred(excluded, done)}
 
 
 def barred(excluded: Excluded, done: PassReport) -> str:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.calibrate.observers import Distribution, Extremes, Observer, Range
-from fxcompress.edit import Edit, site_name
+from fxcompress.edit import Edit
 from fxcompress.errors import CalibrationError
 from fxcompress.numerics.formats import Format
 from fxcompress.numerics.histogram import Histogram, least_divergence, least_error, percentile
 from fxcompress.numerics.ranges import scale_from_range
+from fxcompress.program import place_of
 from fxcompress.rewrite import Reject
 
 
@@ -82,6 +83,6 @@ def _range(value: fx.Node, seen: Histogram, format: Format, method: str, by: str
     try:
         return percentile(seen, float(share) / 100)
     except ValueError as error:
-        where = site_name(value)
+        where = place_of(value)
         do = f"pass more items, or ask {by} for a lower percentile, as percentile:99.9"
         raise CalibrationError("the calibration feed is too small", where=where, why=str(error), do=do) from None

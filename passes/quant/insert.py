@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from fxcompress.contract import MEASURED, Bounded
 from fxcompress.dataflow import before_moves, weight_uses
-from fxcompress.edit import Edit, site_name
+from fxcompress.edit import Edit
 from fxcompress.errors import CalibrationError, RecipeError
 from fxcompress.numerics.formats import Format, format_of
 from fxcompress.numerics.ranges import least_scale
@@ -32,7 +32,7 @@ from fxcompress.passes.quant.grids import DEQUANTIZE, QUANTIZE, Grid, check_meth
 from fxcompress.passes.quant.sites import POOLS, SUMMED, MatmulSite, matmul_sites, result_of, source_of
 from fxcompress.passes.quant.weight_only import WeightOnly, WeightOnlyOptions, parse
 from fxcompress.passes.tidy.schema import arguments
-from fxcompress.program import Program
+from fxcompress.program import Program, place_of
 from fxcompress.rewrite import Context, Match, Options, Reject, Transform
 from fxcompress.target import ActivationKernel, Target
 
@@ -197,7 +197,7 @@ class Insert(Transform):
             first = next(iter(grids))
             raise CalibrationError(
                 "no value changes on the calibration feed",
-                where=site_name(first),
+                where=place_of(first),
                 why=f"{cast(Reject, grids[first]).reason}; {self.name} can use none of the {len(grids)} values it would quantise",
                 do="pass items that differ from one another, as the model meets them in use",
             )

@@ -214,7 +214,7 @@ def test_bfloat16_is_refused_with_the_remedy():
         translate(program_of(nn.Linear(4, 4).bfloat16(), torch.randn(2, 4).bfloat16()))
     assert str(refused.value) == (
         "ONNX runtimes have no bfloat16 kernels on CPU\n"
-        "  where the root module  (input_1)\n"
+        "  where <root>  (input_1)\n"
         "  why   input_1 computes in bfloat16\n"
         "  do    model.float() before compile"
     )
@@ -297,7 +297,7 @@ def test_a_weight_that_is_not_finalised_is_refused_with_the_remedy():
         translate(program)
     assert str(refused.value) == (
         "weight is quantised but not finalised\n"
-        "  where the root module  (quantize_default)\n"
+        "  where <root>  (quantize_default)\n"
         "  why   its codes would be computed at every call, from the float weight\n"
         "  do    - quant.finalize"
     )

@@ -242,7 +242,7 @@ def test_ops_of_onnx_runtime_are_refused():
         bind(skeleton, program.constants)
     assert str(refused.value) == (
         "openvino has no QuantizeLinear as ONNX Runtime has it\n"
-        "  where the root module  (quantize_default)\n"
+        "  where <root>  (quantize_default)\n"
         '  do    quantise to uint8 or int8; or backend="onnxruntime"'
     )
 
