@@ -6,7 +6,7 @@ Others plug in the same way: a mask, a low-rank part, a clipping bound is a `Lea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -66,21 +66,30 @@ class Rounding(Learned):
         self.zero = None if zero_point is None else expanded(zero_point, weight.shape, block).to(work)
         ratio = weight.to(work) / self.scale
         self.floor = ratio.floor()
+        below, above = (self._weight(up) for up in (torch.zeros_like(ratio), torch.ones_like(ratio)))
+        self.below, self.step = below, above - below  # a step is 0 where both neighbours are clipped to one code
         inside = ((ratio - self.floor + STRETCH) / (1 + 2 * STRETCH)).clamp(0.01, 0.99)
         self.parameter = inside.logit().requires_grad_()
+        self._last: tuple[Tensor, Tensor] | None = None  # what `value` has computed in this step
 
     @property
     def constant(self) -> fx.Node:
         """The weight."""
         return self.node.args[0].args[0]  # type: ignore[union-attr, return-value]
 
-    def share(self) -> Tensor:
-        """h, of the weight's shape."""
-        return (torch.sigmoid(self.parameter) * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
+    @torch.no_grad()
+    def share(self) -> tuple[Tensor, Tensor]:
+        """h and dh/dV, of the weight's shape."""
+        sigmoid = self.parameter.sigmoid()
+        slope = (1 - sigmoid).mul_(sigmoid).mul_(1 + 2 * STRETCH)
+        free = sigmoid.mul_(1 + 2 * STRETCH).sub_(STRETCH)
+        up = free.clamp(0, 1)
+        return up, slope.mul_(up == free)
 
     def value(self) -> Tensor:
         """The weight with h in place of rounding."""
-        return self._weight(self.share()).to(self.dtype)
+        up, slope = self._last = self.share()
+        return _Known.of(self.parameter, torch.addcmul(self.below, up, self.step), slope * self.step).to(self.dtype)
 
     def settled(self) -> Tensor:
         """The weight on its grid."""
@@ -89,19 +98,42 @@ class Rounding(Learned):
 
     def penalty(self, power: float) -> Tensor:
         """The mean of 1 - |2 h - 1|^power."""
-        return 1 - (2 * self.share() - 1).abs().pow(power).mean()
+        (up, slope), self._last = self._last or self.share(), None
+        off = 2 * up - 1
+        size = off.abs()
+        lower = size.pow(power - 1)
+        mean = torch.dot(lower.flatten(), size.flatten()) / off.numel()
+        return _Known.of(self.parameter, 1 - mean, lower.copysign_(off).mul_(slope).mul_(-2 * power / off.numel()))
 
     def soft(self) -> float:
         """The share of h that is neither 0 nor 1."""
-        with torch.no_grad():
-            h = self.share()
-            return float(((h > 0.01) & (h < 0.99)).double().mean())
+        h, _ = self.share()
+        return float(((h > 0.01) & (h < 0.99)).double().mean())
 
     def _weight(self, up: Tensor) -> Tensor:
         codes = self.floor + up
         if self.zero is None:
             return codes.clamp(self.format.qmin, self.format.qmax) * self.scale
         return ((codes + self.zero).clamp(self.format.qmin, self.format.qmax) - self.zero) * self.scale
+
+
+class _Known(torch.autograd.Function):
+    """A function of each entry of a parameter whose value and slope are known."""
+
+    @classmethod
+    def of(cls, parameter: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        """The value, with the slope as its gradient."""
+        found: Tensor = cls.apply(parameter, value, slope)  # type: ignore[no-untyped-call]
+        return found
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
 
 
 class Scale(Learned):

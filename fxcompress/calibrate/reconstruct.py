@@ -86,7 +86,7 @@ class Reconstruction:
         """
         rng, compared = torch.Generator().manual_seed(schedule.seed), _compared(piece)
         forward = _Forward(piece, self.program.constants, "trained", learned, schedule.drop)
-        optimizer = torch.optim.Adam([{"params": [x.parameter], "lr": x.rate} for x in learned])
+        optimizer = torch.optim.Adam([{"params": [x.parameter], "lr": x.rate} for x in learned], fused=True)
         unit, losses = max(self.error(piece), 1e-12), list[float]()
         for i in range(schedule.iterations):
             at = int(torch.randint(len(self.rounded), (), generator=rng))
@@ -178,10 +178,8 @@ class _Forward:
         if self.form == "float" or format_of(name).bits > WIDE:
             return env[value]
         x = env[value]
-        on_grid = fake_quantize(x, env[scale], None if zero is None else env[zero], format_of(name), block)
-        if not self.drop or rng is None:
-            return on_grid
-        return torch.where(_chance(x, self.drop, rng), x, on_grid)
+        kept = _chance(x, self.drop, rng) if self.drop and rng is not None else None
+        return fake_quantize(x, env[scale], None if zero is None else env[zero], format_of(name), block, kept)
 
 
 class _Values(Values):

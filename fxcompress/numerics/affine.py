@@ -29,7 +29,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, format: Format
     torch's cast takes a float64 to float8 by way of float32. Infinities saturate; the code of a NaN is undefined.
     Raises ValueError if the shapes don't fit.
     """
-    _check(x, scale, zero_point, format, block)
+    check_operands(x, scale, zero_point, format, block)
     work = working_dtype(format, x.dtype, scale.dtype)
     codes = torch.empty_like(x, dtype=format.container)
     for index, scales in tiles(x.shape, block, TILE):
@@ -44,7 +44,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, format: 
 
     Shapes as in `quantize`. Raises ValueError if they don't fit or codes aren't in format.container.
     """
-    _check(codes, scale, zero_point, format, block)
+    check_operands(codes, scale, zero_point, format, block)
     if codes.dtype != format.container:
         raise ValueError(f"codes of {format} are {format.container}, not {codes.dtype}")
     work = working_dtype(format, scale.dtype)
@@ -90,7 +90,8 @@ def _operands(scale: Tensor, zero_point: Tensor | None, index: tuple[slice, ...]
     return widen(scale[index]).to(work), None if zero_point is None else widen(zero_point[index]).to(work)
 
 
-def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, format: Format, block: Sequence[int]) -> None:
+def check_operands(x: Tensor, scale: Tensor, zero_point: Tensor | None, format: Format, block: Sequence[int]) -> None:
+    """ValueError unless scale and zero point fit."""
     expected = scale_shape(x.shape, block)
     if tuple(scale.shape) != expected:
         raise ValueError(f"scale is {tuple(scale.shape)}; a tensor {tuple(x.shape)} in blocks {tuple(block)} needs {expected}")
