@@ -45,15 +45,32 @@ def rsub(x: Any, other: Any, alpha: float = 1) -> Any:
 
 
 def adaptive_avg_pool(x: Any, sizes: Sequence[int]) -> Any:
-    """Means over equal windows; of everything where one number is left per channel, which is a kernel of its own."""
+    """Means over windows; of everything where one number is left per channel, which is a kernel of its own."""
     if all(size == 1 for size in sizes):
         return op.GlobalAveragePool(x)
     axes = range(len(x.shape) - len(sizes), len(x.shape))
-    windows = [_length(x, axis) / size for axis, size in zip(axes, sizes, strict=True)]
-    if any(window % 1 for window in windows):
-        raise NotImplementedError("windows of different lengths")
-    window = [int(w) for w in windows]
+    lengths = [_length(x, axis) for axis in axes]
+    if any(length % size for length, size in zip(lengths, sizes, strict=True)):
+        return _means(x, axes, lengths, sizes)
+    window = [length // size for length, size in zip(lengths, sizes, strict=True)]
     return op.AveragePool(x, kernel_shape=window, strides=window)
+
+
+def _means(x: Any, axes: Sequence[int], lengths: Sequence[int], sizes: Sequence[int]) -> Any:
+    """Means over windows of different lengths, of one axis after the other."""
+    rank, dtype = len(x.shape), x.dtype
+    for axis, length, size in zip(axes, lengths, sizes, strict=True):
+        windows = [(i * length // size, -(-(i + 1) * length // size)) for i in range(size)]
+        if all(end - start == 1 for start, end in windows):
+            x = op.Gather(x, ints(*(start for start, _ in windows)), axis=axis)
+            continue
+        means = torch.zeros(length, size)
+        for i, (start, end) in enumerate(windows):
+            means[start:end, i] = 1 / (end - start)
+        last = [*(a for a in range(rank) if a != axis), axis]
+        rows = op.MatMul(op.Transpose(x, perm=last), op.Constant(value=ir.tensor(means.numpy().astype(dtype.numpy()))))
+        x = op.Transpose(rows, perm=[last.index(a) for a in range(rank)])
+    return x
 
 
 def batch_norm(x: Any, gain: Any, bias: Any, mean: Any, variance: Any, training: bool, *more: Any) -> Any:
@@ -140,6 +157,7 @@ FORMS: Mapping[Any, Any] = {
 SHORTCUTS: Mapping[Any, Any] = {
     aten.adaptive_avg_pool1d.default: adaptive_avg_pool,
     aten.adaptive_avg_pool2d.default: adaptive_avg_pool,
+    aten.adaptive_avg_pool3d.default: adaptive_avg_pool,
     aten.batch_norm.default: batch_norm,
     aten.diff.default: diff,
     aten.outer.default: outer,

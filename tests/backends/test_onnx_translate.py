@@ -303,15 +303,18 @@ def test_a_weight_that_is_not_finalised_is_refused_with_the_remedy():
     )
 
 
-def test_a_familiar_graph_is_not_traced_again(monkeypatch):
-    """The one trick that makes lowering fast."""
-
+def _not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     def traced(*_: object) -> None:
         raise AssertionError("run_decompositions was called")
 
-    program = zoo("llama")
     monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", traced)
     module._SKELETONS.clear()
+
+
+def test_a_familiar_graph_is_not_traced_again(monkeypatch):
+    """The one trick that makes lowering fast."""
+    program = zoo("llama")
+    _not_traced(monkeypatch)
     translate(program)
 
 
@@ -328,6 +331,8 @@ FORMS = {
     "means of windows": lambda x: nn.functional.adaptive_avg_pool2d(x, (3, 2)),
     "means along a line": lambda x: nn.functional.adaptive_avg_pool1d(x[0], 2),
     "windows that overlap": lambda x: nn.functional.adaptive_avg_pool2d(x, (4, 3)),
+    "windows of one number": lambda x: nn.functional.adaptive_avg_pool2d(x, (12, 5)),
+    "windows of a volume": lambda x: nn.functional.adaptive_avg_pool3d(x, (3, 4, 1)),
     "differences": lambda x: x.diff(dim=2),
     "differences from the start": lambda x: x.diff(dim=1, prepend=x[:, :1] * 0),
     "differences twice": lambda x: x.diff(n=2),
@@ -339,6 +344,14 @@ FORMS = {
 def test_forms(form):
     x = torch.randn(2, 3, 6, 4)
     assert error(program_of(Calls(FORMS[form]), x), (x,)) < LIMIT
+
+
+@pytest.mark.parametrize("sizes", [(32, 32), (5, 3)], ids=str)
+def test_adaptive_pools_are_not_decomposed(sizes, monkeypatch):
+    """torch's decomposition of windows of different lengths takes minutes in a video model."""
+    program = program_of(Calls(lambda x: nn.functional.adaptive_avg_pool2d(x, sizes)), torch.randn(2, 3, 8, 8))
+    _not_traced(monkeypatch)
+    translate(program)
 
 
 class Calls(nn.Module):
