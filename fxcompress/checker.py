@@ -136,8 +136,8 @@ class _Checker:
             if not isinstance(self.contract, Lossy) and pair.new not in self.pairs.carried
             else ""
         )
-        if why and self._is_on_range(pair):
-            filling = self._over_range(pair)
+        if why and (telling := self._telling(pair)) is not None:
+            filling = self._with(pair, telling)
             return Measured(pair.site.name, pair.new.name, figure, bound, filling.verdict, filling.why, spread)
         return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why, spread, figure == -math.inf)
 
@@ -218,9 +218,20 @@ class _Checker:
         lo, hi = pair.new.meta[MEASURED]
         return bool(lo.numel() == 1 and value.numel() > 1) and not torch.equal(value, _spread(value, lo, hi))
 
-    def _over_range(self, pair: Pair) -> Measured:
-        """The comparison on numbers spread over the measured range: the probe's may all be far below one step of it."""
-        kept, self.old = self.old, {**self.old, pair.old: _spread(self.old[pair.old], *pair.new.meta[MEASURED])}
+    def _telling(self, pair: Pair) -> Tensor | None:
+        """Numbers that say more of a pair that quantises one value than the probe's, all of which may be far below one step: spread over the
+        range measured before; any at all where the value is zeros and its scale is computed from it. None where there are no such numbers."""
+        if self._is_on_range(pair):
+            return _spread(self.old[pair.old], *pair.new.meta[MEASURED])
+        value, found = self.old[pair.old], pair_of(pair.new)
+        if found is None or MEASURED in pair.new.meta or set(pair.frontier.values()) != {pair.old} or not isinstance(value, Tensor):
+            return None
+        is_computed = isinstance(found.scale, fx.Node) and found.scale.op != "get_attr"
+        return _spread(value, -torch.ones(()), torch.ones(())) if is_computed and value.numel() > 1 and not value.any() else None
+
+    def _with(self, pair: Pair, value: Tensor) -> Measured:
+        """The comparison with other numbers than the probe's."""
+        kept, self.old = self.old, {**self.old, pair.old: value}
         try:
             return self._compare(pair)
         finally:

@@ -754,6 +754,17 @@ def test_a_probe_of_zeros_is_no_excuse(monkeypatch: pytest.MonkeyPatch) -> None:
         run(before, [torch.zeros(4, 6)], [seeded(4, 6)])
 
 
+def test_zeros_whose_scale_is_computed_are_no_excuse_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert that no token of the probe is sent to reads zeros. Its quantiser takes any numbers, and a wrong one shows on others."""
+    before = function(linear, torch.zeros(4, 6), w=seeded(3, 6))
+    _, report = run(before, activations="int8/token")
+    assert {c.verdict for c in report.checks} == {"held"}
+    right = insert._token_scale
+    monkeypatch.setattr(insert, "_token_scale", lambda value, format, op: op(aten.mul.Tensor, right(value, format, op), 0.5))
+    with pytest.raises(ContractViolation, match="breaks its bounded contract at 1 of 2 sites"):
+        run(before, activations="int8/token")
+
+
 # real models
 
 
