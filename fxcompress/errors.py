@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _HERE = f"{Path(__file__).parent}{os.sep}"
+_MADE = ("<frozen", "<eval_with_key>", "<string>")  # code without a file: Python's own, torch's, and what libraries compile as they run
 LISTED = 30  # names in a sentence
 
 
@@ -80,7 +81,7 @@ def nearest(name: str, known: Iterable[str], most: int = 1) -> str:
 def raised_at(error: BaseException) -> str:
     """File, line and code of the user's own source in which an exception was raised: of the innermost frame that is neither this package's nor
     an installed one's nor Python's own; of an installed model its own; "" where only torch ran."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_HERE, "<frozen", "<eval_with_key>"))]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_HERE, *_MADE))]
     own = [f for f in frames if not _is_installed(f.filename)] or [f for f in frames if "torch" not in Path(f.filename).parts]
     return f"{own[-1].filename}:{own[-1].lineno}  {own[-1].line}".strip() if own else ""
 

@@ -326,6 +326,18 @@ def test_control_flow_on_data_is_refused_with_the_line() -> None:
         capture(Branch().eval(), (torch.randn(2, 4),))
     assert caught.value.what == "torch.export can't follow the model"
     assert caught.value.where.startswith(f"{__file__}:")
+    assert caught.value.why.startswith("what the code does there depends on numbers that only a call has: ")
+
+
+def test_what_is_raised_in_an_installed_model_is_told_with_its_file() -> None:
+    """Nor "<string>", code that torch makes while it traces."""
+    file = f"{Path('site-packages') / 'zoo' / 'model.py'}"
+    made: dict[str, Any] = {"nn": nn}
+    exec(compile("class Listed(nn.Module):\n    def forward(self, x):\n        return x * len({x.sum().long().item(), 1})", file, "exec"), made)
+    with pytest.raises(CaptureError) as caught:
+        capture(made["Listed"]().eval(), (torch.randn(2, 4),))
+    assert caught.value.where == f"{file}:3"
+    assert caught.value.do.startswith("rewrite what it names so that it also runs on tensors without numbers")
 
 
 class Padded(nn.Module):
