@@ -8,6 +8,7 @@
     x + zeros, x * ones        ->  x                      it does so itself, and a concat is before a quantiser then
     average of a large window  ->  of a smaller one       it refuses windows larger than what they average, which one window covers
     transpose of equal axes    ->  of five axes           in an attention whose heads are as many as its positions it mixes them up
+    x - rows of a table        ->  -(rows - x)            where a row of a table is picked by the result, and quantised, it can't be loaded
 
 2^-100 leaves every float32 beyond 2^-76 as it is, and nothing else has that few of an ordinary activation's scale.
 """
@@ -31,6 +32,7 @@ BIAS, LEAST = 2.0**-100, -(2.0**126)
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 HEADS_FIRST = (0, 2, 1, 3)
 NEUTRAL = {"Add": 0, "Mul": 1}
+MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity")
 
 
 class Legaliser:
@@ -57,6 +59,8 @@ class Legaliser:
                 self._hand_over(node, ir.node("Squeeze", [node.outputs[0], *node.inputs[1:]]))
             elif node.op_type in NEUTRAL:
                 self._drop_neutral(node)
+            elif node.op_type == "Sub" and self._is_looked_up(node.inputs[1]) and not self._is_looked_up(node.inputs[0]):
+                self._turn_difference(node)
             elif node.op_type == "QuantizeLinear":
                 self._part_from_signs(node)
                 self._quantise_parts(node)
@@ -103,6 +107,20 @@ class Legaliser:
         after.replace_input_with(0, old)
         old.name, old.shape = f"{node.name}.plain", None
         self.graph.insert_after(node, after)
+
+    def _is_looked_up(self, value: ir.Value | None) -> bool:
+        """Whether a value is rows of a constant table."""
+        while value is not None and (node := value.producer()) is not None:
+            if node.op_type == "Gather":
+                return node.inputs[0] is not None and node.inputs[0].name in self.leaves
+            value = node.inputs[0] if node.op_type in MOVES else None
+        return False
+
+    def _turn_difference(self, node: ir.Node) -> None:
+        first, second = node.inputs
+        node.replace_input_with(0, second)
+        node.replace_input_with(1, first)
+        self._hand_over(node, ir.node("Neg", [node.outputs[0]]))
 
     def _drop_neutral(self, node: ir.Node) -> None:
         for value, other in (node.inputs, node.inputs[::-1]):

@@ -80,6 +80,14 @@ def scaled_and_moved() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return model, (torch.randn(2, 16, 7, 7),)
 
 
+def picked_by_distance() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    def forward(m: Any, x: Tensor, index: Tensor) -> Tensor:
+        nearest = (x.transpose(1, 2) - m.table(index)).argmin(-1)
+        return m.layer(m.table(nearest).transpose(1, 2))
+
+    return Holding(forward, table=nn.Embedding(32, 16), layer=nn.Conv1d(16, 24, 1)), (torch.randn(2, 16, 7), torch.randint(32, (2, 7)))
+
+
 def codes_of(make: Make) -> Program:
     torch.manual_seed(0)
     model, inputs = make()
@@ -87,7 +95,7 @@ def codes_of(make: Make) -> Program:
     return integer(capture(model.eval(), inputs, dynamic=dynamic), outputs=lambda n: False)
 
 
-QUANTISED = (read_twice, picked_from, concatenated, concatenated_times_ones, averaged, scaled, scaled_and_moved)
+QUANTISED = (read_twice, picked_from, concatenated, concatenated_times_ones, averaged, scaled, scaled_and_moved, picked_by_distance)
 
 
 def judged(program: Program, folder: Path) -> Any:
