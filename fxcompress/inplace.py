@@ -19,6 +19,12 @@ SLICES: Mapping[Any, Callable[..., Any]] = {  # op that shows a part of a value 
     aten.select.int: aten.select_scatter.default,
 }
 
+DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+RETURNING = (  # ops that may give what they were given, and don't say so
+    *DROPOUTS,
+    *("type_as", "einsum", "meshgrid", "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d"),
+)
+
 
 class NotFunctional(Exception):  # noqa: N818 - caught by capture, never seen by a user
     """An in-place op that has no functional form here, or a wrapper whose body can't be inlined as it stands."""
@@ -27,61 +33,68 @@ class NotFunctional(Exception):  # noqa: N818 - caught by capture, never seen by
 def functionalise(graph: fx.Graph) -> None:
     """Replace every in-place op. NotFunctional if it writes an input or a constant, or memory that is read later in another way than by slices,
     and for ops without a functional form."""
+    groups: Mapping[fx.Node, list[fx.Node]] = {}
     for node in [n for n in graph.nodes if _mutates(n)]:
-        find = _alias_groups(graph)
-        target: fx.Node = node.args[0]
-        shared = [m for m in graph.nodes if m is not node and find(m) is find(target)]
+        groups = groups or _alias_groups(graph)
+        target = node.args[0]
+        if isinstance(target, fx.Node) and (idle := [m for m in groups[target] if _is_idle(m)]):
+            for dropout in idle:
+                dropout.replace_all_uses_with(dropout.args[0])  # type: ignore[arg-type]
+            groups, target = _alias_groups(graph), node.args[0]
+        if not isinstance(target, fx.Node) or torch.Tag.inplace_view in node.target.tags:
+            raise NotFunctional(f"{node.name}: {node.target} writes several values, or changes a shape")
+        shared = [m for m in groups[target] if m is not node]
         if any(m.op in ("placeholder", "get_attr") for m in shared):
             raise NotFunctional(f"{node.name}: {node.target} writes an input or a constant")
         late = {m for m in shared if m < node and any(u > node for u in m.users)}
-        _Write(node, late).run()
+        if _Write(node, target, late).run():
+            groups = {}
 
 
 class _Write:
     """One in-place op. new: node -> what it is after the write, as far as that was needed."""
 
-    def __init__(self, node: fx.Node, late: set[fx.Node]) -> None:
-        self.node, self.late, self.graph = node, late, node.graph
+    def __init__(self, node: fx.Node, target: fx.Node, late: set[fx.Node]) -> None:
+        self.node, self.target, self.late = node, target, late
         self.last, self.new = node, dict[fx.Node, fx.Node]()
 
-    def run(self) -> None:
-        target: fx.Node = self.node.args[0]  # type: ignore[assignment]
-        after = {m: [u for u in m.users if u > self.node] for m in (*self.late, target)}
-        self.new[target] = self._written(target)
-        if self.late - {target}:
-            part = target
-            while part.target in SLICES:
-                whole: fx.Node = part.args[0]  # type: ignore[assignment]
-                self.new[whole] = self._insert(SLICES[part.target], whole, self.new[part], *part.args[1:], **part.kwargs)
-                part = whole
+    def run(self) -> bool:
+        """Whether nodes were added."""
+        after = {m: [u for u in m.users if u > self.node] for m in (*self.late, self.target, self.node)}
+        part, value = self.target, self._written()
+        while self.late - {self.target} and part.target in SLICES:
+            whole: fx.Node = part.args[0]  # type: ignore[assignment]
+            part, value = whole, self._insert(SLICES[part.target], whole, value, *part.args[1:], **part.kwargs)
+        self.new[part] = value  # all else is read from there, so that a later write to a part is one to the whole
+        self.new[self.node] = self._after(self.target)
         for member, readers in after.items():
             value = self._after(member)
             for reader in readers:
-                reader.replace_input_with(member, value)
-        for reader in list(self.node.users):  # the op gives what it wrote to
-            if self.new[target] is not self.node and reader is not self.new[target]:
-                reader.replace_input_with(self.node, self.new[target])
+                if value is not member:
+                    reader.replace_input_with(member, value)
+        return self.last is not self.node
 
-    def _written(self, target: fx.Node) -> fx.Node:
-        """The target's new value, of its dtype and shape: the op itself, made functional; the value that is copied."""
-        node, before = self.node, target.meta["val"]
-        if node.target is aten.copy_.default:
-            source = node.args[1]
-            value = source if isinstance(source, fx.Node) else None
-        else:
-            form = _functional_form(node)
-            made = fake_value(form, node.args, dict(node.kwargs)) if form is not None else None
-            value = node if isinstance(made, Tensor) else None
-            if value is not None:
-                node.target, node.meta = form, {**node.meta, "val": made}  # type: ignore[assignment]
-        if value is None or not isinstance(before, Tensor):
+    def _written(self) -> fx.Node:
+        """The target's new value, of its dtype and shape and with memory of its own: the op itself, made functional, or a copy."""
+        node, before = self.node, self.target.meta.get("val")
+        if not isinstance(before, Tensor):
+            raise NotFunctional(f"{node.name} writes what is no tensor")
+        if node.target is aten.copy_.default and isinstance(node.args[1], fx.Node):
+            value = self._cast(node.args[1], before.dtype)
+            return self._insert(
+                aten.clone.default, value if _are_same(value, before) else self._insert(aten.expand_as.default, value, self.target)
+            )
+        form = _functional_form(node)
+        made = fake_value(form, node.args, dict(node.kwargs)) if form is not None else None
+        if not isinstance(made, Tensor):
             raise NotFunctional(f"{node.name}: {node.target} has no functional form")
-        if value.meta["val"].dtype != before.dtype:
-            value = self._insert(aten.to.dtype, value, before.dtype)
-        sizes, wanted = value.meta["val"].shape, before.shape
-        if len(sizes) > len(wanted):
-            raise NotFunctional(f"{node.name} would make {target.name} another shape")
-        return value if len(sizes) == len(wanted) and all(map(_same, sizes, wanted)) else self._insert(aten.expand_as.default, value, target)
+        node.target, node.meta = form, {**node.meta, "val": made}  # type: ignore[assignment]
+        if not _are_same(node, before):
+            raise NotFunctional(f"{node.name} would make {self.target.name} another shape")
+        return self._cast(node, before.dtype)
+
+    def _cast(self, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return value if _dtype(value) == dtype else self._insert(aten.to.dtype, value, dtype)
 
     def _after(self, member: fx.Node) -> fx.Node:
         """What a node that shares the memory is after the write."""
@@ -93,15 +106,16 @@ class _Write:
         return self.new[member]
 
     def _insert(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        with self.graph.inserting_after(self.last):
-            made = self.graph.call_function(target, args, kwargs)
+        with self.node.graph.inserting_after(self.last):
+            made = self.node.graph.call_function(target, args, kwargs)
         made.meta = {**self.node.meta, "val": fake_value(target, args, kwargs)}
         self.last = made
         return made
 
 
-def _same(a: Any, b: Any) -> bool:
-    return str(a) == str(b)  # a symbolic size that is compared otherwise becomes a guard
+def _are_same(value: fx.Node, wanted: Tensor) -> bool:
+    """Whether the shapes are. A symbolic size that is compared otherwise than by name becomes a guard."""
+    return list(map(str, value.meta["val"].shape)) == list(map(str, wanted.shape))
 
 
 def _functional_form(node: fx.Node) -> Callable[..., Any] | None:
@@ -110,13 +124,19 @@ def _functional_form(node: fx.Node) -> Callable[..., Any] | None:
     return form if packet.endswith("_") else None
 
 
+def _is_idle(node: fx.Node) -> bool:
+    """Whether it is a dropout that gives its input itself."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    return name.removeprefix("aten::") in DROPOUTS and len(node.args) > 2 and node.args[2] is False
+
+
 def _mutates(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
-def _alias_groups(graph: fx.Graph) -> Callable[[Any], Any]:
-    """A find function: nodes whose values may share memory have one representative."""
+def _alias_groups(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Per node those whose values may share its memory, itself among them, in order."""
     parent: dict[Any, Any] = {}
 
     def find(x: Any) -> Any:
@@ -127,7 +147,10 @@ def _alias_groups(graph: fx.Graph) -> Callable[[Any], Any]:
     for node in graph.nodes:
         for source in _aliased(node):
             parent[find(node)] = find(source)
-    return find
+    members: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        members.setdefault(find(node), []).append(node)
+    return {node: members[find(node)] for node in graph.nodes}
 
 
 def _aliased(node: fx.Node) -> Iterator[fx.Node]:
@@ -139,6 +162,9 @@ def _aliased(node: fx.Node) -> Iterator[fx.Node]:
         return
     if schema.name == "aten::to" and _dtype(node) != _dtype(node.args[0]):
         return  # a cast that casts
+    if schema.name.removeprefix("aten::") in RETURNING:
+        yield from node.all_input_nodes
+        return
     for argument, value in zip(schema.arguments, node.args, strict=False):
         if argument.alias_info is not None:
             yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node))

@@ -237,7 +237,7 @@ def _moved(edit: Edit) -> dict[str, float]:
     found = {}
     for name, (old, new) in both.items():
         if old is not None and new is not None and old.shape == new.shape and old.is_floating_point() and new.is_floating_point():
-            size, gap = (float(torch.linalg.vector_norm(v)) for v in (old.float(), new.float() - old.float()))
+            size, gap = (float(torch.linalg.vector_norm(v)) for v in (old.double(), new.double() - old.double()))
             if size and math.isfinite(gap):
                 found[name] = float(f"{gap / size:.3g}")
     return found

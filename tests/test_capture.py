@@ -230,7 +230,39 @@ def _column_of_a_row(x):
     return row - y[:-1], column
 
 
+def _twice_through_one_view(x):
+    y = x * 2
+    part = y[:, 1:]
+    part += 1
+    part.masked_fill_(x[:, 1:] > 3, 0.0)
+    half = y[..., :2]
+    half *= 2
+    y[:, 0].add_(1).mul_(2)
+    half += 1
+    return y, part
+
+
+def _written_after_it_was_copied(x):
+    s = x * 2
+    y = torch.zeros_like(x)
+    y.copy_(s)
+    y.masked_fill_(x > 3, 0.0)
+    y += 1
+    column = y[:, 0]
+    column.copy_(y[:, 1])
+    column += 1
+    return y + s, s
+
+
+def _given_back_by_dropout(x):
+    y = x * 2
+    z = nn.functional.dropout(y, 0.1, False)
+    z.masked_fill_(x > 3, 0.0)
+    return y + z
+
+
 WRITES = (_copied, _added_to_a_slice, _twice_in_one_place, _integers, _one_of_two_results, _filled, _column_of_a_row)
+WRITES += (_twice_through_one_view, _written_after_it_was_copied, _given_back_by_dropout)
 
 
 @pytest.mark.parametrize("forward", WRITES, ids=lambda f: f.__name__.strip("_"))
@@ -239,24 +271,40 @@ def test_writes_to_slices_need_no_second_trace(forward: Any, monkeypatch: pytest
     monkeypatch.setattr(ExportedProgram, "run_decompositions", lambda *_: pytest.fail("a second trace"))
     x = seeded(2, 4)
     program = function(forward, x)
-    found, wanted = run(program, [x]), pytree.tree_leaves(forward(x.clone()))
-    assert len(found) == len(wanted)
-    for a, b in zip(found, wanted, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
+    for given in (x, 9 * x):  # of the second some are so large that a write does something which did nothing before
+        found, wanted = run(program, [given]), pytree.tree_leaves(forward(given.clone()))
+        assert len(found) == len(wanted)
+        for a, b in zip(found, wanted, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
     assert not any(n.target._schema.is_mutable for n in program.graph.nodes if hasattr(n.target, "_schema"))
 
 
-def test_memory_that_is_read_otherwise_takes_a_second_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(x):
-        y = x * 2
-        turned = y.t()
-        y[0] = 1.0
-        return turned
+def _read_turned(x):
+    y = x * 2
+    turned = y.t()
+    y[0] = 1.0
+    return turned
 
+
+def _squeezed(x):
+    y = (x * 2).unsqueeze(1)
+    y.squeeze_(1)
+    return y.t_()
+
+
+def _several_at_once(x):
+    y, z = x * 2, x * 3
+    torch._foreach_add_([y, z], 1.0)
+    return y + z
+
+
+@pytest.mark.parametrize("forward", [_read_turned, _squeezed, _several_at_once], ids=lambda f: f.__name__.strip("_"))
+def test_memory_that_is_read_otherwise_takes_a_second_trace(forward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     traced, real = list[int](), ExportedProgram.run_decompositions
     monkeypatch.setattr(ExportedProgram, "run_decompositions", lambda *given: (traced.append(1), real(*given))[1])
     x = seeded(2, 4)
-    assert torch.equal(run(function(forward, x), [x])[0], forward(x.clone())) and traced
+    program = function(forward, x)
+    assert all(torch.equal(run(program, [v])[0], forward(v.clone())) for v in (x, 9 * x)) and traced
 
 
 def test_an_integer_written_in_place_keeps_its_dtype() -> None:

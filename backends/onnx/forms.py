@@ -46,6 +46,8 @@ def rsub(x: Any, other: Any, alpha: float = 1) -> Any:
 
 def adaptive_avg_pool(x: Any, sizes: Sequence[int]) -> Any:
     """Means over windows; of everything where one number is left per channel, which is a kernel of its own."""
+    if len(x.shape) != len(sizes) + 2:
+        raise NotImplementedError("an adaptive pool of what has no batch")
     if all(size == 1 for size in sizes):
         return op.GlobalAveragePool(x)
     axes = range(len(x.shape) - len(sizes), len(x.shape))
@@ -57,14 +59,14 @@ def adaptive_avg_pool(x: Any, sizes: Sequence[int]) -> Any:
 
 
 def _means(x: Any, axes: Sequence[int], lengths: Sequence[int], sizes: Sequence[int]) -> Any:
-    """Means over windows of different lengths, of one axis after the other."""
+    """Means over windows of different lengths, of one axis after the other, as products: what isn't finite shows in every window."""
     rank, dtype = len(x.shape), x.dtype
     for axis, length, size in zip(axes, lengths, sizes, strict=True):
         windows = [(i * length // size, -(-(i + 1) * length // size)) for i in range(size)]
         if all(end - start == 1 for start, end in windows):
             x = op.Gather(x, ints(*(start for start, _ in windows)), axis=axis)
             continue
-        means = torch.zeros(length, size)
+        means = torch.zeros(length, size, dtype=torch.float64)
         for i, (start, end) in enumerate(windows):
             means[start:end, i] = 1 / (end - start)
         last = [*(a for a in range(rank) if a != axis), axis]

@@ -8,7 +8,7 @@
     x + zeros, x * ones        ->  x                      it does so itself, and a concat is before a quantiser then
     average of a large window  ->  of a smaller one       it refuses windows larger than what they average, which one window covers
     transpose of equal axes    ->  of five axes           in an attention whose heads are as many as its positions it mixes them up
-    x - rows of a table        ->  -(rows - x)            where a row of a table is picked by the result, and quantised, it can't be loaded
+    x - rows of a table        ->  -(rows - x)            where the result picks a row that is quantised then, it can't be loaded; so always
 
 2^-100 leaves every float32 beyond 2^-76 as it is, and nothing else has that few of an ordinary activation's scale.
 """

@@ -190,8 +190,10 @@ def between(first: Run, second: Run) -> Diff:
     captured = (first.history.graphs[0], second.history.graphs[0]) if first.passes or second.passes else None
     found: Aligned = aligned(old, new, captured)
     here = {other: known for known, other in found.nodes.items()}
-    known = {} if first.passes else stand_ins(second.history.graphs[0].nodes, [_replaced(p) for p in second.passes])
-    step = Step("comparison", old, found.graph, states(old, found.graph, {here.get(a, a): here.get(b, b) for a, b in known.items()}))
+    later = {} if first.passes else stand_ins(second.history.graphs[0].nodes, [_replaced(p) for p in second.passes])
+    earlier = {} if second.passes else stand_ins(first.history.graphs[0].nodes, [_replaced(p) for p in first.passes])
+    known = {**{here.get(a, a): here.get(b, b) for a, b in later.items()}, **{b: a for a, b in earlier.items() if a != b}}
+    step = Step("comparison", old, found.graph, states(old, found.graph, known))
     return Diff([step], step, [first, second], {**found.regions, **found.nodes}, sizes)
 
 

