@@ -741,7 +741,7 @@ def test_explain_a_decline(tmp_path: Path) -> None:
 
     folder = compiled(Twice(), (X,), INT8).save(tmp_path / "out")
     reason = "fc_weight is also read by sum_1, not as a weight"
-    assert api.explain(folder, "fc.weight") == [{"pass": "quant.weight_only", "site": "fc_weight", "what": "declined", "why": reason}]
+    assert api.explain(folder, "fc.weight") == [{"pass": "quant.weight_only", "site": "fc  (fc_weight)", "what": "declined", "why": reason}]
 
 
 def test_bench(mlp: fxc.CompiledModel, tmp_path: Path) -> None:
