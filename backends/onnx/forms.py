@@ -46,16 +46,15 @@ def rsub(x: Any, other: Any, alpha: float = 1) -> Any:
 
 def adaptive_avg_pool(x: Any, sizes: Sequence[int]) -> Any:
     """Means over windows; of everything where one number is left per channel, which is a kernel of its own."""
-    if len(x.shape) != len(sizes) + 2:
-        raise NotImplementedError("an adaptive pool of what has no batch")
+    axes, has_batch = range(len(x.shape) - len(sizes), len(x.shape)), len(x.shape) == len(sizes) + 2
     if all(size == 1 for size in sizes):
-        return op.GlobalAveragePool(x)
-    axes = range(len(x.shape) - len(sizes), len(x.shape))
+        return op.GlobalAveragePool(x) if has_batch else op.ReduceMean(x, ints(*axes), keepdims=1)
     lengths = [_length(x, axis) for axis in axes]
     if any(length % size for length, size in zip(lengths, sizes, strict=True)):
         return _means(x, axes, lengths, sizes)
     window = [length // size for length, size in zip(lengths, sizes, strict=True)]
-    return op.AveragePool(x, kernel_shape=window, strides=window)
+    pooled = op.AveragePool(x if has_batch else op.Unsqueeze(x, ints(0)), kernel_shape=window, strides=window)
+    return pooled if has_batch else op.Squeeze(pooled, ints(0))
 
 
 def _means(x: Any, axes: Sequence[int], lengths: Sequence[int], sizes: Sequence[int]) -> Any:

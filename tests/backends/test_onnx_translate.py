@@ -332,6 +332,8 @@ FORMS = {
     "means along a line": lambda x: nn.functional.adaptive_avg_pool1d(x[0], 2),
     "windows that overlap": lambda x: nn.functional.adaptive_avg_pool2d(x, (4, 3)),
     "windows of one number": lambda x: nn.functional.adaptive_avg_pool2d(x, (12, 5)),
+    "means of a volume": lambda x: nn.functional.adaptive_avg_pool3d(x, (2, 2, 1)),
+    "one mean of a volume": lambda x: nn.functional.adaptive_avg_pool3d(x[None], 1),
     "windows of a volume": lambda x: nn.functional.adaptive_avg_pool3d(x, (3, 4, 1)),
     "differences": lambda x: x.diff(dim=2),
     "differences from the start": lambda x: x.diff(dim=1, prepend=x[:, :1] * 0),
