@@ -322,20 +322,13 @@ def _export(call: Call, tensors: list[Tensor], axes: axes_of.Axes, tied: bool) -
     try:
         with quiet():
             return torch.export.export(call.eager, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
-    except GuardOnDataDependentSymNode as error:
-        raise CaptureError(
-            "torch.export can't follow the model",
-            where=raised_at(error),
-            why=f"what the code does there depends on numbers that only a call has: {type(error).__name__}: {_first_line(str(error))}",
-            do="rewrite it with tensor ops (data-dependent branches: torch.where; .item(): keep a tensor), or capture a part",
-        ) from error
     except Exception as error:
-        raise CaptureError(
-            "torch.export can't follow the model",
-            where=raised_at(error),
-            why=f"{type(error).__name__}: {_first_line(str(error))}",
-            do="rewrite what it names so that it also runs on tensors without numbers, as torch.export has them, or capture a part",
-        ) from error
+        why, do = "", "rewrite what it names so that it also runs on tensors without numbers, as torch.export has them, or capture a part"
+        if isinstance(error, GuardOnDataDependentSymNode):
+            why = "what the code does there depends on numbers that only a call has: "
+            do = "rewrite it with tensor ops (data-dependent branches: torch.where; .item(): keep a tensor), or capture a part"
+        told = f"{why}{type(error).__name__}: {_first_line(str(error))}"
+        raise CaptureError("torch.export can't follow the model", where=raised_at(error), why=told, do=do) from error
 
 
 @contextlib.contextmanager

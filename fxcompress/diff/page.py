@@ -13,7 +13,7 @@ from fxcompress.diff import Diff, Run, Step
 from fxcompress.diff.journal import barred, concerned, site_node, swept, verdicts
 from fxcompress.diff.matching import attributes
 from fxcompress.diff.read import model_name
-from fxcompress.diff.recipes import differing
+from fxcompress.diff.recipes import differing, numbered
 from fxcompress.diff.text import NONE, change, decibels, figure, quantity, sqnr
 from fxcompress.history import Graph, History, Node, quantised_share
 from fxcompress.report import BackendReport, Change, Check, Histogram, PassReport
@@ -76,7 +76,8 @@ def _data(diff: Diff, forecasts: Mapping[str, Sequence[PassReport]]) -> dict[str
     texts = _Texts(written["texts"])
     whole = _view(diff.whole, "all", 0, len(graphs) - 1, None, texts)
     views = [_view(s, str(i + 1), i, i + 1, i, texts) for i, s in enumerate(diff.steps)] if is_run else []
-    passes = [_pass(p, s, texts) for p, s in zip(run.passes, diff.steps, strict=True)] if is_run else []
+    labels = numbered(run.passes) if is_run else []
+    passes = [{**_pass(p, s, texts), "label": label} for label, p, s in zip(labels, run.passes, diff.steps, strict=True)] if is_run else []
     here = {} if is_run else {other: known for known, other in diff.was.items()}
     losses = [_losses(diff.runs[0].history, diff.whole.before, {}, texts), _losses(run.history, diff.whole.after, here, texts)]
     would = [{"name": name, "passes": [_done(p, graphs[-1], {}, texts) for p in passes]} for name, passes in forecasts.items()]

@@ -52,15 +52,9 @@ const sqnr = new Map(data.sqnr.map(([name, figure]) => [text(name), figure]));
 const sqnrThere = new Map(data.sqnr_there.map(([name, figure]) => [text(name), figure]));  // of the first, where two are compared
 const was = new Map(data.was.map(([name, other]) => [text(name), text(other)]));
 const now = new Map([...was].map(([name, other]) => [other, name]));
-// A pass that a recipe names again has a number.
-function labelled(list, index) {
-  const before = list.slice(0, index).filter((p) => p.name === list[index].name).length;
-  return before ? `${list[index].name} (${before + 1})` : list[index].name;
-}
-
 const VERDICTS = ["held", "broken", "unverified"];
-const passes = data.passes.map((pass, index) => ({
-  ...pass, label: labelled(data.passes, index),
+const passes = data.passes.map((pass) => ({
+  ...pass,
   declined: pass.declined.map(([site, module, reason]) => ({ site, module, reason })),
   excluded: pass.excluded.map(([site, module, reason]) => ({ site, module, reason })),
   moved: new Map(pass.moved.map(([name, by]) => [text(name), by])),
