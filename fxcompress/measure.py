@@ -28,7 +28,7 @@ def relative_error(old: Tensor, new: Tensor, floor: float = 0.0) -> float:
         return 0.0 if torch.equal(old, new) else float("inf")
     if not old.numel():
         return 0.0
-    if old.is_floating_point() and old.dtype == new.dtype and old.itemsize >= 4:
+    if _is_plain(old, new):
         worst, scale = _apart(old, new)
         if math.isfinite(worst) and scale > 0:
             return worst / max(floor, scale)
@@ -43,6 +43,21 @@ def relative_error(old: Tensor, new: Tensor, floor: float = 0.0) -> float:
     if math.isnan(worst):
         return float("inf")
     return float(worst / scale) if scale > 0 else float(worst)
+
+
+def is_beyond(old: Tensor, new: Tensor, limit: float, floor: float = 0.0) -> bool:
+    """Whether `relative_error` is above the limit; of values far apart no more than a part is looked at."""
+    if old.shape == new.shape and _is_plain(old, new) and old.numel():
+        first = old.reshape(-1)[:TILE], new.reshape(-1)[:TILE]
+        scale = max(floor, math.sqrt(sum(power(tile) for tile in torch.split(old.reshape(-1), TILE)) / old.numel()))
+        if 0 < scale < math.inf and limit * scale < _apart(*first)[0] < math.inf:
+            return True
+    return not relative_error(old, new, floor) <= limit
+
+
+def _is_plain(old: Tensor, new: Tensor) -> bool:
+    """Whether differences are as exact as they have to be in the values' own dtype."""
+    return old.is_floating_point() and old.dtype == new.dtype and old.itemsize >= 4
 
 
 def _apart(old: Tensor, new: Tensor) -> tuple[float, float]:
@@ -102,7 +117,8 @@ def varied(x: Tensor) -> Tensor:
 
 def _size(x: Tensor) -> float:
     """The rms of the finite numbers, 1 if that is 0."""
-    return x[x.isfinite()].double().square().mean().sqrt().item() or 1.0
+    finite = x if math.isfinite(x.sum()) else x[x.isfinite()]
+    return math.sqrt(power(finite) / max(1, finite.numel())) or 1.0
 
 
 class Histograms(NamedTuple):

@@ -640,6 +640,41 @@ def test_a_fault_behind_a_dead_channel_is_broken() -> None:
     assert result.why.endswith("at linear_default_1 where its operands aren't 0, as they are on the probe")
 
 
+@pytest.mark.parametrize("row", [0, 1])
+@pytest.mark.parametrize("is_carried", [True, False])
+def test_a_weight_is_measured_in_what_few_rows_of_a_long_probe_use(row: int, is_carried: bool) -> None:
+    """Two channels trade their sizes; one of them is seen in one row only, which needn't be among those that are compared."""
+    x = seeded(2 * checker.ROWS, 4) * torch.tensor([1.0, 1.0, 1.0, 1e-9])
+    x[row, 3] = 1.0
+    built = Builder(x=x)
+    weight = built.constant("w", seeded(3, 4))
+    first = built.op(aten.mul.Tensor, built.x, 1.0)
+    program = built.program(built.op(aten.linear.default, first, weight))
+    for column, verdicts in ((None, {"held"}), (3, {"broken", "held"})):
+        fault = 2.0 if column is None else torch.where(torch.arange(4) == column, 1.0, 2.0)
+        copy = program.copy()
+        edit, old = Edit(copy), copy.results()[0]
+        with edit.site(old):
+            product, leaf = old.args
+            edit.carry(product, lambda v: v * 0.5)
+            edit.update(product, product.args[0], 0.5)
+            if is_carried:
+                edit.carry(leaf, lambda v: v * 2)
+                edit.fold(leaf, copy.constants["w"] * fault)
+            else:
+                edit.update(old, product, edit.constant("new", copy.constants["w"] * fault, like=old))
+        assert {m.verdict for m in check(copy, edit, Exact(), copy.example)} == verdicts
+
+
+def test_some_rows_of_a_long_probe_tell_a_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    monkeypatch.setattr("fxcompress.contract.relative_error", lambda old, new: rows.append(len(old)) or relative_error(old, new))
+    built = Builder(x=seeded(5, checker.ROWS // 2, 4))
+    program = built.program(built.op(aten.linear.default, built.x, built.constant("w", seeded(3, 4))))
+    assert measured(program, anew, Exact()).verdict == "held"
+    assert rows == [5 * checker.ROWS // 4]
+
+
 @pytest.mark.parametrize("row", [1, 5])
 def test_a_table_is_measured_in_rows_that_the_probe_does_not_read(row: int) -> None:
     built = Builder(x=torch.tensor([1, 2]))

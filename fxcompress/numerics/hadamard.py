@@ -36,11 +36,12 @@ def hadamard(size: int) -> Tensor:
     """H with H H^T = I: [size, size], float64. ValueError for size < 1."""
     if size < 1:
         raise ValueError(f"no matrix has {size} rows")
-    odd, sylvester = size, torch.ones(1, 1, dtype=torch.float64)
-    while (make := _construction(odd)) is None and odd % 2 == 0:
-        odd //= 2
+    halves = [size >> k for k in range((size & -size).bit_length())]
+    core = min((n for n in halves if _construction(n)), default=halves[-1])  # the smaller, the quicker x H is (`Rotation`)
+    sylvester = torch.ones(1, 1, dtype=torch.float64)
+    while len(sylvester) < size // core:
         sylvester = torch.kron(sylvester, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2))
-    return torch.kron(sylvester, (make or hartley)(odd))
+    return torch.kron(sylvester, (_construction(core) or hartley)(core))
 
 
 def hartley(size: int) -> Tensor:

@@ -52,12 +52,16 @@ def excess(x: Tensor, approx: Tensor, format: Format, block: Sequence[int], symm
     eps, greatest = torch.finfo(x.dtype).eps, _greatest_error(x, approx, block)
     half = scale.double() * (1 + 1 / format.qmax) / 2 + eps * torch.maximum(hi, -lo).double()
     is_nearest = (greatest <= half) & (format.kind == "int")
+    ratio = (greatest > 0).double()
     if is_nearest.all():
-        return (greatest > 0).double()
+        return ratio
+    rows = (~is_nearest).reshape(len(x), -1).any(1) if block[:1] == (1,) else slice(None)  # those of channels that are cut are few
+    x, approx, scale, zero = x[rows], approx[rows], scale[rows], None if zero is None else zero[rows]
     allowed = quantisation_error(x, scale, zero, format, block).double() * (2 if format.kind == "float" else 1.01)
     squares, norm = _square_error(x, approx, block), _square_error(x, x.new_zeros(()).expand(x.shape), block)
-    ratio = torch.where(squares == 0, 0, squares / (allowed.sqrt() + eps * norm.sqrt()).square())
-    return torch.where(is_nearest, ratio.clamp(max=1), ratio)
+    lost = torch.where(squares == 0, 0, squares / (allowed.sqrt() + eps * norm.sqrt()).square())
+    ratio[rows] = torch.where(is_nearest[rows], lost.clamp(max=1), lost)
+    return ratio
 
 
 def _greatest_error(reference: Tensor, approx: Tensor, block: Sequence[int]) -> Tensor:
@@ -93,10 +97,10 @@ def static_sqnr(x: Tensor, format: Format, lo: Tensor, hi: Tensor, symmetric: bo
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     span = 2 * torch.maximum(hi, -lo) if symmetric and format.signed else hi - lo
     step = span / (2**format.bits - 1)
-    wide = x.double()
-    outside = (wide - torch.minimum(torch.maximum(wide, lo), hi)).square()
-    noise = (step.square() / 12 + outside).expand(x.shape).sum().item()
-    return decibel(wide.square().sum().item(), noise)
+    rounding = (step.square() / 12).expand(x.shape).sum().item()
+    least, most = x.aminmax() if x.numel() else (lo, hi)
+    clipped = 0.0 if bool((least >= lo).all() and (most <= hi).all()) else power(x.double() - torch.minimum(torch.maximum(x.double(), lo), hi))
+    return decibel(power(x), rounding + clipped)
 
 
 def ideal_sqnr(x: Tensor, format: Format, block: Sequence[int], symmetric: bool) -> float:

@@ -21,6 +21,7 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., n]."""
+        x = x.contiguous()  # else matmul may go row by row
         if self.factors is None:
             return x @ self.matrix.to(x.dtype)
         signs, a, b = (factor.to(x.dtype) for factor in self.factors)

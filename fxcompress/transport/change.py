@@ -87,16 +87,28 @@ def _taken(places: Index, flat: Tensor) -> Tensor:
 
 
 def _mixed(mixes: Sequence[tuple[Index, Rotation]], flat: Tensor) -> Tensor:
+    runs = [(_run(positions), positions, rotation) for positions, rotation in mixes]
+    if [run for run, *_ in runs] == [slice(0, flat.shape[-1])]:
+        return _in_copies(*runs[0][1:], flat)
     flat = flat.clone(memory_format=torch.contiguous_format)
-    for positions, rotation in mixes:
-        first, count = int(positions[0, 0]), positions.size
-        if (positions.ravel() == np.arange(first, first + count)).all():  # neighbours are a view
-            run = flat[..., first : first + count]
-            run.copy_(rotation(run.reshape(*run.shape[:-1], *positions.shape)).reshape(run.shape))
+    for run, positions, rotation in runs:
+        if run:  # a view
+            flat[..., run] = _in_copies(positions, rotation, flat[..., run])
         else:
             at = as_tensor(positions)
             flat[..., at] = rotation(flat[..., at])
     return flat
+
+
+def _run(positions: Index) -> slice | None:
+    """The positions if they are neighbours in order."""
+    first, count = int(positions[0, 0]), positions.size
+    return slice(first, first + count) if (positions.ravel() == np.arange(first, first + count)).all() else None
+
+
+def _in_copies(positions: Index, rotation: Rotation, x: Tensor) -> Tensor:
+    """Neighbours rotated, copy by copy."""
+    return rotation(x.reshape(*x.shape[:-1], *positions.shape)).reshape(x.shape)
 
 
 def _on_slot(x: Tensor, label: Label, act: Callable[[Tensor], Tensor], sizes: Sequence[int]) -> Tensor:

@@ -25,7 +25,7 @@ def test_a_randomised_hadamard_matrix_of_even_parts_has_factors(size: int, seed:
     assert torch.allclose(signs[:, None] * torch.kron(a, b), matrix, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("matrix", [orthogonal(64), mean_keeping(randomised_hadamard(64, 1)), hadamard(128), hadamard(7)])
+@pytest.mark.parametrize("matrix", [orthogonal(64), mean_keeping(randomised_hadamard(64, 1)), hadamard(20), hadamard(7)])
 def test_others_have_none(matrix: Tensor) -> None:
     assert factors(matrix) is None
 
