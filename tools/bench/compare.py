@@ -4,7 +4,8 @@
 
 Needs nncf and openvino (pip install nncf openvino). Models: ResNet, ViT, BERT, a diffusion UNet, DiT and a Llama of transformers and diffusers,
 weights drawn, and the trained classifiers of tools/testbeds. Rivals run a small grid of their own options; the one with the best SQNR on the
-calibration items is kept. Per row, as ratios of fxcompress to the rival:
+calibration items is kept. Sizes are fixed for all (`dynamic={}`), since the files that rivals are given take those of the example only; a file
+for any batch is slower, on OpenVINO by up to a half. Per row, as ratios of fxcompress to the rival:
 
     quantise   captured Program -> finalised Program, against the rival's quantise call on the exported model (CPU seconds)
     to file    nn.Module -> file, each through its own exporter (CPU seconds; peak memory beside it)
