@@ -87,7 +87,7 @@ class Reconstruction:
         rng, compared = torch.Generator().manual_seed(schedule.seed), _compared(piece)
         forward = _Forward(piece, self.program.constants, "trained", learned, schedule.drop)
         optimizer = torch.optim.Adam([{"params": [x.parameter], "lr": x.rate} for x in learned], fused=True)
-        unit, losses = max(self.error(piece), 1e-12), list[float]()
+        unit, losses = max(self.error(piece, {str(x.constant.target): x.settled() for x in learned}), 1e-12), list[float]()
         for i in range(schedule.iterations):
             at = int(torch.randint(len(self.rounded), (), generator=rng))
             values = _mixed(piece, self.before[at], self.rounded[at], schedule.mix, rng)
