@@ -33,6 +33,7 @@ from tests.zoo import (
     noise,
     packed_positions,
     pixel_mask,
+    sam_prompts,
     timestep,
     tokens,
     transformers,
@@ -597,7 +598,23 @@ def _rt_detr() -> tuple[nn.Module, Inputs]:
     return transformers("RTDetrForObjectDetection", LARGE, backbone_config=net, **sizes, **heads, **more)()
 
 
+def _sam2() -> tuple[nn.Module, Inputs]:
+    from transformers import Sam2HieraDetConfig, Sam2VisionConfig
+
+    stages = {"blocks_per_stage": [1, 1, 2, 1], "embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 2, 4, 8]}
+    windows = {"window_size_per_stage": [4, 4, 4, 2], "global_attention_blocks": [3], "window_positional_embedding_background_size": [4, 4]}
+    hiera = Sam2HieraDetConfig(hidden_size=16, image_size=[64, 64], **stages, **windows)
+    features = {"backbone_channel_list": [128, 64, 32, 16], "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}
+    parts = {
+        "vision_config": Sam2VisionConfig(backbone_config=hiera, fpn_hidden_size=32, **features),
+        "prompt_encoder_config": {"hidden_size": 32, "image_size": 64, "mask_input_channels": 8},
+        "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 4, "iou_head_hidden_dim": 32},
+    }
+    return transformers("Sam2Model", sam_prompts, **parts)()
+
+
 DENSE: dict[str, Builder] = {
+    "sam2": _sam2,
     "depth_anything": _depth_anything,
     "upernet": _upernet,
     "yolos": transformers("YolosForObjectDetection", PIXELS, **{**IMAGE, "image_size": [32, 32]}, num_detection_tokens=5),

@@ -9,7 +9,7 @@ import torch
 
 import fxcompress as fxc
 from fxcompress.calibrate.feed import Items
-from tests.passes.helpers import zoo
+from tests.held_out import HELD_OUT
 from tests.zoo import ZOO
 from tools.ptq4sam import Judge, plant, recipe
 from tools.ptq4sam_elsewhere import trained
@@ -61,10 +61,11 @@ def test_adaptive_codes_lose_less_of_the_products_than_even_steps(natural: Judge
     assert figures(natural, "keys", "softmax")["A V"] >= figures(natural, "keys")["A V"]
 
 
-@pytest.mark.parametrize("name", ["sam", "vit", "detr", "dit", "llama"])
+@pytest.mark.parametrize("name", ["sam", "sam2", "vit", "detr", "dit", "llama"])
 def test_other_models_as_integers(name: str) -> None:
-    example = fxc.Inputs.of(ZOO[name]()[1])
-    made = fxc.compile(zoo(name), trained(2), calibration=Items([example, example, example]))
+    model, inputs = (ZOO.get(name) or HELD_OUT[name])()
+    example = fxc.Inputs.of(inputs)
+    made = fxc.compile(model, trained(2), example_inputs=example, calibration=Items([example, example, example]))
     assert {p.name: p.fired for p in made.report.passes}["softmax.adaptive"] > 0
     assert made.report.output_sqnr is not None
     assert made.report.output_sqnr > 20

@@ -192,7 +192,7 @@ class VaeDecoder(nn.Module):
         return self.decoder(self.post_quant_conv(latents))
 
 
-def _sam_prompts() -> Inputs:
+def sam_prompts() -> Inputs:
     """Two points and a box for each of two masks an image, in pixels."""
     corner = torch.tensor([8.0, 10.0]) + 6 * torch.rand(BATCH, 2, 2)
     return {
@@ -265,7 +265,7 @@ def _sam() -> tuple[nn.Module, Inputs]:
     prompt = {"hidden_size": 32, "image_size": 64, "patch_size": 8, "mask_input_channels": 8}
     masks = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 4, "iou_head_hidden_dim": 32}
     configs = {"vision_config": {**vision, **more}, "prompt_encoder_config": prompt, "mask_decoder_config": masks}
-    return transformers("SamModel", _sam_prompts, **configs)()
+    return transformers("SamModel", sam_prompts, **configs)()
 
 
 ZOO: dict[str, Builder] = {
