@@ -41,6 +41,7 @@ LOOKS = 10  # parts of a schedule whose mean losses are compared to stop early
 
 Values = dict[fx.Node, Any]
 Form = Literal["float", "rounded", "trained"]
+_Step = Callable[["_Values", torch.Generator | None], Any]  # a node's value from those before it
 
 
 @dataclass(frozen=True)
@@ -144,42 +145,47 @@ class _Forward:
         self.piece, self.form, self.learned, self.drop = piece, form, learned, drop
         self.fixed = _Values({}, constants)
         stand_ins = {x.node for x in learned}
-        varying, self.steps = {*piece.inputs, *stand_ins}, list[fx.Node]()
+        varying, steps = {*piece.inputs, *stand_ins}, dict[fx.Node, _Step]()
         with torch.no_grad():
             for node in (n for n in piece.nodes if n not in stand_ins and not self._is_skipped(n)):
+                step = self._step(node)
                 if varying.isdisjoint(_read(node, form)):
-                    self.fixed[node] = self._value(node, self.fixed, None)
+                    self.fixed[node] = step(self.fixed, None)
                 else:
                     varying.add(node)
-                    self.steps.append(node)
-        self.last = last_uses(self.steps, lambda n: _read(n, form))
+                    steps[node] = step
+        last = last_uses(list(steps), lambda n: _read(n, form))
+        self.steps = [(n, step, [d for d in last.get(n, ()) if d in steps and d not in piece.outputs]) for n, step in steps.items()]
 
     def __call__(self, values: Values, rng: torch.Generator | None = None) -> Values:
         """The outputs."""
-        made, outputs = set(self.steps), set(self.piece.outputs)
         env = _Values(self.fixed, self.fixed.constants)
         env.update({n: values[n] for n in self.piece.inputs})
         env.update({x.node: x.value() for x in self.learned})
-        for node in self.steps:
-            env[node] = self._value(node, env, rng)
-            for dead in self.last.get(node, ()):
-                if dead in made and dead not in outputs:
-                    del env[dead]
+        for node, step, dead in self.steps:
+            env[node] = step(env, rng)
+            for done in dead:
+                del env[done]
         return {n: env[n] for n in self.piece.outputs}
 
     def _is_skipped(self, node: fx.Node) -> bool:
         return self.form != "rounded" and node.target is QUANTIZE and all(u.target is DEQUANTIZE for u in node.users)
 
-    def _value(self, node: fx.Node, env: _Values, rng: torch.Generator | None) -> Any:
+    def _step(self, node: fx.Node) -> _Step:
         pair = pair_of(node) if self.form != "rounded" else None
         if pair is None:
-            return _evaluated(node, env)
+            return lambda env, _: _evaluated(node, env)
         value, scale, zero, name, block = pair
-        if self.form == "float" or format_of(name).bits > WIDE:
-            return env[value]
-        x = env[value]
-        kept = _chance(x, self.drop, rng) if self.drop and rng is not None else None
-        return fake_quantize(x, env[scale], None if zero is None else env[zero], format_of(name), block, kept)
+        format = format_of(name)
+        if self.form == "float" or format.bits > WIDE:
+            return lambda env, _: env[value]
+
+        def quantised(env: _Values, rng: torch.Generator | None) -> Tensor:
+            x = env[value]
+            kept = _chance(x, self.drop, rng) if self.drop and rng is not None else None
+            return fake_quantize(x, env[scale], None if zero is None else env[zero], format, block, kept)
+
+        return quantised
 
 
 class _Values(Values):
