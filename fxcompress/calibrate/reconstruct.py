@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -64,7 +65,7 @@ class Schedule:
 
 
 class Reconstruction:
-    """Walks a program's float and quantised forms side by side, piece by piece: `enter`, perhaps `train`, `leave`.
+    """Walks a program's float and quantised forms side by side, piece by piece: `enter`, perhaps `train`, then `improve` or `leave`.
 
     items: flat inputs, read once. The float form is the program without its quantisers, with the constants it has now.
     """
@@ -80,15 +81,17 @@ class Reconstruction:
         self.before = self.floats
         self.floats = self._through(piece, self.before, _Forward(piece, self.constants, "float"))
 
-    def train(self, piece: Piece, learned: Sequence[Learned], schedule: Schedule, tell: Callable[[int], None] = lambda _: None) -> int:
+    def train(
+        self, piece: Piece, learned: Sequence[Learned], schedule: Schedule, before: float, tell: Callable[[int], None] = lambda _: None
+    ) -> int:
         """Train; gives the iterations that were run. What is learned stays in `learned`; the program isn't changed.
 
-        Raises Undifferentiable where the gradient of an op of the piece isn't known.
+        before: the piece's error so far, the unit of the loss. Raises Undifferentiable where the gradient of an op of the piece isn't known.
         """
         rng, compared = torch.Generator().manual_seed(schedule.seed), _compared(piece)
         forward = _Forward(piece, self.program.constants, "trained", learned, schedule.drop)
         optimizer = torch.optim.Adam([{"params": [x.parameter], "lr": x.rate} for x in learned], fused=True)
-        unit, losses = max(self.error(piece, {str(x.constant.target): x.settled() for x in learned}), 1e-12), list[float]()
+        unit, losses = max(before, 1e-12), list[float]()
         for i in range(schedule.iterations):
             at = int(torch.randint(len(self.rounded), (), generator=rng))
             values = _mixed(piece, self.before[at], self.rounded[at], schedule.mix, rng)
@@ -103,17 +106,27 @@ class Reconstruction:
                     break
         return len(losses)
 
-    def error(self, piece: Piece, changed: Mapping[str, Tensor] | None = None) -> float:
-        """Σ over the outputs of |f̂(x̂) - f(x)|² / |f(x)|², mean over the items. changed: constants in place of those the program has."""
-        forward, total = _Forward(piece, {**self.program.constants, **(changed or {})}, "rounded"), 0.0
+    def error(self, piece: Piece) -> float:
+        """Σ over the outputs of |f̂(x̂) - f(x)|² / |f(x)|², mean over the items."""
+        forward = _Forward(piece, self.program.constants, "rounded")
         with torch.no_grad():
-            for i in range(len(self.rounded)):
-                total += float(_relative(self.floats[i], forward(self.rounded[i]), _compared(piece)))
-        return total / len(self.rounded)
+            return self._off(piece, (forward(self.rounded[i]) for i in range(len(self.rounded))))
+
+    def improve(self, piece: Piece, changed: Mapping[str, Tensor], before: float) -> float:
+        """Leave the piece with other constants if its error, which is given, is then less than `before`; else the walk stays where it is."""
+        rounded = self._through(piece, self.rounded, _Forward(piece, {**self.program.constants, **changed}, "rounded"))
+        after = self._off(piece, (rounded[i] for i in range(len(rounded))))
+        if after < before:
+            self.rounded = rounded
+        return after
 
     def leave(self, piece: Piece) -> None:
         """Compute what the quantised piece gives, with the constants the program has now."""
         self.rounded = self._through(piece, self.rounded, _Forward(piece, self.program.constants, "rounded"))
+
+    def _off(self, piece: Piece, found: Iterable[Values]) -> float:
+        compared = _compared(piece)
+        return fmean(float(_relative(self.floats[i], values, compared)) for i, values in enumerate(found))
 
     def _through(self, piece: Piece, shelf: _Shelf, forward: _Forward) -> _Shelf:
         self.done.update(piece.nodes)

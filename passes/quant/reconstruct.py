@@ -74,27 +74,31 @@ class Reconstruct(Transform):
         for number, piece in enumerate(parts):
             learned = list(self._learned(piece, on, declined))
             walk.enter(piece)
-            if learned and (reject := self._trained(walk, piece, learned, on.kept, partial(clock, number), edit)):
+            reject = self._trained(walk, piece, learned, on.kept, partial(clock, number), edit)
+            if reject:
                 declined.update({x.node.name: reject for x in learned})
-            walk.leave(piece)
+                walk.leave(piece)
         return declined
 
     def _trained(
         self, walk: Reconstruction, piece: Piece, learned: Sequence[Learned], kept: Kept, tell: Callable[[int], None], edit: Edit
     ) -> Reject | None:
-        """Train a piece and store what is better; why it stays as it was."""
+        """Train a piece, store what is better and leave it; or why it stays as it was."""
+        if not learned:
+            return Reject("nothing of its block is trained")
+        before = walk.error(piece)
         try:
-            settled = self._settled(walk, piece, learned, kept, tell)
+            settled = self._settled(walk, piece, learned, before, kept, tell)
         except Undifferentiable as error:
             return Reject("its block can't be trained: {}", str(error))
-        before, after = walk.error(piece), walk.error(piece, settled)
+        after = walk.improve(piece, settled, before)
         if not after < before:
             return Reject("the squared error of its block would go from {} to {}", f"{before:.3g}", f"{after:.3g}")
         _store(learned, settled, edit, f"of a block whose squared error goes from {before:.3g} to {after:.3g}")
         return None
 
     def _settled(
-        self, walk: Reconstruction, piece: Piece, learned: Sequence[Learned], kept: Kept, tell: Callable[[int], None]
+        self, walk: Reconstruction, piece: Piece, learned: Sequence[Learned], before: float, kept: Kept, tell: Callable[[int], None]
     ) -> dict[str, Tensor]:
         """The trained constants by name; those of a run that was cut short, if it had come so far."""
         o, last = self.options, piece.nodes[-1].name
@@ -102,7 +106,7 @@ class Reconstruct(Transform):
         settled = kept.get(key)
         if settled is None:
             seed = zlib.crc32(f"{o.seed} {last}".encode())
-            walk.train(piece, learned, Schedule(o.iterations, penalty=o.penalty, drop=o.drop, mix=o.mix, seed=seed), tell)
+            walk.train(piece, learned, Schedule(o.iterations, penalty=o.penalty, drop=o.drop, mix=o.mix, seed=seed), before, tell)
             settled = {str(x.constant.target): x.settled() for x in learned}
             kept.put(key, settled)
         return settled

@@ -99,9 +99,23 @@ class TestForms:
         error = walk.error(parts[0])
         assert 0 < error < 1e-2
         assert walk.error(parts[0]) == error
+
+    def test_other_constants_are_kept_where_they_lower_the_error(self) -> None:
+        after, parts, items = prepared(zoo("vit"))
+        walk = Reconstruction(after, items)
+        walk.enter(parts[0])
         node = next(n for n in parts[0].nodes if (p := pair_of(n)) and after.constant(p.value) is not None)
         name = str(node.args[0].args[0].target)  # type: ignore[union-attr]
-        assert walk.error(parts[0], {name: after.constants[name] * 0.5}) > 10 * error
+        error, given = walk.error(parts[0]), walk.rounded
+        worse = walk.improve(parts[0], {name: after.constants[name] * 0.5}, error)
+        assert worse > 10 * error
+        assert walk.rounded is given
+        assert walk.improve(parts[0], {}, worse) == error
+        out = parts[0].outputs[-1]
+        found = walk.rounded[0][out]
+        walk.rounded = given
+        walk.leave(parts[0])
+        assert torch.equal(walk.rounded[0][out], found)
 
 
 class TestTraining:
@@ -114,13 +128,13 @@ class TestTraining:
         (learned,) = roundings(after, parts[0])
         assert isinstance(learned, Rounding)
         nearest = walk.error(parts[0])
-        walk.train(parts[0], [learned], Schedule(600, drop=0, mix=0))
-        found = walk.error(parts[0], {"weight": learned.settled()})
+        walk.train(parts[0], [learned], Schedule(600, drop=0, mix=0), nearest)
+        found = walk.improve(parts[0], {"weight": learned.settled()}, 0.0)
         best = float("inf")
         for up in itertools.product([-1.0, 1.0], repeat=6):
             with torch.no_grad():
                 learned.parameter.copy_(torch.tensor([up]))
-            best = min(best, walk.error(parts[0], {"weight": learned.settled()}))
+            best = min(best, walk.improve(parts[0], {"weight": learned.settled()}, 0.0))
         assert best < 0.5 * nearest
         assert found <= 1.05 * best
 
@@ -131,7 +145,7 @@ class TestTraining:
             learned = roundings(after, piece)
             walk.enter(piece)
             before = walk.error(piece)
-            walk.train(piece, learned, Schedule(150))
+            walk.train(piece, learned, Schedule(150), before)
             settle(after, learned)
             assert walk.error(piece) < before
             assert walk.error(piece) == walk.error(piece)
@@ -144,7 +158,7 @@ class TestTraining:
             walk = Reconstruction(after, items)
             walk.enter(parts[0])
             learned = roundings(after, parts[0])
-            walk.train(parts[0], learned, Schedule(40, seed=seed))
+            walk.train(parts[0], learned, Schedule(40, seed=seed), walk.error(parts[0]))
             found.append(torch.cat([x.settled().flatten() for x in learned]))
         assert torch.equal(found[0], found[1])
         assert not torch.equal(found[0], found[2])
@@ -153,7 +167,7 @@ class TestTraining:
         after, parts, items = prepared(zoo("vit"), weights="int4/channel")
         walk, before, state = Reconstruction(after, items), dict(after.constants), torch.get_rng_state()
         walk.enter(parts[0])
-        walk.train(parts[0], roundings(after, parts[0]), Schedule(10))
+        walk.train(parts[0], roundings(after, parts[0]), Schedule(10), walk.error(parts[0]))
         assert all(after.constants[k] is v for k, v in before.items())
         assert torch.equal(torch.get_rng_state(), state)
 
@@ -165,6 +179,6 @@ class TestTraining:
         value = after.constant(scale)
         assert value is not None
         done: list[int] = []
-        count = walk.train(parts[0], [Scale(scale, value, 1e-3)], Schedule(4000, drop=0, mix=0), done.append)
+        count = walk.train(parts[0], [Scale(scale, value, 1e-3)], Schedule(4000, drop=0, mix=0), walk.error(parts[0]), done.append)
         assert count < 4000
         assert done[-1] == count
