@@ -282,9 +282,10 @@ def _error(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _chance(x: Tensor, share: float, rng: torch.Generator) -> Tensor:
-    """True with a probability, to 1/256, at each place of x. Bytes cut from long integers: ten times as fast as bernoulli_."""
+    """True with a probability, in steps of 1/256 and at least one, at each place of x. Bytes cut from long integers: ten times as fast as
+    bernoulli_."""
     drawn = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None, generator=rng)
-    return (drawn.view(torch.uint8)[: x.numel()] < round(256 * share)).view(x.shape)
+    return (drawn.view(torch.uint8)[: x.numel()] <= max(round(256 * share), 1) - 1).view(x.shape)
 
 
 def _mixed(piece: Piece, floats: Values, rounded: Values, share: float, rng: torch.Generator) -> Values:

@@ -118,6 +118,13 @@ class TestForms:
         assert torch.equal(walk.rounded[0][out], found)
 
 
+@pytest.mark.parametrize("share", [1e-6, 0.1, 0.5, 1.0])
+def test_chances_are_what_they_say_to_a_byte(share: float) -> None:
+    found = reconstruct._chance(torch.empty(3, 70001), share, torch.Generator().manual_seed(0))
+    assert found.shape == (3, 70001)
+    assert float(found.double().mean()) == pytest.approx(max(share, 1 / 256), abs=0.004)
+
+
 class TestTraining:
     def test_finds_the_best_of_all_roundings(self) -> None:
         correlated = seeded(64, 1) + 0.1 * seeded(64, 6, seed=1)
