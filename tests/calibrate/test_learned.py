@@ -62,20 +62,21 @@ class TestRounding:
         weight = ((learned.floor + h + zero).clamp(grid.qmin, grid.qmax) - zero) * learned.scale
         wanted = (weight * seeded(6, 12, seed=2)).sum() + 1 - (2 * h - 1).abs().pow(3.5).mean()
         wanted.backward()
-        found = (learned.value() * seeded(6, 12, seed=2)).sum() + learned.penalty(3.5)
-        found.backward()
-        torch.testing.assert_close(found, wanted)
+        value = learned.value()
+        learned.parameter.grad = learned.pull(3.5)
+        (value * seeded(6, 12, seed=2)).sum().backward()
+        torch.testing.assert_close(value, weight)
         torch.testing.assert_close(learned.parameter.grad, free.grad)
 
-    def test_penalty_is_least_where_all_is_whole_and_says_which_way(self) -> None:
+    def test_what_is_soft_is_pulled_to_whole_codes_and_what_is_whole_stays(self) -> None:
         learned, *_ = rounding(seeded(6, 12))
-        assert 0 < float(learned.penalty(2.0)) <= 1
         assert learned.soft() > 0.9
-        learned.penalty(2.0).backward()
-        assert bool((learned.parameter.grad * learned.parameter <= 0).all())  # type: ignore[operator]
+        pull = learned.pull(2.5)
+        assert bool((pull * learned.parameter <= 0).all())
+        assert float(pull.abs().max()) > 0
         with torch.no_grad():
             learned.parameter.copy_(8 * seeded(6, 12).sign())
-        assert float(learned.penalty(2.0)) == 0
+        assert not bool(learned.pull(2.5).any())
         assert learned.soft() == 0
         assert torch.equal(learned.value(), learned.settled())
 
@@ -88,7 +89,7 @@ class TestOthers:
             scale.parameter.fill_(0.1)
         assert torch.allclose(scale.settled() / torch.tensor([0.5, 2.0]), torch.tensor(0.1).exp())
         assert not scale.settled().requires_grad
-        assert scale.penalty(2.0) is None
+        assert scale.pull(2.5) is None
 
     def test_a_bias_moves_in_its_own_size_and_from_zero(self) -> None:
         for size in (1e-2, 10.0):

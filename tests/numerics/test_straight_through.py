@@ -6,7 +6,7 @@ import torch
 from fxcompress.numerics.affine import dequantize, quantize
 from fxcompress.numerics.blocks import scale_shape
 from fxcompress.numerics.formats import format_of
-from fxcompress.numerics.straight_through import fake_quantize
+from fxcompress.numerics.straight_through import fake_quantize, keep
 
 CASES = [("int4", None), ("uint4", 5), ("int2", None), ("int8", 3)]
 
@@ -65,3 +65,23 @@ def test_gradients_come_in_the_dtypes_of_their_tensors():
     x, scale = torch.randn(2, 8, dtype=torch.float16, requires_grad=True), torch.ones(2, 1, requires_grad=True)
     fake_quantize(x, scale, None, format_of("int4"), (1, -1)).sum().backward()
     assert (x.grad.dtype, scale.grad.dtype) == (torch.float16, torch.float32)
+
+
+def test_what_is_kept_passes_as_it_is_and_moves_no_scale():
+    format = format_of("uint4")
+    x, scale, z, weight = problem(format, 5)
+    kept = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    y = fake_quantize(x, scale, z, format, (1, 16), kept)
+    assert torch.equal(y, torch.where(kept, x, fake_quantize(x, scale, z, format, (1, 16))))
+    got = grads(lambda a, s: fake_quantize(a, s, z, format, (1, 16), kept), x, scale, weight)
+    expected = grads(lambda a, s: torch.where(kept, a, by_autograd(format, 5, a, s)), x, scale, weight)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_keep_is_where_bit_for_bit(dtype):
+    new, old = (torch.randn(40, 7, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
+    new[0], old[1:3, :3] = float("inf"), torch.tensor([float("-inf"), float("nan"), -0.0], dtype=dtype)
+    kept = torch.rand(40, 7, generator=torch.Generator().manual_seed(2)) < 0.5
+    wanted = torch.where(kept, old, new)
+    assert torch.equal(keep(new, kept, old).view(torch.uint8), wanted.view(torch.uint8))

@@ -182,7 +182,7 @@ class TestDeclined:
 class TestFaults:
     def test_soft_rounding_left_behind(self, program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Rounding, "settled", lambda self: self.value().detach())
-        monkeypatch.setattr(Rounding, "penalty", lambda self, power: None)
+        monkeypatch.setattr(Rounding, "pull", lambda self, power: None)
         after, report = run(program, iterations=30)
         assert report.fired
         assert not all(_is_on_grid(weight, scale) for weight, scale, _ in _weights(after))
