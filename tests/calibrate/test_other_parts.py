@@ -38,9 +38,12 @@ class Mask(Learned):
     def value(self) -> Tensor:
         return self.weight * self.parameter.sigmoid()
 
-    def penalty(self, power: float) -> Tensor:
-        kept = self.parameter.sigmoid()
-        return 1 - (2 * kept - 1).abs().pow(power).mean() + 10 * (kept.mean() - 0.5).square()
+    def pull(self, power: float) -> Tensor:
+        v = self.parameter.detach().requires_grad_()
+        kept = v.sigmoid()
+        ((2 * kept - 1).abs().pow(power).mean().neg() + 10 * (kept.mean() - 0.5).square()).backward()
+        assert v.grad is not None
+        return v.grad
 
     def settled(self) -> Tensor:
         v = self.parameter.detach()
@@ -81,11 +84,11 @@ def test_a_mask_is_better_than_the_greatest_weights() -> None:
     walk, piece = alone(program)
     leaf = next(n for n in program.graph.nodes if n.op == "get_attr")
     mask = Mask(leaf, program.constants["weight"])
-    greatest = walk.error(piece, {"weight": mask.settled()})
-    walk.train(piece, [mask], Schedule(800, drop=0, mix=0))
+    greatest = walk.improve(piece, {"weight": mask.settled()}, 0.0)
+    walk.train(piece, [mask], Schedule(800, drop=0, mix=0), greatest)
     settled = mask.settled()
     assert int((settled != 0).sum()) == settled.numel() // 2
-    assert walk.error(piece, {"weight": settled}) < 0.8 * greatest
+    assert walk.improve(piece, {"weight": settled}, 0.0) < 0.8 * greatest
 
 
 def test_a_low_rank_part_makes_up_for_rounding() -> None:
@@ -94,7 +97,7 @@ def test_a_low_rank_part_makes_up_for_rounding() -> None:
     walk.enter(piece)
     (nearest,) = roundings(after, piece)
     part, before = LowRank(nearest.node, nearest.settled(), nearest.constant), walk.error(piece)
-    walk.train(piece, [part], Schedule(400, drop=0, mix=0))
+    walk.train(piece, [part], Schedule(400, drop=0, mix=0), before)
     wanted, found = F.linear(CORRELATED, seeded(8, WIDTH, seed=3)), F.linear(CORRELATED, part.settled())
     assert walk.error(piece) == before
     assert float((found - wanted).square().sum() / wanted.square().sum()) < 0.1 * before
