@@ -6,8 +6,9 @@ A cone is everything a value is computed from; it is constant if no input and no
 sizes have neither). Each maximal one becomes a constant. Legal because ops are functions of their arguments: those that draw random
 numbers (a dropout that is switched off doesn't) or leave memory as it was found are not. Weight-side quantisers (fxc::) stay, or the weight
 would be float again. Exact, bit for bit. Costs file size where the result is larger than the constants it replaces, which are those read by
-nothing else; past 1 MiB and four times their size the cone is declined, and the largest cones inside it are folded in its place. Source:
-constant folding as in any compiler.
+nothing else; past 1 MiB and four times their size the cone is declined, and the largest cones inside it are folded in its place. So is one
+that only repeats numbers, as a batch of fixed size does with a table of positions: runtimes unfold those as they load. Source: constant
+folding as in any compiler.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.contract import Exact
+from fxcompress.dataflow import is_move
 from fxcompress.edit import Edit
 from fxcompress.interpret import walk
 from fxcompress.program import Program, module_path
 from fxcompress.rewrite import Context, Reject, Transform
 
 MUCH, TIMES = 2**20, 4  # bytes, and how often the constants that go
+REPEATED = 2**14  # bytes that repeating numbers may add
+REPEATS = frozenset((torch.ops.aten.expand, torch.ops.aten.expand_as, torch.ops.aten.repeat, torch.ops.aten.repeat_interleave))
 UNDEFINED = ("empty", "new_empty", "empty_like", "empty_strided", "empty_permuted")
 
 
@@ -97,7 +101,20 @@ def _reason_to_stay(root: fx.Node, program: Program, constant: Mapping[fx.Node, 
     made, gone = _bytes(value), sum(_bytes(program.constants[str(n.target)]) for n in _only_read_in(_cone(root)))
     if made > MUCH and made > TIMES * gone:
         return Reject("{} would store {:.1f} MiB in place of {:.1f} MiB", root, made / 2**20, gone / 2**20)
+    if made - (once := _bytes(_without_repeats(root).meta["val"])) > REPEATED:
+        return Reject("{} only repeats numbers: it would store {:.0f} KiB in place of {:.0f} KiB", root, made / 2**10, once / 2**10)
     return None
+
+
+def _without_repeats(node: fx.Node) -> fx.Node:
+    """What a node's numbers are moved and repeated from."""
+    while _packet(node) in REPEATS or (node.all_input_nodes and is_move(node)):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
 
 
 def _cone(root: fx.Node) -> dict[fx.Node, None]:

@@ -98,16 +98,22 @@ def test_random_numbers_stay() -> None:
     assert declined(report) == []
 
 
+SIZES = {"M": BIG, "K": 2**13}
 REFUSED: dict[str, tuple[Callable[..., Tensor], str, str]] = {
     "larger": (lambda x, w: x + w[:1].expand(BIG), "expand", "expand would store 2.0 MiB in place of 0.0 MiB"),
     "from literals": (lambda x, w: x + w[0] + torch.arange(BIG), "arange", "arange would store 4.0 MiB in place of 0.0 MiB"),
+    "repeated": (
+        lambda x, w: x.view(2**12, 2) + w.exp().repeat(2**12, 1).reshape(2**12, 2),
+        "reshape",
+        "reshape only repeats numbers: it would store 32 KiB in place of 0 KiB",
+    ),
     "output": (lambda x, w: [x, w * 2], "mul", "mul is an output: the program would hand out the constant itself"),
 }
 
 
 @pytest.mark.parametrize(("body", "site", "reason"), [pytest.param(*c, id=i) for i, c in REFUSED.items()])
 def test_refuses(body: Callable[..., Tensor], site: str, reason: str) -> None:
-    before = function(body, seeded(BIG) if "MiB" in reason else seeded(2), w=seeded(2))
+    before = function(body, seeded(SIZES.get(reason.partition("iB")[0][-1], 2)), w=seeded(2))
     after, report = run(before, "tidy.fold_constants")
     assert (site, reason) in declined(report)
     assert len(declined(report)) == 1
@@ -128,7 +134,7 @@ def test_a_second_copy_of_a_large_weight_is_declined() -> None:
 
 @pytest.mark.parametrize(("times", "fired"), [(4, 1), (5, 0)])
 def test_up_to_four_times_what_goes_may_be_stored(times: int, fired: int) -> None:
-    before = function(lambda x, w: x + w.repeat(times), seeded(times * BIG), w=seeded(BIG), dynamic=False)
+    before = function(lambda x, w: x + torch.cat([w] * times), seeded(times * BIG), w=seeded(BIG), dynamic=False)
     _, report = run(before, "tidy.fold_constants")
     assert report.fired == fired
 
