@@ -5,6 +5,7 @@ Called by torch.onnx while it translates: arguments are values of the graph bein
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -141,7 +142,16 @@ def _length(x: Any, dim: int) -> int:
     return length
 
 
+def gelu(x: Any, approximate: str = "none") -> Any:
+    """x Φ(x), in the order of products in which ONNX Runtime finds it, and has one kernel for it; torch.onnx halves the other factor."""
+    if approximate == "tanh":
+        cubic = op.Add(x, op.Mul(_like(0.044715, x), op.Pow(x, _like(3.0, x))))
+        return op.Mul(op.Mul(x, _like(0.5, x)), op.Add(op.Tanh(op.Mul(cubic, _like(math.sqrt(2 / math.pi), x))), _like(1.0, x)))
+    return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, _like(math.sqrt(2), x))), _like(1.0, x))), _like(0.5, x))
+
+
 FORMS: Mapping[Any, Any] = {
+    aten.gelu.default: gelu,
     aten.scaled_dot_product_attention.default: attention,
     aten.masked_fill.Scalar: masked_fill,
     aten.repeat_interleave.self_int: repeat_interleave,

@@ -30,6 +30,7 @@ from fxcompress.backends.onnx.bind import FLOAT_KERNEL, INT8_KERNEL, bind
 from fxcompress.backends.onnx.blocks import GROUPS
 from fxcompress.backends.onnx.elsewhere import check_other_sizes
 from fxcompress.backends.onnx.files import read_graph, write_model
+from fxcompress.backends.onnx.norms import part_norms
 from fxcompress.backends.onnx.outline import QUANTIZE, outline
 from fxcompress.backends.onnx.parity import end_to_end, site_by_site
 from fxcompress.backends.onnx.rotary import fuse_rotary
@@ -101,6 +102,7 @@ class OnnxRuntimeBackend(Backend):
         fuse_rotary(skeleton.model)
         bound = bind(skeleton, program.constants, level)
         merge_siblings(bound.model)
+        part_norms(bound.model)
         bound.model.metadata_props[IN_FLOAT] = json.dumps(bound.in_float)
         return Lowered(bound.model, bound.in_float)
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fxcompress.backends.onnx.files import read_graph
+from fxcompress.backends.onnx.session import OnnxSession
+from fxcompress.program import Program
 from tests.backends.onnx_helpers import EXACT, LIMIT, error, ops, program_of, quantised
 
 
@@ -134,3 +141,50 @@ def test_products_of_other_formats_or_tied_weights_stay_alone():
     model = Products()
     model.c.weight = model.a.weight
     assert ops(_coded(program_of(model, *inputs), {"a": "uint4", "b": "uint4"})).count("MatMulNBits") == 3
+
+
+class Block(nn.Module):
+    """A residual sum under a norm, before (pre) or after the sum is read again, and a gelu."""
+
+    def __init__(self, approximate: str = "none", reads_again: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(16).to(dtype), nn.Linear(16, 16).to(dtype)
+        self.gelu, self.reads_again = nn.GELU(approximate), reads_again
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        both = x + self.layer(y)
+        return self.gelu(self.norm(both)) + (both if self.reads_again else x)
+
+
+def _run_as(program: Program, folder: Path) -> Counter[str]:
+    """Ops of the graph that ONNX Runtime makes of the program."""
+    EXACT.write(program, folder)
+    OnnxSession(read_graph(folder), folder, optimized=folder / "optimized.onnx")
+    return Counter(n.op_type for n in onnx.load(folder / "optimized.onnx", load_external_data=False).graph.node)
+
+
+@pytest.mark.parametrize("reads_again", [False, True])
+@pytest.mark.parametrize(("approximate", "kernel"), [("none", "Gelu"), ("tanh", "FastGelu")])
+def test_a_gelu_is_one_kernel_and_a_norm_stays_apart_from_the_sum_before_it(approximate, kernel, reads_again, tmp_path):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 5, 16), torch.randn(2, 5, 16)]
+    program = program_of(Block(approximate, reads_again), *inputs)
+    found = _run_as(program, tmp_path)
+    assert (found[kernel], found["LayerNormalization"], found["SkipLayerNormalization"]) == (1, 1, 0)
+    assert found.keys().isdisjoint({"Erf", "Tanh", "Pow"})
+    assert error(program, inputs) < LIMIT
+
+
+def test_a_gelu_of_doubles_has_no_kernel_and_the_same_numbers():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 5, 16, dtype=torch.float64), torch.randn(2, 5, 16, dtype=torch.float64)]
+    program = program_of(Block("tanh", dtype=torch.float64), *inputs)
+    assert error(program, inputs) < LIMIT
+
+
+def test_a_bias_in_front_of_a_norm_stays_with_its_product(tmp_path):
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 5, 16)]
+    program = program_of(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)), *inputs)
+    assert _run_as(program, tmp_path).keys().isdisjoint({"Sum", "SkipLayerNormalization"})
+    assert error(program, inputs) < LIMIT
