@@ -34,6 +34,7 @@ from fxcompress.backends.onnx.norms import part_norms
 from fxcompress.backends.onnx.outline import QUANTIZE, outline
 from fxcompress.backends.onnx.parity import end_to_end, site_by_site
 from fxcompress.backends.onnx.rotary import fuse_rotary
+from fxcompress.backends.onnx.scales import take_up_scales
 from fxcompress.backends.onnx.session import OnnxSession
 from fxcompress.backends.onnx.siblings import AND, merge_siblings
 from fxcompress.backends.onnx.sites import in_logs, quantised_sites, share
@@ -103,6 +104,7 @@ class OnnxRuntimeBackend(Backend):
         bound = bind(skeleton, program.constants, level)
         merge_siblings(bound.model)
         part_norms(bound.model)
+        take_up_scales(bound.model)
         bound.model.metadata_props[IN_FLOAT] = json.dumps(bound.in_float)
         return Lowered(bound.model, bound.in_float)
 
