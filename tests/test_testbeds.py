@@ -1,5 +1,4 @@
 import itertools
-import json
 import math
 import subprocess
 from dataclasses import replace
@@ -15,7 +14,7 @@ from fxcompress.evaluate import accuracy, mean_average_precision, recall, step_s
 from fxcompress.interpret import run as interpret
 from fxcompress.signature import Inputs
 from tools.demo_diffusion import STEPS, ClassPipeline
-from tools.testbeds import TESTBEDS, Loaded, classify, denoise, detect, fashion, latent, load, video, weights
+from tools.testbeds import TESTBEDS, Loaded, Plan, classify, denoise, detect, fashion, latent, load, video, weights
 from tools.testbeds.fashion import Split
 from tools.testbeds.train import Run, train
 
@@ -48,8 +47,7 @@ def test_the_card_says_where_the_weights_come_from(name):
     assert set(card) >= {"model", "parameters", "data", "data_sha256", "licence", "command", "plan", "cpu_minutes", "metrics"}
     assert card["command"] == f"python -m tools.testbeds.train {name}"
     assert card["cpu_minutes"] <= 45
-    plan = TESTBEDS[name].plan
-    assert card["plan"] == json.loads(json.dumps(vars(plan)))
+    assert Plan(**card["plan"]) == TESTBEDS[name].plan
     assert card["parameters"] == sum(p.numel() for p in TESTBEDS[name].build().parameters())
 
 
@@ -210,10 +208,10 @@ def _rounded(weight: torch.Tensor) -> torch.Tensor:
     return (weight / step).round() * step
 
 
-def _tiny() -> tuple[Run, Split]:
+def _tiny(muon: float = 0.0) -> tuple[Run, Split]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(1024, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
-    plan = replace(TESTBEDS["resnet"].plan, steps=8, batch=16)
+    plan = replace(TESTBEDS["resnet"].plan, steps=8, batch=16, muon=muon)
 
     def loss(model: nn.Module, data: Split, batch: int) -> torch.Tensor:
         at = torch.randint(len(data), (batch,))
@@ -222,11 +220,12 @@ def _tiny() -> tuple[Run, Split]:
     return Run(replace(TESTBEDS["resnet"], build=lambda: net, loss=loss, plan=plan)), fashion.read("train")
 
 
-def test_an_interrupted_run_gives_the_same_weights(tmp_path):
-    whole, data = _tiny()
+@pytest.mark.parametrize("muon", [0.0, 1e-2])
+def test_an_interrupted_run_gives_the_same_weights(tmp_path, muon):
+    whole, data = _tiny(muon)
     train(whole, data, tmp_path / "whole.pt", minutes=1)
     for minutes in (0, 1):  # the first stops after one step
-        part, data = _tiny()
+        part, data = _tiny(muon)
         if minutes:
             train(part, data, tmp_path / "part.pt", minutes)
         else:
@@ -236,6 +235,21 @@ def test_an_interrupted_run_gives_the_same_weights(tmp_path):
     for a, b in zip(whole.model.state_dict().values(), part.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert all(torch.equal(whole.average[k], part.average[k]) for k in whole.average)
+
+
+def test_muon_takes_the_weights_of_linear_layers_and_adamw_the_rest():
+    """Orthogonal steps: after one, all singular values of a weight's change are alike, at the rate that adjust_lr_fn makes of the plan's."""
+    run, data = _tiny(muon=1e-2)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    assert [len(group["params"]) for optimizer in run.optimizers for group in optimizer.param_groups] == [2, 0, 4]
+    run.advance(data)
+    weight = run.model.get_parameter("1.weight")
+    rate = 1e-2 / 100  # the first of 100 warm-up steps
+    change = weight.detach() - before["1.weight"] * (1 - rate * run.plan.weight_decay)
+    sizes = torch.linalg.svdvals(change) / (rate * 0.2 * max(weight.shape) ** 0.5)
+    assert sizes.min() > 0.5
+    assert sizes.max() < 1.5
+    assert all(not torch.equal(p, before[name]) for name, p in run.model.named_parameters())
 
 
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path):

@@ -24,7 +24,10 @@ CALIBRATION, EVALUATION = 0, 1  # seeds of the noise that denoisers start from
 
 @dataclass(frozen=True)
 class Plan:
-    """AdamW, beta2 0.99, gradients clipped at 1, a cosine to zero after 100 warm-up steps, the weights averaged over 1 / (1 - ema) steps."""
+    """AdamW, beta2 0.99, gradients clipped at 1, a cosine to zero after 100 warm-up steps, the weights averaged over 1 / (1 - ema) steps.
+
+    muon: the learning rate of Muon, momentum 0.95, which then takes the weights of linear layers from AdamW.
+    """
 
     steps: int
     batch: int
@@ -33,6 +36,7 @@ class Plan:
     ema: float = 0.995
     seed: int = 0
     channels_last: bool = False  # training is faster so where depthwise convolutions are many
+    muon: float = 0.0
 
 
 @dataclass(frozen=True)

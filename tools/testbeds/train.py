@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tools.testbeds import TESTBEDS, Testbed, fashion, weights
+from tools.testbeds import TESTBEDS, Plan, Testbed, fashion, weights
 from tools.testbeds.fashion import Split
 
 EVERY = 300  # seconds between checkpoints
@@ -35,22 +35,21 @@ class Run:
         form = torch.channels_last if self.plan.channels_last else torch.contiguous_format
         self.model = model.train().to(torch.get_default_device(), memory_format=form)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        others = [p for p in self.model.parameters() if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": self.plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=self.plan.lr, betas=(0.9, 0.99))
+        self.optimizers = _optimizers(self.model, self.plan)
         self.step, self.seconds, self.made_by = 0, 0.0, _made_by()
 
     def advance(self, data: Split) -> float:
         """One step; gives the loss."""
         torch.manual_seed(self.plan.seed * 1_000_003 + self.step + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr * self._share()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * self._share()
         loss = self.testbed.loss(self.model, data, self.plan.batch)
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         with torch.no_grad():
             decay = min(self.plan.ema, self.step / (self.step + 10))
@@ -62,7 +61,8 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Under its name only once it is whole."""
-        content = {"model": self.model.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict()}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        content = {"model": self.model.state_dict(), "average": self.average, "optimizers": optimizers}
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         torch.save(content | {"step": self.step, "seconds": self.seconds, "made_by": self.made_by, "plan": asdict(self.plan)}, part)
@@ -75,8 +75,21 @@ class Run:
             raise SystemExit(f"{path} was trained by another plan: {content['plan']}; remove it")
         self.model.load_state_dict(content["model"])
         self.average = content["average"]
-        self.optimizer.load_state_dict(content["optimizer"])
+        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.step, self.seconds, self.made_by = content["step"], content["seconds"], content["made_by"]
+
+
+def _optimizers(model: nn.Module, plan: Plan) -> list[torch.optim.Optimizer]:
+    """AdamW, and before it Muon for the weights of linear layers if the plan has a rate for it."""
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad] if plan.muon else []
+    rest = [p for p in model.parameters() if not any(p is weight for weight in linear)]
+    decayed, others = [p for p in rest if p.dim() > 1], [p for p in rest if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.99))
+    if not linear:
+        return [adamw]
+    return [torch.optim.Muon(linear, lr=plan.muon, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
 def _made_by() -> dict[str, str]:
