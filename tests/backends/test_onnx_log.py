@@ -153,8 +153,8 @@ def trained(name: str) -> tuple[Program, list[Any]]:
 @pytest.mark.parametrize("name", MODELS)
 def test_trained_models(name: str, backend: str) -> None:
     """The files are judged against the interpreter while compiling, code by code. At 4 bits each attention has the codes that lose least. Where
-    the decoder's tokens look at the image those are powers of the root of two in two of three, by more than 3 dB; the image looks at the tokens
-    by even steps."""
+    the decoder's tokens look at the image last, those are powers of the root of two, by more than 3 dB; the image looks at the tokens by even
+    steps."""
     captured, items = trained(name)
     recipe = {"passes": ["tidy.fold_constants", {"softmax.adaptive": {"bits": 4}}, {"quant.insert": {"range": "mse"}}, "quant.finalize"]}
     made = fxc.compile(captured, recipe, calibration=items, backend=backend, check="off")
@@ -170,7 +170,7 @@ def test_trained_models(name: str, backend: str) -> None:
         assert len(others) == 4 and chosen >= max(others), reason
         by_logs += "token_to_image" in module and reason.startswith("log, τ = 2") and chosen > others[0] + 3
         assert reason.startswith("uniform") or "image_to_token" not in module, reason
-    assert name != "sam" or by_logs == 2
+    assert name != "sam" or by_logs == 1
 
 
 # faults: each edits the files

@@ -107,7 +107,7 @@ TESTBEDS = {
     "unet_outliers": _denoiser(denoise.unet_outliers, Plan(steps=4500, batch=32, lr=1.5e-3, weight_decay=0.01, ema=0.998), note=SETTLED),
     "sam": Testbed(
         segment.sam,
-        Plan(steps=9500, batch=16, lr=2e-3, weight_decay=0.02, ema=0.998),
+        Plan(steps=6200, batch=32, lr=2e-3, weight_decay=0.02, ema=0.998, muon=6e-3),
         loss=segment.loss,
         metrics=segment.metrics,
         feed=lambda model, data, seed: segment.feed(data, seed),
