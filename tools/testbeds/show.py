@@ -1,7 +1,8 @@
 """Draws what a testbed draws or finds: `python -m tools.testbeds.show NAME FILE.png`.
 
 Denoisers: a row a class, ten samples, then ten real images. vae: images, below each the decoded one. video: a row a digit, two drawn clips,
-then two real ones. yolos: canvases with what was found at a score of 0.5 or more, and above each box its digit.
+then two real ones. yolos: canvases with what was found at a score of 0.5 or more, and above each box its digit. sam: three scenes a row, beside
+each the object meant, what its box finds and what its points find, both drawn in.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from tools.testbeds import TESTBEDS, Loaded, denoise, detect, fashion, latent, load, video
+from tools.testbeds import TESTBEDS, Loaded, denoise, detect, fashion, latent, load, scenes, segment, video
 
 
 def grid(x: Tensor, scale: int) -> Tensor:
@@ -73,12 +74,30 @@ def _canvases(loaded: Loaded, scale: int = 4) -> Image.Image:
     return picture
 
 
+def _scenes(loaded: Loaded, scale: int = 2) -> Image.Image:
+    asked = scenes.held_out(loaded.test, 24, seed=1)
+    side = scenes.SIZE * scale
+    picture = Image.new("L", (12 * side, 8 * side))
+    masks = [asked.masks, *(segment.masks(loaded.model, asked, kind) for kind in segment.PROMPTS)]
+    for i in range(len(asked)):
+        shown = [asked.images[i, 0], *(torch.where(mask[i, 0], asked.images[i, 0], -1.0) for mask in masks)]
+        tile = Image.fromarray(grid(torch.stack(shown)[None, :, None], scale).numpy())
+        pen = ImageDraw.Draw(tile)
+        x1, y1, x2, y2 = (scale * asked.boxes[i, 0]).tolist()
+        pen.rectangle((2 * side + x1, y1, 2 * side + x2 + scale - 1, y2 + scale - 1), outline=255)
+        for x, y in (scale * asked.points[i, 0]).tolist():
+            pen.rectangle((3 * side + x - 1, y - 1, 3 * side + x + scale, y + scale), fill=255, outline=0)
+        picture.paste(tile, (i % 3 * 4 * side, i // 3 * side))
+    return picture
+
+
 PICTURES: dict[Any, Callable[[Loaded], Image.Image]] = {
     denoise.metrics: lambda loaded: _samples(loaded, denoise),
     latent.metrics: lambda loaded: _samples(loaded, latent),
     latent.coding_metrics: _decoded,
     video.metrics: _clips,
     detect.metrics: _canvases,
+    segment.metrics: _scenes,
 }
 
 
