@@ -18,7 +18,7 @@ from fxcompress.checker import check
 from fxcompress.contract import Bounded, Contract, Exact, Lossy, Measured
 from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
-from fxcompress.measure import relative_error
+from fxcompress.measure import TILE, is_beyond, relative_error
 from fxcompress.numerics import formats, noise
 from fxcompress.program import Program
 from tests.passes.helpers import Builder, chain, function, node, seeded
@@ -733,6 +733,20 @@ def test_errors_are_those_of_the_definition(dtype: torch.dtype) -> None:
     assert relative_error(a, b) == pytest.approx(float(wanted), rel=1e-6)
     assert relative_error(a, b.clone().fill_(math.nan)) == math.inf
     assert relative_error(torch.zeros(3, dtype=dtype), torch.tensor([0.0, 2.0, 0.0], dtype=dtype), 4.0) == 0.5
+
+
+@pytest.mark.parametrize("at", [3, -1])  # in the part that is looked at first, and beyond it
+@pytest.mark.parametrize("found", [0.0, 1e-6, 1.0, math.inf, math.nan])
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e-30, math.inf])
+@pytest.mark.parametrize("floor", [0.0, 1e3])
+def test_beyond_is_what_has_a_greater_error(at: int, found: float, size: float, floor: float) -> None:
+    a = seeded(TILE + 5)
+    a[7] = size
+    a *= 0 if size == 0.0 else 1
+    b = a.clone()
+    b[at] += found
+    for limit in (0.0, 1e-4, 0.5):
+        assert is_beyond(a, b, limit, floor) == (not relative_error(a, b, floor) <= limit)
 
 
 @pytest.mark.parametrize(("sign", "verdict"), [(1.0, "held"), (-1.0, "broken")])
