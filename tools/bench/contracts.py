@@ -1,9 +1,10 @@
 """What holding a pass to its contract costs, in forwards: CPU time of the check over that of one run of the old and one of the new graph.
 
-    python -m tools.bench.contracts [--tokens N ...]
+    python -m tools.bench.contracts [--tokens N ...] [--width N]
 
-The model is a Llama 512 wide with four layers. A check runs each changed operation once, the old way and the new, and compares weights too:
-with a short probe theirs is the larger share. One thread, the least of several runs of each.
+The model is a Llama of four layers, 512 wide if not said otherwise. A check runs each changed operation once, the old way and the new, linear
+ones on a part of a long probe's rows, and compares weights too: with a short probe theirs is the larger share, and what is done to each value
+of a narrow model's activations counts more beside its products. One thread, the least of several runs of each.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ RECIPES = (("rotate.residual",), ("reparam.smooth",), ("quant.insert", "quant.fi
 class Llama(nn.Module):
     """Token ids -> logits."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
-        sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+        sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 4}
+        sizes |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 128}
         self.model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=VOCABULARY, max_position_embeddings=tokens))
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -62,17 +64,19 @@ def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="*", default=[128, 512, 1024], help="of the probe")
+    parser.add_argument("--width", type=int, default=512, help="a multiple of 128")
+    options = parser.parse_args()
     print(f"{'seconds of CPU':22}{'check':>9}{'old':>9}{'new':>9}{'ratio':>9}")
-    for tokens in parser.parse_args().tokens:
+    for tokens in options.tokens:
         print(f"{tokens} tokens")
-        measure(tokens)
+        measure(tokens, options.width)
 
 
-def measure(tokens: int) -> None:
+def measure(tokens: int, width: int) -> None:
     """One row per pass."""
     torch.manual_seed(0)
     items = [(torch.randint(0, VOCABULARY, (1, tokens)),) for _ in range(4)]
-    captured = capture(Llama(tokens).eval(), items[0])
+    captured = capture(Llama(tokens, width).eval(), items[0])
     flat = FlatItems(as_feed(items), captured)
     old = least(lambda: run(captured, flat.probe))
     for passes in RECIPES:
