@@ -130,7 +130,7 @@ def plant(model: nn.Module) -> nn.Module:
     twin, rng = copy.deepcopy(model), torch.Generator().manual_seed(0)
     for name, module in twin.named_modules():
         if "mask_decoder" in name and name.endswith("k_proj"):
-            size = DEVIATIONS * float(module.weight.norm(dim=1).mean())
+            size = DEVIATIONS * float(module.weight.detach().norm(dim=1).mean())
             signs = torch.randint(2, module.bias.shape, generator=rng) * 2.0 - 1
             module.bias.data += size * signs
     return twin
