@@ -105,6 +105,14 @@ def masked_fill(x: Any, mask: Any, value: float) -> Any:
     return op.Where(mask, _like(value, x), x)
 
 
+def gelu(x: Any, approximate: str = "none") -> Any:
+    """x Φ(x), in the order of products in which ONNX Runtime finds it, and has one kernel for it; torch.onnx halves the other factor."""
+    if approximate == "tanh":
+        cubic = op.Add(x, op.Mul(_like(0.044715, x), op.Pow(x, _like(3.0, x))))
+        return op.Mul(op.Mul(x, _like(0.5, x)), op.Add(op.Tanh(op.Mul(cubic, _like(math.sqrt(2 / math.pi), x))), _like(1.0, x)))
+    return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, _like(math.sqrt(2), x))), _like(1.0, x))), _like(0.5, x))
+
+
 def repeat_interleave(x: Any, repeats: Any, dim: int | None = None, output_size: Any = None) -> Any:
     """Each position along dim `repeats` times, a number or a value of the graph. torch.onnx's own form repeats another axis for the latter."""
     if dim is None:
@@ -140,14 +148,6 @@ def _length(x: Any, dim: int) -> int:
     if not isinstance(length, int):
         raise NotImplementedError(f"axis {dim} is cut into a number of pieces that depends on its size")
     return length
-
-
-def gelu(x: Any, approximate: str = "none") -> Any:
-    """x Φ(x), in the order of products in which ONNX Runtime finds it, and has one kernel for it; torch.onnx halves the other factor."""
-    if approximate == "tanh":
-        cubic = op.Add(x, op.Mul(_like(0.044715, x), op.Pow(x, _like(3.0, x))))
-        return op.Mul(op.Mul(x, _like(0.5, x)), op.Add(op.Tanh(op.Mul(cubic, _like(math.sqrt(2 / math.pi), x))), _like(1.0, x)))
-    return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, _like(math.sqrt(2), x))), _like(1.0, x))), _like(0.5, x))
 
 
 FORMS: Mapping[Any, Any] = {

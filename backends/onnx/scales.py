@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 
 import onnx_ir as ir
-import torch
 
 from fxcompress.backends.onnx.build import Builder
+from fxcompress.backends.onnx.views import tensor_of
 
 SCALE, BIAS = 2, 6  # places among the inputs
 
@@ -25,10 +25,11 @@ def take_up_scales(model: ir.Model) -> None:
         scale, product = node.inputs[SCALE], node.outputs[0]
         readers = [use.node for use in product.uses()]
         times = readers[0] if len(readers) == 1 and not product.is_graph_output() else None
-        number, held = _other_factor(times, product), _one_number(scale)
-        if scale is None or times is None or number is None or held is None or any(v is not None for v in node.inputs[BIAS:]):
+        number, held = _other_factor(times, product), tensor_of(scale)
+        has_bias = any(v is not None for v in node.inputs[BIAS:])
+        if scale is None or times is None or number is None or held is None or held.numel() != 1 or has_bias:
             continue
-        scaled = torch.tensor(float(held.numpy()) * number, dtype=torch.float32).reshape(tuple(held.shape.numpy()))
+        scaled = (held.double() * number).float()
         node.replace_input_with(SCALE, build.constant(f"{scale.name}.times", scaled))
         result = times.outputs[0]
         name, product.type, product.shape = result.name, result.type, result.shape
@@ -41,11 +42,6 @@ def take_up_scales(model: ir.Model) -> None:
 def _other_factor(node: ir.Node | None, factor: ir.Value) -> float | None:
     """The positive number that a node multiplies a value by."""
     others = [v for v in node.inputs if v is not factor] if node is not None and node.op_type == "Mul" else []
-    held = _one_number(others[0]) if len(others) == 1 else None
-    number = float(held.numpy()) if held is not None and not held.shape.rank() else 0.0
+    held = tensor_of(others[0]) if len(others) == 1 else None
+    number = float(held) if held is not None and not held.dim() else 0.0
     return number if 0 < number < math.inf else None
-
-
-def _one_number(value: ir.Value | None) -> ir.TensorProtocol | None:
-    held = ir.convenience.get_const_tensor(value) if value is not None else None
-    return held if held is not None and held.size == 1 else None

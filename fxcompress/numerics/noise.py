@@ -31,9 +31,12 @@ def sqnr(reference: Tensor, approx: Tensor) -> float:
 
 
 def power(x: Tensor) -> float:
-    """Σ x² to six digits: in float32 where x is, unless its squares leave the middle of float32's range; else in float64. Sums in float32
-    only get long enough for that in tiles."""
-    flat = x.reshape(-1)
+    """Σ x² to six digits, in tiles, as long as sums in float32 may get: in float32 where x is, unless the squares leave the middle of float32's
+    range; else in float64."""
+    return sum(map(_tile_power, torch.split(x.reshape(-1), _TILE)))
+
+
+def _tile_power(flat: Tensor) -> float:
     if flat.dtype == torch.float32 and 1e-25 * len(flat) < (squares := torch.dot(flat, flat).item()) < inf:
         return squares
     flat = flat.double()

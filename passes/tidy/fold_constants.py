@@ -108,13 +108,9 @@ def _reason_to_stay(root: fx.Node, program: Program, constant: Mapping[fx.Node, 
 
 def _without_repeats(node: fx.Node) -> fx.Node:
     """What a node's numbers are moved and repeated from."""
-    while _packet(node) in REPEATS or (node.all_input_nodes and is_move(node)):
+    while getattr(node.target, "overloadpacket", None) in REPEATS or (node.all_input_nodes and is_move(node)):
         node = node.all_input_nodes[0]
     return node
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
 
 
 def _cone(root: fx.Node) -> dict[fx.Node, None]:
