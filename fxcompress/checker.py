@@ -9,17 +9,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from fxcompress import rows
 from fxcompress.contract import MEASURED, Bounded, Contract, Exact, Lossy, Measured
 from fxcompress.dataflow import is_read, is_zero, pair_of
 from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
 from fxcompress.measure import filled, greatest_distance, has_zeros, histograms, is_beyond, is_flat, relative_error, rounded, varied
+from fxcompress.numerics import noise
 from fxcompress.pairs import Pair, Pairs
 from fxcompress.program import Program
 from fxcompress.wiring import misreads
@@ -34,7 +37,7 @@ PRODUCTS: Mapping[Any, bool] = {  # ops that multiply their first two operands, 
         (torch.ops.aten.linear.default, torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default), True
     ),
 }
-LINEAR, ROWS = torch.ops.aten.linear.default, 256  # how many rows of its operand tell all of one
+SPREAD = 1 << 16  # numbers that meet every code of a range
 DRAWS, ROUNDINGS = 4, 16  # how often operands are rounded at random, and how many roundings a value may be off by
 
 
@@ -111,7 +114,14 @@ class _Checker:
             yield step.node
 
     def _compare(self, pair: Pair) -> Measured:
-        before, env = self._some_rows(pair, self._changed(pair.old, pair.new), self._operands(pair))
+        kept, self.old = self.old, {**self.old, **self._some_rows(pair)}
+        try:
+            return self._compared(pair)
+        finally:
+            self.old = kept
+
+    def _compared(self, pair: Pair) -> Measured:
+        before, env = self._changed(pair.old, pair.new), self._operands(pair)
         after = env[pair.new] if self.pairs.is_old(pair.new) else evaluate(pair.new, env, self.program.constants)
         bound = self.contract.bound(_leaves(before)[0], pair.new)
         figure, floors = self._figure(before, after), (0.0,) * len(_leaves(after))
@@ -141,20 +151,32 @@ class _Checker:
             return Measured(pair.site.name, pair.new.name, figure, bound, filling.verdict, filling.why, spread)
         return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why, spread, figure == -math.inf)
 
-    def _some_rows(self, pair: Pair, before: Any, env: dict[fx.Node, Any]) -> tuple[Any, dict[fx.Node, Any]]:
-        """(the old value, the operands), of a long probe every n-th row: a linear is one function of all of them, and what changed of its
-        weights is measured number by number in their own record."""
-        is_linear = self.pairs.steps[pair.old].target is pair.new.target is LINEAR
-        if self.is_thorough or not is_linear or not isinstance(self.contract, Exact):
-            return before, env
-        x, *weights = pair.new.all_input_nodes
-        if list(pair.frontier) != [x] or not all(map(self._is_recorded, weights)):
-            return before, env
-        rows = env[x].shape[:-1]
-        if rows.numel() < 2 * ROWS or before.shape[:-1] != rows:
-            return before, env
-        pick = slice(None, None, rows.numel() // ROWS)
-        return before.flatten(0, -2)[pick], {**env, x: env[x].flatten(0, -2)[pick]}
+    def _some_rows(self, pair: Pair) -> dict[fx.Node, Any]:
+        """Of a long probe a part of the old values around a pair, where the new op does the same to every row, as the old one did; {} where it
+        may not. What changed of a linear one's weights is measured number by number in their own record."""
+        step, new, result = self.pairs.steps[pair.old], pair.new, self.old[pair.old]
+        old_of, new_of = rows.operands(step.target, step.args, step.kwargs), rows.operands(new.target, new.args, new.kwargs)
+        is_same = step.target is new.target and pair.old not in pair.frontier.values() and isinstance(result, Tensor)
+        if self.is_thorough or not isinstance(self.contract, Exact) or old_of is None or new_of is None or not is_same:
+            return {}
+        along, whole = ({pair.frontier.get(n, n) for n in part if n.op != "get_attr"} for part in (new_of.along, new_of.whole))
+        reads = [{n for n in part if n.op != "get_attr"} for part in (old_of.along, old_of.whole)]
+        weights = [n for n in new_of.whole if n.op == "get_attr"]
+        is_known = along | whole <= set(pair.frontier.values())
+        if [along, whole] != reads or along & whole or not is_known or not all(map(self._is_recorded, weights)):
+            return {}
+        axis, n = rows.part_of(result, new_of, self._changed_along(pair))
+        fixed = [self.program.constants[str(n.target)] for n in new_of.along if n.op == "get_attr"]
+        sizes = {rows.length(self.old[root], axis) for root in along} | {result.shape[axis]}
+        if n == 1 or sizes - {1, result.shape[axis]} or any(rows.length(t, axis) > 1 for t in fixed):
+            return {}
+        return {root: rows.every(self.old[root], axis, n) for root in (pair.old, *along)}
+
+    def _changed_along(self, pair: Pair) -> set[int]:
+        """The axes, counted from the end, that recorded changes of the pair's values may mix; all where that isn't known."""
+        around = {pair.old, pair.new, *pair.frontier, *pair.frontier.values()}
+        changes = [change for node in around for change in self.edit.changes.get(node, ())]
+        return {a for change in changes for a in getattr(change, "axes", range(-self.old[pair.old].dim(), 0))}
 
     def _is_recorded(self, leaf: fx.Node) -> bool:
         """Whether a constant is an old one, unchanged or with its change on record."""
@@ -220,8 +242,8 @@ class _Checker:
             return ""
         if any(n not in (1, size) for n, size in zip(reversed(scale.shape), reversed(before.shape), strict=False)):
             return ""
-        noise = 8 * torch.finfo(before.dtype).eps * before.abs() / scale
-        steps = float(((after - before).abs() / scale - noise).max())
+        rounding = 8 * torch.finfo(before.dtype).eps * before.abs()
+        steps = float((((after - before).abs() - rounding) / scale).max())
         return f"{new.name} moves a number of its range by {steps:.3g} steps" if steps > HALF else ""
 
     def _again(self, pair: Pair, value: Tensor) -> Any:
@@ -363,9 +385,10 @@ class _Checker:
 
     def _is_alike(self, old: Any, new: Any, floors: Sequence[float], bound: float) -> bool:
         """Whether the contract holds between two values of one form."""
-        if not isinstance(self.contract, Exact):
-            return self.contract.holds(self._figure(old, new), bound)
-        return not any(is_beyond(x, y, bound, floor) for x, y, floor in zip(_leaves(old), _leaves(new), floors, strict=True))
+        a, b = _leaves(old), _leaves(new)
+        if isinstance(self.contract, Exact):
+            return not any(is_beyond(x, y, bound, floor) for x, y, floor in zip(a, b, floors, strict=True))
+        return not any(map(noise.is_far, a, b, repeat(bound))) and self.contract.holds(self._figure(old, new), bound)
 
     def _operands(self, pair: Pair) -> dict[fx.Node, Any]:
         """What the new node is computed from, from old values."""
@@ -389,12 +412,12 @@ class _Checker:
         is computed from do to it, the old way and the new. A sum of numbers that cancel isn't known any better."""
         if self.pairs.is_old(pair.new):
             return (0.0,) * len(_leaves(after))
-        noise = _noise(after, lambda rng: self._rounded(pair, env, rng))
+        least = _noise(after, lambda rng: self._rounded(pair, env, rng))
         cone = self.pairs.cone(pair)
         if cone:
             old = _noise(self._changed(pair.old, pair.new), lambda rng: self._old_rounded(pair, cone, rng))
-            noise = [min(a, b) for a, b in zip(noise, old, strict=True)]
-        return tuple(ROUNDINGS * n / bound for n in noise)
+            least = [min(a, b) for a, b in zip(least, old, strict=True)]
+        return tuple(ROUNDINGS * n / bound for n in least)
 
     def _rounded(self, pair: Pair, env: Mapping[fx.Node, Any], rng: torch.Generator) -> Any:
         """The new value from rounded ones."""
@@ -428,18 +451,18 @@ def _turned(new: fx.Node, operand: fx.Node, env: Mapping[fx.Node, Any], product:
         return None
     if not isinstance(bias, fx.Node):
         return -product
-    spatial = 0 if new.target is LINEAR else env[second].dim() - 2  # type: ignore[index]
+    spatial = 0 if new.target is rows.LINEAR else env[second].dim() - 2  # type: ignore[index]
     added: Tensor = env[bias].reshape(-1, *[1] * spatial)
     return 2 * added - product
 
 
 def _noise(exact: Any, again: Callable[[torch.Generator], Any]) -> list[float]:
     """Per tensor of a value how far other roundings of it are off."""
-    values, noise = _leaves(exact), [0.0] * len(_leaves(exact))
+    values, farthest = _leaves(exact), [0.0] * len(_leaves(exact))
     for seed in range(DRAWS):
         others = _leaves(again(torch.Generator().manual_seed(seed)))
-        noise = [max(n, greatest_distance(x, y)) for n, x, y in zip(noise, values, others, strict=True)]
-    return noise
+        farthest = [max(n, greatest_distance(x, y)) for n, x, y in zip(farthest, values, others, strict=True)]
+    return farthest
 
 
 def _between(new: fx.Node, env: Mapping[fx.Node, Any]) -> list[fx.Node]:
@@ -456,9 +479,11 @@ def _between(new: fx.Node, env: Mapping[fx.Node, Any]) -> list[fx.Node]:
 
 
 def _spread(value: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-    """As many numbers in equal steps from lo to hi."""
-    dtype = torch.promote_types(value.dtype, torch.float32)
-    return torch.linspace(float(lo), float(hi), value.numel(), dtype=dtype).to(value.dtype).reshape(value.shape)
+    """As many numbers in equal steps from lo to hi, but no more than SPREAD, along the last axis."""
+    dtype, shape = torch.promote_types(value.dtype, torch.float32), value.shape
+    if value.numel() > SPREAD:
+        shape = torch.Size([*[1] * (value.dim() - 1), SPREAD])
+    return torch.linspace(float(lo), float(hi), shape.numel(), dtype=dtype).to(value.dtype).reshape(shape)
 
 
 def _worst_error(old: Any, new: Any) -> float:

@@ -27,6 +27,17 @@ class Rotation:
         signs, a, b = (factor.to(x.dtype) for factor in self.factors)
         return (a.T @ ((x * signs).reshape(-1, len(a), len(b)) @ b)).reshape(x.shape)
 
+    def across(self, x: Tensor, axis: int) -> Tensor:
+        """The same on another axis, counted from the front, of size n."""
+        if axis == x.dim() - 1:
+            return self(x)
+        flat = x.contiguous().flatten(axis + 1)
+        if self.factors is None:
+            return (self.matrix.T.to(x.dtype) @ flat).reshape(x.shape)
+        signs, a, b = (factor.to(x.dtype) for factor in self.factors)
+        grid = b.T @ (flat * signs[:, None]).reshape(*x.shape[:axis], len(a), len(b), -1)
+        return (a.T @ grid.flatten(-2)).reshape(x.shape)
+
 
 def factors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """(signs [n], A [a, a], B [b, b]) with diag(signs) (A (x) B) the matrix to 1e-14 of its largest entry, a and b as equal as can be; None

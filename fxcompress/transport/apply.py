@@ -74,7 +74,7 @@ class Applied:
 
     def _literal(self, extra: Extra) -> None:
         """c -> c v, or c + v: an operand that is a number becomes a vector."""
-        node, change = extra.node, Elementwise(self.plan.kind, (Label(extra.index, extra.power),), self.numbers)
+        node, change = extra.node, Elementwise((Label(extra.index, extra.power),), self.plan.kind, self.numbers)
         if change.is_identity():
             return None
         number: Any = next((a for a in node.args[:2] if not isinstance(a, fx.Node)), None)

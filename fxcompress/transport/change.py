@@ -18,11 +18,20 @@ Change = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Elementwise:
+class _Labelled:
+    labels: tuple[Label, ...]
+
+    @property
+    def axes(self) -> set[int]:
+        """The axes of the value, counted from the end, along which the change isn't one and the same."""
+        return {axis - label.index.ndim for label in self.labels for axis in label.slot}
+
+
+@dataclass(frozen=True, eq=False)
+class Elementwise(_Labelled):
     """x v^power or x + power v. numbers: one per parameter, and the identity at its end for UNSET."""
 
     kind: Kind
-    labels: tuple[Label, ...]
     numbers: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -45,10 +54,9 @@ def applied(kind: Kind, wide: Tensor, label: Label, numbers: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered:
+class Gathered(_Labelled):
     """Positions of the slot, flattened, in another order or fewer. places: per new position the old one; sizes: the slot's new sizes."""
 
-    labels: tuple[Label, ...]
     places: tuple[Index, ...]
     sizes: tuple[tuple[int, ...], ...]
 
@@ -64,17 +72,21 @@ class Gathered:
 
 
 @dataclass(frozen=True, eq=False)
-class Rotated:
+class Rotated(_Labelled):
     """x R on sets of positions of the slot. mixes: per label pairs of (positions [copies, n], R of size n)."""
 
-    labels: tuple[Label, ...]
     mixes: tuple[tuple[tuple[Index, Rotation], ...], ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value rotated."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         for label, mixes in zip(self.labels, self.mixes, strict=True):
-            wide = _on_slot(wide, label, partial(_mixed, mixes), tuple(label.index.shape[a] for a in label.slot))
+            if (whole := _of_whole_axis(label, mixes)) is not None:
+                axis, copies, rotation = whole
+                shape = wide.shape
+                wide = rotation.across(wide.reshape(*shape[:axis], copies, -1, *shape[axis + 1 :]), axis + 1).reshape(shape)
+            else:
+                wide = _on_slot(wide, label, partial(_mixed, mixes), tuple(label.index.shape[a] for a in label.slot))
         return wide.to(x.dtype)
 
     def is_identity(self) -> bool:
@@ -86,13 +98,18 @@ def _taken(places: Index, flat: Tensor) -> Tensor:
     return flat[..., as_tensor(places)]
 
 
+def _of_whole_axis(label: Label, mixes: Sequence[tuple[Index, Rotation]]) -> tuple[int, int, Rotation] | None:
+    """(axis, copies, R) where R acts on all of an axis, in order, and on nothing else."""
+    if len(label.slot) != 1 or len(mixes) != 1:
+        return None
+    (axis,), ((positions, rotation),) = label.slot, mixes
+    return (axis, len(positions), rotation) if _run(positions) == slice(0, label.index.shape[axis]) else None
+
+
 def _mixed(mixes: Sequence[tuple[Index, Rotation]], flat: Tensor) -> Tensor:
-    runs = [(_run(positions), positions, rotation) for positions, rotation in mixes]
-    if [run for run, *_ in runs] == [slice(0, flat.shape[-1])]:
-        return _in_copies(*runs[0][1:], flat)
     flat = flat.clone(memory_format=torch.contiguous_format)
-    for run, positions, rotation in runs:
-        if run:  # a view
+    for positions, rotation in mixes:
+        if run := _run(positions):  # a view
             flat[..., run] = _in_copies(positions, rotation, flat[..., run])
         else:
             at = as_tensor(positions)

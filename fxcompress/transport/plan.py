@@ -123,7 +123,7 @@ class Plan:
 
     def _change(self, labels: tuple[Label, ...], numbers: Any) -> Any:
         if self.kind in IDENTITY:
-            return Elementwise(self.kind, labels, numbers)
+            return Elementwise(labels, self.kind, numbers)
         if self.kind == Kind.PERMUTE:
             return permuted(labels, numbers)
         if self.kind == Kind.REMOVE:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxcompress.numerics.affine import dequantize, quantize
 from fxcompress.numerics.formats import Format, format_of
-from fxcompress.numerics.noise import excess, ideal_sqnr, noise_power, sqnr, static_sqnr
+from fxcompress.numerics.noise import excess, ideal_sqnr, is_far, noise_power, sqnr, static_sqnr
 from fxcompress.numerics.ranges import minmax_range, mse_range
 
 
@@ -198,3 +198,12 @@ def test_measuring_changes_nothing(dtype: torch.dtype) -> None:
     static_sqnr(x, format_of("int8"), x.min().double(), x.max().double(), symmetric=True)
     sqnr(x, rounded)
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(-10.0, False), (0.0, True), (20.0, True)])
+def test_a_part_tells_that_two_long_tensors_are_far_apart(limit: float, expected: bool) -> None:
+    x = torch.randn(1 << 19, generator=torch.Generator().manual_seed(0))
+    assert is_far(x, -x, limit) is expected  # -6 dB, -3 of its first half
+    assert not is_far(x, x, limit)
+    assert not is_far(x, torch.full_like(x, torch.nan), limit)
+    assert not is_far(x[:100], -x[:100], limit)

@@ -49,3 +49,13 @@ def test_it_acts_as_the_matrix(matrix: Tensor, dtype: torch.dtype, shape: tuple[
 def test_of_what_lies_across_memory() -> None:
     x = torch.randn(256, 6, dtype=torch.float64).T
     assert torch.allclose(Rotation(hadamard(256))(x), x @ hadamard(256), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("matrix", [randomised_hadamard(256, 3), orthogonal(12)])
+@pytest.mark.parametrize(("shape", "axis"), [((5,), 0), ((2, 3), 0), ((2, 3), 1), ((2, 3), 2), ((1, 1), 1)])
+def test_it_acts_across_other_axes(matrix: Tensor, shape: tuple[int, ...], axis: int) -> None:
+    whole = [*shape[:axis], len(matrix), *shape[axis:]]
+    x = torch.randn(*whole, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = (x.movedim(axis, -1) @ matrix).movedim(-1, axis)
+    result = Rotation(matrix).across(x.transpose(0, -1).contiguous().transpose(0, -1), axis)
+    assert torch.allclose(result, expected, rtol=0, atol=1e-13)

@@ -1,0 +1,68 @@
+"""Which part of a long probe tells all of an op that does one and the same to every row: elementwise ops, norms of the last axes, linear ones,
+and attention, to which every query is a row."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+LINEAR, ATTENTION = aten.linear.default, aten.scaled_dot_product_attention.default
+NORMS, MEANS = (aten.layer_norm.default, aten.rms_norm.default), (aten.mean.dim, aten.sum.dim_IntList)
+ROWS, LEAST = 64, 8  # how many rows tell one op, and how many stay along the axis that is thinned
+
+
+@dataclass(frozen=True)
+class Operands:
+    """along: operands with the result's rows, or one row for all; whole: those that every row reads. axes: of the result, from the end, along
+    which it has rows; None for all before the last."""
+
+    along: tuple[fx.Node, ...]
+    whole: tuple[fx.Node, ...] = ()
+    axes: tuple[int, ...] | None = None
+    last: int = 1  # how many axes are one row
+
+
+def operands(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operands | None:
+    """None for an op that may not do the same to every row."""
+    nodes = [a if isinstance(a, fx.Node) else None for a in args]
+    if any(isinstance(v, fx.Node) for v in kwargs.values()):
+        return None
+    if target is LINEAR:
+        return Operands(_present(nodes[:1]), _present(nodes[1:]))
+    if target is ATTENTION:
+        is_causal = args[5] if len(args) > 5 else kwargs.get("is_causal", False)
+        return None if is_causal else Operands(_present([nodes[0], *nodes[3:4]]), _present(nodes[1:3]), axes=(-2,))
+    if target in NORMS:
+        return Operands(_present(nodes), last=len(args[1]))
+    if target in MEANS:
+        return Operands(_present(nodes)) if list(args[1:]) == [[-1], True] else None
+    is_elementwise = target is aten.to.dtype or torch.Tag.pointwise in getattr(target, "tags", ())
+    return Operands(_present(nodes)) if is_elementwise else None
+
+
+def part_of(result: Tensor, of: Operands, fixed: Collection[int]) -> tuple[int, int]:
+    """(an axis, counted from the end; n): every n-th place along it is enough. n is 1 where there are few rows. fixed: axes left whole."""
+    axes = of.axes or range(-of.last - 1, -result.dim() - 1, -1)
+    axis = max((a for a in axes if a not in fixed and -a <= result.dim()), key=lambda a: result.shape[a], default=0)
+    if not axis:
+        return -1, 1
+    return axis, max(1, min(result[..., 0].numel() // ROWS, result.shape[axis] // LEAST))
+
+
+def length(value: Tensor, axis: int) -> int:
+    """The size along an axis counted from the end; 1 where there is none."""
+    return value.shape[axis] if value.dim() >= -axis else 1
+
+
+def every(value: Tensor, axis: int, n: int) -> Tensor:
+    """Every n-th place along the axis; all of a value that is the same along it."""
+    return value if length(value, axis) == 1 else value.movedim(axis, 0)[::n].movedim(0, axis)
+
+
+def _present(nodes: Iterable[fx.Node | None]) -> tuple[fx.Node, ...]:
+    return tuple(n for n in nodes if n is not None)
