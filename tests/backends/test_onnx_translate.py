@@ -57,9 +57,19 @@ def test_attention_without_mask(options):
     assert error(program_of(Attention(**options), *inputs), inputs) < LIMIT
 
 
-def test_attention_with_fewer_key_heads():
-    inputs = _heads(6, 2)
+@pytest.mark.parametrize("mask", [None, (2, 1, 5, 7), (2, 6, 5, 7), (5, 7), (2, 1, 1, 7), (1, 6, 1, 7), (6, 1, 7), (1, 7)], ids=str)
+@pytest.mark.parametrize("is_bool", [True, False])
+def test_attention_with_fewer_key_heads(mask, is_bool):
+    inputs = list(_heads(6, 2))
+    if mask is not None:
+        numbers = torch.randn(*mask, generator=torch.Generator().manual_seed(1))
+        inputs.append(numbers > -0.7 if is_bool else numbers)
     assert error(program_of(Attention(enable_gqa=True), *inputs), inputs) < LIMIT
+
+
+def test_causal_attention_with_fewer_key_heads():
+    inputs = _heads(6, 2)
+    assert error(program_of(Attention(enable_gqa=True, is_causal=True), *inputs), inputs) < LIMIT
 
 
 class Repeated(nn.Module):
