@@ -110,7 +110,9 @@ def static_sqnr(x: Tensor, format: Format, lo: Tensor, hi: Tensor, symmetric: bo
     step = span / (2**format.bits - 1)
     rounding = step.square().sum().item() / 12 * x.numel() / step.numel()
     least, most = x.aminmax() if x.numel() else (lo, hi)
-    clipped = 0.0 if bool((least >= lo).all() and (most <= hi).all()) else power(x.double() - torch.minimum(torch.maximum(x.double(), lo), hi))
+    is_inside = bool((least >= lo).all() and (most <= hi).all())
+    wide = x if is_inside else x.to(torch.promote_types(x.dtype, torch.float32))
+    clipped = 0.0 if is_inside else power(wide - torch.minimum(torch.maximum(wide, lo.to(wide.dtype)), hi.to(wide.dtype)))
     return decibel(power(x), rounding + clipped)
 
 
@@ -130,8 +132,7 @@ def ideal_sqnr(x: Tensor, format: Format, block: Sequence[int], symmetric: bool)
     else:
         span = 2 * bound if symmetric and format.signed else hi.clamp(min=0) - lo.clamp(max=0)
         noise = noise_power(span / (2**format.bits - 1), block, x.shape)
-    signal = sum(tile.double().square().sum().item() for tile, _ in walk(x, (-1,) * x.dim(), _TILE))
-    return decibel(signal, noise * x.numel())
+    return decibel(power(x), noise * x.numel())
 
 
 def _float_noise(x: Tensor, format: Format, block: Sequence[int], scale: Tensor) -> float:
