@@ -146,8 +146,7 @@ class _Checker:
             if not isinstance(self.contract, Lossy) and pair.new not in self.pairs.carried
             else ""
         )
-        if why and (telling := self._telling(pair)) is not None:
-            filling = self._with(pair, telling)
+        if why and (filling := self._once_more(pair)) is not None:
             return Measured(pair.site.name, pair.new.name, figure, bound, filling.verdict, filling.why, spread)
         return Measured(pair.site.name, pair.new.name, figure, bound, "unverified" if why else "held", why, spread, figure == -math.inf)
 
@@ -273,13 +272,28 @@ class _Checker:
         is_computed = isinstance(found.scale, fx.Node) and found.scale.op != "get_attr"
         return _spread(value, -torch.ones(()), torch.ones(())) if is_computed and value.numel() > 1 and not value.any() else None
 
-    def _with(self, pair: Pair, value: Tensor) -> Measured:
-        """The comparison with other numbers than the probe's."""
-        kept, self.old = self.old, {**self.old, pair.old: value}
+    def _once_more(self, pair: Pair) -> Measured | None:
+        """The comparison with numbers that say more than the probe's: those of `_telling`, or any in place of values with zeros, if it holds
+        there; None if there are none."""
+        kept = self.old
+        if (telling := self._telling(pair)) is not None:
+            other, cone = {pair.old: telling}, None
+        else:
+            around = [root for root in pair.frontier.values() if root not in self.edit.nulls] if isinstance(self.contract, Exact) else []
+            other = {root: varied(self.old[root]) for root in around if has_zeros(self.old[root])}
+            cone = self.pairs.cone(pair) if other else None
+            if cone is None:
+                return None
         try:
-            return self._compare(pair)
+            self.old = {**self.old, **other}
+            if cone is not None:
+                self.old[pair.old] = self._old_value(cone, lambda value: value)
+            found = self._compared(pair)
+        except (IndexError, RuntimeError):
+            return None
         finally:
             self.old = kept
+        return found if cone is None or found.verdict == "held" else None
 
     def _recorded(self, pair: Pair) -> Measured:
         """A constant against the old one under its record: readers may be blind to parts of it. An input or output against itself."""

@@ -4,7 +4,7 @@ Checked edge by edge. Every replaced value is recomputed by its new nodes from t
 errors don't add up, overlapping edits don't mix, and the guilty node is named. Where an edit records that values change (`Edit.carry`), old
 values are taken under their recorded changes on both sides; an input or output can't carry one. Nodes that the edit neither made nor touched
 must read what they did, or what the edit put there. A comparison that can't bite (an operand of the new node could change sign unseen) is
-`unverified`, never passed.
+`unverified`, never passed. Of a long probe, ops that do the same to every row are looked at in a part of the rows (`rows`).
 """
 
 from __future__ import annotations
