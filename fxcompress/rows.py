@@ -51,7 +51,7 @@ def part_of(result: Tensor, of: Operands, fixed: Collection[int]) -> tuple[int, 
     axis = max((a for a in axes if a not in fixed and -a <= result.dim()), key=lambda a: result.shape[a], default=0)
     if not axis:
         return -1, 1
-    return axis, max(1, min(result[..., 0].numel() // ROWS, result.shape[axis] // LEAST))
+    return axis, max(1, min(result.shape[:-1].numel() // ROWS, result.shape[axis] // LEAST))
 
 
 def length(value: Tensor, axis: int) -> int:

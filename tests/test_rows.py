@@ -140,3 +140,7 @@ def test_a_change_along_the_rows_is_compared_in_all_of_them(wrong: bool) -> None
         back = edit.insert(torch.ops.aten.div.Tensor, relu, edit.constant("back", numbers[:-1].reshape(1, LONG, 1), like=product), like=product)
         edit.update(product, back, *product.args[1:])
     assert {m.verdict for m in check(program, edit, Exact(), program.example)} == ({"held", "broken"} if wrong else {"held"})
+
+
+def test_values_without_numbers_prove_nothing() -> None:
+    assert verdict(function(lambda x: torch.relu(x[..., :0]), seeded(2, LONG, 4)), again) == "unverified"
