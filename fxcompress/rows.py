@@ -54,12 +54,12 @@ def part_of(result: Tensor, of: Operands, fixed: Collection[int]) -> tuple[int, 
     return axis, max(1, min(result.shape[:-1].numel() // ROWS, result.shape[axis] // LEAST))
 
 
-def length(value: Tensor, axis: int) -> int:
-    """The size along an axis counted from the end; 1 where there is none."""
-    return value.shape[axis] if value.dim() >= -axis else 1
+def length(value: Any, axis: int) -> int:
+    """The size along an axis counted from the end; 1 where there is none, as in a number."""
+    return int(value.shape[axis]) if isinstance(value, Tensor) and value.dim() >= -axis else 1
 
 
-def every(value: Tensor, axis: int, n: int) -> Tensor:
+def every(value: Any, axis: int, n: int) -> Any:
     """Every n-th place along the axis; all of a value that is the same along it."""
     return value if length(value, axis) == 1 else value.movedim(axis, 0)[::n].movedim(0, axis)
 

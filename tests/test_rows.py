@@ -42,6 +42,7 @@ LIKE: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor], tuple[int, ...]]]
     "linear, a batch of few": (lambda x: F.linear(x, WEIGHT), [seeded(LONG, 2, 4)], (ROWS // 2, 2, 3)),
     "sum of two": (lambda x, y: x + y, [seeded(1, LONG, 4), seeded(1, LONG, 4, seed=1)], (1, ROWS, 4)),
     "sum with one row": (lambda x, y: x + y, [seeded(1, LONG, 4), seeded(4, seed=1)], (1, ROWS, 4)),
+    "a size": (lambda x: x * x.shape[1], [seeded(1, LONG, 4)], (1, ROWS, 4)),
     "gain": (lambda x: x * GAIN, [seeded(1, LONG, 4)], (1, ROWS, 4)),
     "cast": (lambda x: x.to(torch.float64), [seeded(1, LONG, 4)], (1, ROWS, 4)),
     "norm": (lambda x: F.layer_norm(x, (4,), GAIN), [seeded(1, LONG, 4)], (1, ROWS, 4)),

@@ -2,9 +2,9 @@
 
     python -m tools.bench.contracts [--tokens N ...] [--width N]
 
-The model is a Llama of four layers, 512 wide if not said otherwise. A check runs each changed operation once, the old way and the new, linear
-ones on a part of a long probe's rows, and compares weights too: with a short probe theirs is the larger share, and what is done to each value
-of a narrow model's activations counts more beside its products. One thread, the least of several runs of each.
+The model is a Llama of four layers, 512 wide if not said otherwise. A check runs each changed operation once, the old way and the new, those
+that do the same to every row on a part of a long probe's rows, and compares weights too: with a short probe theirs is the larger share. One
+thread, the least of several runs of each.
 """
 
 from __future__ import annotations
