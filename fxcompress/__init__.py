@@ -6,7 +6,7 @@ model = fxcompress.compile(module, "int4-weight-only", example_inputs=(x,))
 from fxcompress import starting  # noqa: F401 - first, since what follows takes seconds
 
 # isort: split
-from fxcompress import calibrate
+from fxcompress import calibrate, evaluate
 from fxcompress.api import CompiledModel, CompiledModule, compile, diff, inspect, load
 from fxcompress.capture import capture
 from fxcompress.errors import (
@@ -43,6 +43,7 @@ __all__ = [
     "capture",
     "compile",
     "diff",
+    "evaluate",
     "inspect",
     "load",
 ]

@@ -33,7 +33,7 @@ from fxcompress.diff import Diff, Run, between, of_run
 from fxcompress.diff.journal import explained
 from fxcompress.diff.read import HISTORY, PAGE, REPORT, is_run, run_at, run_in, run_of
 from fxcompress.errors import ArtifactError, BackendRefusal, InputError, RecipeError, nearest
-from fxcompress.generation import generating
+from fxcompress.generation import forward_of, generating
 from fxcompress.history import History
 from fxcompress.inspection import Inspection, forecast
 from fxcompress.interpret import run
@@ -421,6 +421,7 @@ class CompiledModule(nn.Module):
         super().__init__()
         self.compiled = compiled
         self.config = compiled.config
+        self.forward = forward_of(compiled)  # type: ignore[method-assign]
         self.training = False
 
     @property

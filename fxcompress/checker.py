@@ -59,6 +59,8 @@ class _Checker:
                 made, place = self.pairs.steps[node].args
                 self.taken.setdefault(made, {})[place] = node
         self.old: dict[fx.Node, Any] = {}
+        self.constants: Mapping[str, Tensor] = program.constants
+        self.constants_before: Mapping[str, Tensor] = edit.constants_before
         self.is_thorough = False  # whether changes are computed in float64, and all rows of a linear compared
         self.applied: dict[fx.Node, dict[fx.Node, tuple[Any, Any]]] = {}  # per old value and carrier of its changes: before, after
 
@@ -104,7 +106,7 @@ class _Checker:
         inputs = dict(zip((s.node for s in self.edit.before if s.node.op == "placeholder"), probe, strict=False))
         values: dict[fx.Node, Any] = {}
         for step in steps:
-            values[step.node] = inputs[step.node] if step.node in inputs else _evaluate(step, values, self.edit.constants_before)
+            values[step.node] = inputs[step.node] if step.node in inputs else _evaluate(step, values, self.constants_before)
             if step.node in wanted:
                 self.old[step.node] = values[step.node]
             for used in (step.node, *step.inputs):
@@ -122,7 +124,7 @@ class _Checker:
 
     def _compared(self, pair: Pair) -> Measured:
         before, env = self._changed(pair.old, pair.new), self._operands(pair)
-        after = env[pair.new] if self.pairs.is_old(pair.new) else evaluate(pair.new, env, self.program.constants)
+        after = env[pair.new] if self.pairs.is_old(pair.new) else evaluate(pair.new, env, self.constants)
         bound = self.contract.bound(_leaves(before)[0], pair.new)
         figure, floors = self._figure(before, after), (0.0,) * len(_leaves(after))
         if self.is_thorough and isinstance(self.contract, Exact) and bound < figure < math.inf and bound > 0:
@@ -204,7 +206,7 @@ class _Checker:
         """The values of the new nodes with every recorded pair's own value in its place; the pair that isn't as recorded, if there is one."""
         env = {node: self._changed(root, node) for node, root in pair.frontier.items()}
         for node in nodes:
-            env[node] = evaluate(node, env, self.program.constants)
+            env[node] = evaluate(node, env, self.constants)
             if node in self.edit.made:
                 found = pair_of(node)
                 value = None if found is None else env[found.value]
@@ -249,7 +251,7 @@ class _Checker:
         """The new node's value from another old one."""
         kept, self.old = self.old, {**self.old, pair.old: value}
         try:
-            return evaluate(pair.new, self._operands(pair), self.program.constants)
+            return evaluate(pair.new, self._operands(pair), self.constants)
         finally:
             self.old = kept
 
@@ -273,27 +275,36 @@ class _Checker:
         return _spread(value, -torch.ones(()), torch.ones(())) if is_computed and value.numel() > 1 and not value.any() else None
 
     def _once_more(self, pair: Pair) -> Measured | None:
-        """The comparison with numbers that say more than the probe's: those of `_telling`, or any in place of values with zeros, if it holds
-        there; None if there are none."""
-        kept = self.old
+        """The comparison with numbers that say more than the probe's: those of `_telling`; or, if it holds there, any in place of values with
+        zeros and of constants that are nothing else, under the changes on record. None if there are none."""
         if (telling := self._telling(pair)) is not None:
-            other, cone = {pair.old: telling}, None
-        else:
-            around = [root for root in pair.frontier.values() if root not in self.edit.nulls] if isinstance(self.contract, Exact) else []
-            other = {root: varied(self.old[root]) for root in around if has_zeros(self.old[root])}
-            cone = self.pairs.cone(pair) if other else None
-            if cone is None:
-                return None
+            return self._with({pair.old: telling}, {}, pair, None)
+        cone = self.pairs.cone(pair) if isinstance(self.contract, Exact) else None
+        if cone is None:
+            return None
+        around = [root for root in pair.frontier.values() if root not in self.edit.nulls]
+        leaves = [n for n in (*_between(pair.new, pair.frontier), *(s.node for s in cone)) if n.op == "get_attr"]
+        values = {root: varied(self.old[root]) for root in around if has_zeros(self.old[root])}
+        zeros = {n: varied(t) for n in leaves if self._is_recorded(n) and _is_wide(t := self.constants_before[str(n.target)]) and not t.any()}
+        found = self._with(values, zeros, pair, cone) if values or zeros else None
+        return found if found and found.verdict == "held" else None
+
+    def _with(
+        self, values: Mapping[fx.Node, Any], constants: Mapping[fx.Node, Tensor], pair: Pair, cone: Sequence[Step] | None
+    ) -> Measured | None:
+        """The comparison from other numbers, from which the cone computes the old value; None if an op can't take them."""
+        kept = self.old, self.constants, self.constants_before
         try:
-            self.old = {**self.old, **other}
+            self.old = {**self.old, **values}
+            self.constants_before = {**self.constants_before, **{str(n.target): t for n, t in constants.items()}}
+            self.constants = {**self.constants, **{str(n.target): self._applied(n, t) for n, t in constants.items()}}
             if cone is not None:
                 self.old[pair.old] = self._old_value(cone, lambda value: value)
-            found = self._compared(pair)
+            return self._compared(pair)
         except (IndexError, RuntimeError):
             return None
         finally:
-            self.old = kept
-        return found if cone is None or found.verdict == "held" else None
+            self.old, self.constants, self.constants_before = kept
 
     def _recorded(self, pair: Pair) -> Measured:
         """A constant against the old one under its record: readers may be blind to parts of it. An input or output against itself."""
@@ -336,7 +347,7 @@ class _Checker:
         kept, self.old = self.old, {**self.old, **other}
         try:
             self.old[pair.old] = self._old_value(cone, lambda value: value)
-            value = new() if new else evaluate(pair.new, self._operands(pair), self.program.constants)
+            value = new() if new else evaluate(pair.new, self._operands(pair), self.constants)
             return self._changed(pair.old, pair.new), value
         except (IndexError, RuntimeError):
             return None
@@ -347,7 +358,7 @@ class _Checker:
         """The last of the steps from old values; seen: what becomes of each step's value."""
         values = dict(self.old)
         for step in cone:
-            values[step.node] = seen(_evaluate(step, values, self.edit.constants_before))
+            values[step.node] = seen(_evaluate(step, values, self.constants_before))
         return values[cone[-1].node]
 
     def _worst_block(self, pair: Pair, before: Any, after: Any) -> str:
@@ -362,6 +373,7 @@ class _Checker:
             return ""
         zeros = {n.name for n in pair.new.all_input_nodes if is_zero(n)}
         spared = zeros | ({n.name for n in self.edit.changes if n.op == "get_attr"} if zeros else set())
+        spared |= {n.name for n in pair.new.all_input_nodes if n.op == "get_attr" and not self.constants[str(n.target)].any()}
         for operand, flipped in self._flips(pair.new, env, product):
             if operand not in spared and self._is_alike(before, flipped, floors, bound):
                 return f"{operand} could change sign unseen"
@@ -408,7 +420,7 @@ class _Checker:
         """What the new node is computed from, from old values."""
         env = {node: self._changed(root, node) for node, root in pair.frontier.items()}
         for node in _between(pair.new, env) if not self.pairs.is_old(pair.new) else ():
-            env[node] = evaluate(node, env, self.program.constants)
+            env[node] = evaluate(node, env, self.constants)
         return env
 
     def _flips(self, new: fx.Node, env: Mapping[fx.Node, Any], product: Any) -> Iterator[tuple[str, Any]]:
@@ -419,7 +431,7 @@ class _Checker:
         for n in new.all_input_nodes:
             if _is_wide(env[n]) and is_read(new, n):
                 flipped = None if product is None else _turned(new, n, env, product)
-                yield n.name, evaluate(new, {**env, n: -env[n]}, self.program.constants) if flipped is None else flipped
+                yield n.name, evaluate(new, {**env, n: -env[n]}, self.constants) if flipped is None else flipped
 
     def _floors(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any, bound: float) -> tuple[float, ...]:
         """Per tensor of the value the scale below which it is rounding noise: where the bound allows what a few roundings of everything that it
@@ -437,8 +449,8 @@ class _Checker:
         """The new value from rounded ones."""
         off = {node: rounded(env[node], rng) for node in pair.frontier}
         for node in _between(pair.new, off):
-            off[node] = rounded(evaluate(node, off, self.program.constants), rng)
-        return evaluate(pair.new, off, self.program.constants)
+            off[node] = rounded(evaluate(node, off, self.constants), rng)
+        return evaluate(pair.new, off, self.constants)
 
     def _old_rounded(self, pair: Pair, cone: Sequence[Step], rng: torch.Generator) -> Any:
         """The old value, under its changes, from rounded ones."""

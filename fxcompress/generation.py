@@ -30,7 +30,6 @@ def generating(base: type[Any]) -> type[Any]:
             super().__init__(compiled)
             self.config = model_config(compiled.config)
             self.generation_config = generation_config(compiled.generation_config, self.config)
-            self.forward = forward_of(compiled)
 
         @classmethod
         def can_generate(cls) -> bool:

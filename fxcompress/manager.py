@@ -249,10 +249,10 @@ def _worst(measured: Sequence[Measured], exact: bool) -> Measured:
 
 
 def _unverified(item: Pass, unseen: Sequence[Measured], sites: int) -> ContractViolation:
-    first = unseen[0]
+    first, places = unseen[0], {m.site for m in unseen}
     return ContractViolation(
-        f"{item.name} can't be checked at {len(unseen)} of {sites} sites",
-        where=f"{first.site}" + (f"   and {len(unseen) - 1} more" if len(unseen) > 1 else ""),
+        f"{item.name} can't be checked at {len(places)} of {sites} sites",
+        where=f"{first.site}" + (f"   and {len(places) - 1} more" if len(places) > 1 else ""),
         why=f"the contract at {first.value} can't bite on the probe inputs: {first.why}",
         do=f"pass example inputs that reach these sites, exclude them, or let them through: - {item.name}: {{unverified: allow}}",
     )

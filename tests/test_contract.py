@@ -150,6 +150,27 @@ def test_what_the_probe_makes_zero_is_seen_with_other_numbers(factor: float, ver
     assert measured(program, change, Exact()).verdict == verdict
 
 
+FAULTS_AT_ZERO = [("bias", 1.0, "broken"), ("weight", 1.0, "unverified"), ("neither", 1.0, "broken")]
+
+
+@pytest.mark.parametrize(("zero", "sign", "verdict"), [(z, -1.0, "held") for z in ("bias", "weight", "neither")] + FAULTS_AT_ZERO)
+def test_constants_that_are_zero_before_training(zero: str, sign: float, verdict: str) -> None:
+    """x and the weight that it meets change sign; a bias of zeros has none, and with a weight of zeros others tell."""
+    built = Builder(x=X)
+    first = built.op(aten.mul.Tensor, built.x, 2.0)
+    numbers = {"w": seeded(3, 8) * (zero != "weight"), "b": seeded(3) * (zero == "neither")}
+    program = built.program(built.op(aten.linear.default, first, *(built.constant(n, t) for n, t in numbers.items())))
+    product, edit = program.results()[0], Edit(program)
+    x, weight, _ = product.args
+    with edit.site(product):
+        edit.carry(x, lambda v: -v)
+        edit.update(x, x.args[0], -2.0)
+        edit.carry(weight, lambda v: -v)
+        edit.fold(weight, numbers["w"] * -1)
+        edit.update(product, edit.insert(aten.mul.Tensor, x, -sign, like=product), *product.args[1:])
+    assert next(m.verdict for m in check(program, edit, Exact(), program.example) if m.value == product.name) == verdict
+
+
 @pytest.mark.parametrize("x", [torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.bool)])
 def test_integers_are_seen_even_as_zeros(x: Tensor) -> None:
     result = measured(one_op(aten.clone.default, x), lambda e, n: n.args[0], Exact(limit=0.0))  # type: ignore[arg-type, return-value]

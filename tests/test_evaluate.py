@@ -78,9 +78,14 @@ def test_no_window(ids, window):
         perplexity(uniform, ids, window)
     assert str(refused.value) == (
         "there is no window to score\n"
-        f"  why   token_ids has shape {list(ids.shape)}, the window is {window} tokens\n"
-        "  do    pass one row of at least `window` token ids, with a window of 2 or more"
+        f"  why   token_ids has shape {list(ids.shape)}, the window is {window} tokens, batch 1\n"
+        "  do    pass one row of at least `window` token ids, with a window of 2 or more and a batch of 1 or more"
     )
+
+
+def test_tokens_without_a_logit():
+    with pytest.raises(InputError, match="a token has no logit"):
+        perplexity(uniform, torch.full((8,), VOCABULARY), 4)
 
 
 def test_logits_of_another_shape():

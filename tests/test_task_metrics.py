@@ -142,6 +142,17 @@ def test_detections_that_cannot_be_judged():
         mean_average_precision(TRUTH, TRUTH)
     with pytest.raises(InputError, match=r"boxes \[2, 4\], labels 2, scores \[1\]"):
         mean_average_precision([Boxes(TRUTH[0].boxes, TRUTH[0].labels, torch.ones(1))] * 2, TRUTH)
+    found = [Boxes(t.boxes, t.labels, torch.full((len(t.labels),), torch.nan)) for t in TRUTH]
+    with pytest.raises(InputError, match="must be finite"):
+        mean_average_precision(found, TRUTH)
+    for share in (-1.0, 0.0, 2.0, math.nan):
+        with pytest.raises(InputError, match="overlap"):
+            mean_average_precision(TRUTH, TRUTH, share)
+
+
+def test_areas_beyond_half_precision():
+    found = Boxes(torch.tensor([[0.0, 0.0, 300.0, 300.0]]).half(), torch.tensor([0]), torch.tensor([0.9]))
+    assert mean_average_precision([found], [Boxes(found.boxes, found.labels)]) == 1
 
 
 class Bigram(nn.Module):

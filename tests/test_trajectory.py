@@ -158,8 +158,19 @@ def test_what_cannot_be_sampled():
     with pytest.raises(CalibrationError) as error:
         trajectory(Known(False), Sampler(DDIMScheduler(), 3), 2, shape=SHAPE, conditions={"shift": torch.zeros(3)})
     assert str(error.value) == (
-        "the images can't be sampled\n  why   shift is [3], the images are 2\n  do    pass n >= 1 and one row of each condition an image"
+        "the images can't be sampled\n  why   shift is [3], the images are 2\n"
+        "  do    pass n >= 1, batch >= 1 and one row of each condition an image"
     )
+    with pytest.raises(CalibrationError, match="n is 2, batch 0"):
+        trajectory(Known(False), Sampler(DDIMScheduler(), 3), 2, shape=SHAPE, batch=0)
+    with pytest.raises(CalibrationError, match="takes 0 steps"):
+        trajectory(Known(False), Sampler(DDIMScheduler(), 0), 2, shape=SHAPE)
+    for scheduler in (None, "ddim", DDIMScheduler):
+        with pytest.raises(CalibrationError, match="no scheduler to sample with"):
+            trajectory(Known(False), Sampler(scheduler, 3), 2, shape=SHAPE)
+    for without in ({}, {"shifts": torch.zeros(1)}):
+        with pytest.raises(CalibrationError, match="nothing to guide by"):
+            trajectory(Known(False), Sampler(DDIMScheduler(), 3, Guidance(2.0, without)), 2, shape=SHAPE, conditions={"shift": torch.zeros(2)})
     with pytest.raises(CalibrationError, match="name of the network's input"):
         trajectory(lambda **inputs: inputs, Sampler(DDIMScheduler(), 3), 2, shape=SHAPE)
     with pytest.raises(CalibrationError, match="gave no tensor"):

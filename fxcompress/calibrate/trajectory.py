@@ -51,7 +51,11 @@ class Sampler:
         seed: int = 0,
         visit: Callable[[Inputs], None] = lambda item: None,
     ) -> Tensor:
-        """Images [B, ...] from standard normal noise [B, ...]. visit: sees the inputs of each call. seed: of the noise of random steps."""
+        """Images [B, ...] from standard normal noise [B, ...]. visit: sees the inputs of each call. seed: of the noise of random steps.
+
+        CalibrationError for no step, a scheduler that isn't one of diffusers', and guidance without any of these conditions.
+        """
+        self._require(conditions)
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(self.steps)
         takes_draw = "generator" in inspect.signature(scheduler.step).parameters
@@ -65,6 +69,17 @@ class Sampler:
                 out = self._guided(first_tensor(model(**item.kwargs)))
                 x = scheduler.step(_without_variance(out, x, scheduler), t, x, **random).prev_sample
         return x
+
+    def _require(self, conditions: Mapping[str, Any]) -> None:
+        if self.steps < 1:
+            raise CalibrationError("there is nothing to sample", why=f"the sampler takes {self.steps} steps", do="steps=1 or more")
+        if isinstance(self.scheduler, type) or not all(hasattr(self.scheduler, name) for name in ("config", "step", "set_timesteps")):
+            why = f"it is {self.scheduler!r}, which has no config, step and set_timesteps"[:200]
+            raise CalibrationError("this is no scheduler to sample with", why=why, do="pass an instance, as DDIMScheduler()")
+        without = None if self.guidance is None else self.guidance.without
+        if without is not None and not (without and without.keys() <= conditions.keys()):
+            why = f"`without` is for {sorted(without)}, the conditions are {sorted(conditions)}"
+            raise CalibrationError("the guidance has nothing to guide by", why=why, do="Guidance(scale, {condition's name: its row for none})")
 
     def item(self, model: Callable[..., Any], x: Tensor, t: Tensor, conditions: Mapping[str, Any]) -> Inputs:
         """The inputs of one call at x [B, ...] and t, by name, role "timestep" set."""
@@ -97,13 +112,13 @@ def trajectory(
     model: the full-precision network, or another whose own states are wanted. shape: of one image, without the batch. conditions: tensors of n
     rows, and constants. batch: images a run. Equal seeds start from equal noise. The timesteps are stratified: the calls of a run stand
     together, shuffled, so every run's stretch of the feed holds each timestep as often as the sampler calls it. Above 256 MiB the items go to
-    disk. CalibrationError when n < 1 or a condition hasn't n rows.
+    disk. CalibrationError when n < 1 or batch < 1, a condition hasn't n rows, and as `Sampler.run`.
     """
     known = dict(conditions or {})
     wrong = [name for name, value in known.items() if isinstance(value, Tensor) and (not value.dim() or len(value) != n)]
-    if n < 1 or wrong:
-        why = f"{wrong[0]} is {list(known[wrong[0]].shape)}, the images are {n}" if wrong else f"n is {n}"
-        raise CalibrationError("the images can't be sampled", why=why, do="pass n >= 1 and one row of each condition an image")
+    if n < 1 or batch < 1 or wrong:
+        why = f"n is {n}, batch {batch}" if n < 1 or batch < 1 else f"{wrong[0]} is {list(known[wrong[0]].shape)}, the images are {n}"
+        raise CalibrationError("the images can't be sampled", why=why, do="pass n >= 1, batch >= 1 and one row of each condition an image")
     noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
     runs = (_run(model, sampler, noise, known, slice(start, start + batch), seed) for start in range(0, n, batch))
     first = next(runs)

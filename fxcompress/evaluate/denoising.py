@@ -37,12 +37,15 @@ def step_sqnr(reference: Callable[..., Any], changed: Callable[..., Any], feed: 
 
     feed: items with one timestep each, its argument given by name with role "timestep", as `calibrate.trajectory` makes them. On those of
     the reference from other seeds than calibration had, it says what is lost on held-out states; on trajectories of `changed`, what is lost on
-    the states that its own errors lead to. InputError for an item without the role or with several timesteps, and for no item.
+    the states that its own errors lead to. InputError for an item without the role or with several timesteps, for
+    no item, and for outputs of two shapes.
     """
     sums: dict[float, list[float]] = {}
     with torch.no_grad():
         for item in map(Inputs.of, feed):
             a, b = (first_tensor(model(*item.args, **item.kwargs)).double() for model in (reference, changed))
+            if a.shape != b.shape:
+                raise InputError("the outputs can't be compared", why=f"they are {list(a.shape)} and {list(b.shape)}")
             entry = sums.setdefault(timestep(item), [0.0, 0.0])
             entry[0] += float(a.square().sum())
             entry[1] += float((a - b).square().sum())

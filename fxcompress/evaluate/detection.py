@@ -24,12 +24,15 @@ def mean_average_precision(found: Sequence[Boxes], wanted: Sequence[Boxes], iou:
     """The mean over the classes in `wanted` of the area under the precision-recall curve, precision made non-increasing from the right.
 
     By falling score, over all images at once, a box of the class is right when its IoU with the best true box of its image and class that no
-    earlier one has taken is at least `iou`. Every step of recall counts (no 11 or 101 points). InputError when there is no true box, or the
-    lists, scores and shapes don't fit. Source: Everingham et al., The Pascal VOC Challenge (IJCV 2010), section 4.2, areas as from 2010 on.
+    earlier one has taken is at least `iou`. Every step of recall counts (no 11 or 101 points). InputError when there is no true box, the
+    lists, scores and shapes don't fit, or a number isn't finite. Source: Everingham et al., The Pascal VOC Challenge (IJCV 2010), section 4.2,
+    areas as from 2010 on.
     """
     if len(found) != len(wanted) or not sum(len(w.labels) for w in wanted):
         why = f"{len(found)} images were searched, {len(wanted)} have a truth with {sum(len(w.labels) for w in wanted)} boxes in all"
         raise InputError("there is nothing to find", why=why)
+    if not 0 < iou <= 1:
+        raise InputError("no two boxes overlap by as much", why=f"iou is {iou}, the share of an intersection in a union", do="0 < iou <= 1")
     for image in (*found, *wanted):
         _require(image)
     if any(f.scores is None for f in found):
@@ -66,7 +69,8 @@ def _by_score(found: Sequence[Boxes], label: int) -> list[tuple[float, int, Tens
 
 
 def _iou(box: Tensor, others: Tensor) -> Tensor:
-    """Of one box [4] with each of [n, 4]."""
+    """Of one box [4] with each of [n, 4], in float64: areas overflow half precision."""
+    box, others = box.double(), others.double()
     sides = torch.minimum(box[2:], others[:, 2:]) - torch.maximum(box[:2], others[:, :2])
     both = sides.clamp(min=0).prod(1)
     return both / ((box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(1) - both)
@@ -77,3 +81,5 @@ def _require(image: Boxes) -> None:
     if image.boxes.shape != (n, 4) or (image.scores is not None and image.scores.shape != (n,)):
         scores = None if image.scores is None else list(image.scores.shape)
         raise InputError("the boxes of an image don't fit", why=f"boxes {list(image.boxes.shape)}, labels {n}, scores {scores}")
+    if not all(bool(t.isfinite().all()) for t in (image.boxes, image.scores) if t is not None):
+        raise InputError("boxes and scores must be finite", why="the detector gave a NaN or an infinity")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,20 +26,20 @@ def perplexity(logits: Callable[[Tensor], Tensor], token_ids: Tensor, window: in
     logits: [b, window] int64 -> [b, window, vocabulary]. token_ids: [N], int64. Conventions: windows don't overlap (stride = window), no
     BOS is put in front, the first token of each window is context only and isn't scored, and the last N mod window tokens are left out.
     Figures are comparable only under one tokenizer and one window. batch: windows a call; the last call may have fewer.
-    InputError when N < window, window < 2, or logits have another shape or aren't finite.
+    InputError when N < window, window < 2, batch < 1, or logits have another shape or aren't finite.
     """
-    if window < 2 or token_ids.dim() != 1 or len(token_ids) < window:
+    if window < 2 or batch < 1 or token_ids.dim() != 1 or len(token_ids) < window:
         raise InputError(
             "there is no window to score",
-            why=f"token_ids has shape {list(token_ids.shape)}, the window is {window} tokens",
-            do="pass one row of at least `window` token ids, with a window of 2 or more",
+            why=f"token_ids has shape {list(token_ids.shape)}, the window is {window} tokens, batch {batch}",
+            do="pass one row of at least `window` token ids, with a window of 2 or more and a batch of 1 or more",
         )
     windows = token_ids[: len(token_ids) // window * window].view(-1, window)
     total = 0.0
     for rows in torch.split(windows, batch):
         total += _negative_log_likelihood(logits(rows), rows)
     tokens = windows.shape[0] * (window - 1)
-    return Perplexity(math.exp(total / tokens), tokens, windows.shape[0])
+    return Perplexity(torch.tensor(total / tokens, dtype=torch.float64).exp().item(), tokens, windows.shape[0])
 
 
 def _negative_log_likelihood(logits: Tensor, rows: Tensor) -> float:
@@ -50,6 +49,8 @@ def _negative_log_likelihood(logits: Tensor, rows: Tensor) -> float:
             "the logits don't fit the tokens",
             why=f"tokens {list(rows.shape)} gave logits {list(logits.shape)}, not [batch, window, vocabulary]",
         )
+    if int(rows.min()) < 0 or int(rows.max()) >= logits.shape[2]:
+        raise InputError("a token has no logit", why=f"ids are {int(rows.min())}..{int(rows.max())}, the vocabulary has {logits.shape[2]}")
     scores = logits[:, :-1].double()
     if not torch.isfinite(scores).all():
         raise InputError("the logits aren't finite", why=f"{int((~torch.isfinite(scores)).sum())} of {scores.numel()} are inf or nan")

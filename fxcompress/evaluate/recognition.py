@@ -30,8 +30,8 @@ def recall(logits: Logits, x: Tensor, labels: Tensor, batch: int = 250) -> dict[
 
 def predicted(logits: Logits, x: Tensor, labels: Tensor, batch: int) -> Tensor:
     """The class of each row, [N]. InputError when there is no row, labels aren't one a row, or logits have another shape or aren't finite."""
-    if labels.dim() != 1 or len(x) != len(labels) or not len(x):
-        raise InputError("there isn't one label a row", why=f"x is {list(x.shape)}, labels are {list(labels.shape)}")
+    if labels.dim() != 1 or len(x) != len(labels) or not len(x) or batch < 1:
+        raise InputError("there isn't one label a row", why=f"x is {list(x.shape)}, labels are {list(labels.shape)}, batch is {batch}")
     with torch.no_grad():
         scores = torch.cat([logits(rows) for rows in torch.split(x, batch)])
     if scores.dim() != 2 or len(scores) != len(x):
@@ -45,9 +45,9 @@ def mask_iou(found: Tensor, wanted: Tensor) -> Estimate:
     """The mean over masks of |found ∩ wanted| / |found ∪ wanted|, with a bootstrap interval over images.
 
     found, wanted: [N, H, W] or [N, P, H, W], bool, P masks an image. A mask that is empty in both counts as 1. InputError for other shapes or
-    dtypes and for no image.
+    dtypes and where there is no mask.
     """
-    if found.shape != wanted.shape or found.dtype != torch.bool or wanted.dtype != torch.bool or found.dim() < 3 or not len(found):
+    if found.shape != wanted.shape or found.dtype != torch.bool or wanted.dtype != torch.bool or found.dim() < 3 or not found.numel():
         why = f"they are {list(found.shape)} {found.dtype} and {list(wanted.shape)} {wanted.dtype}, not two [N, ..., H, W] of bool"
         raise InputError("the masks can't be compared", why=why)
     both, either = ((f(found, wanted)).sum((-2, -1)).double() for f in (torch.logical_and, torch.logical_or))
@@ -60,6 +60,8 @@ def mean_iou(found: Tensor, wanted: Tensor, classes: int, ignore: int | None = N
 
     found, wanted: equal shapes, int64 in [0, classes); pixels where wanted == ignore count nowhere. InputError otherwise and if none counts.
     """
+    if found.is_floating_point() or wanted.is_floating_point():
+        raise InputError("the maps can't be compared", why=f"they are of {found.dtype} and {wanted.dtype}", do="classes as integers")
     kept = torch.ones_like(wanted, dtype=torch.bool) if ignore is None else wanted != ignore
     if found.shape != wanted.shape or not kept.any():
         why = f"they are {list(found.shape)} and {list(wanted.shape)}, {int(kept.sum())} pixels count"

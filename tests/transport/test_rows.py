@@ -83,6 +83,7 @@ ROWS: dict[str, Row] = {
     "select": Row(aten.select.int, X, 1, 2, lands=EVERY),
     "cat": Row(aten.cat.default, [X, Y], 2, lands=EVERY),
     "cat other axis": Row(aten.cat.default, [X, Y], 1, lands=EVERY),
+    "cat with nothing": Row(aten.cat.default, [torch.empty(0, dtype=F64), X], 2, constants=(0,), lands=EVERY),
     "stack": Row(aten.stack.default, [X, Y], 1, lands=EVERY),
     "split": Row(aten.split.Tensor, X, 2, 2, lands=EVERY),
     "chunk": Row(aten.chunk.default, X, 2, 2, lands=EVERY),

@@ -148,7 +148,7 @@ TESTBEDS = {
     ),
     "video": _digits(
         video.latte,
-        Plan(steps=10500, batch=16, lr=2e-3, weight_decay=0.01, ema=0.998, muon=6e-3),
+        Plan(steps=8500, batch=16, lr=2e-3, weight_decay=0.01, ema=0.998, muon=6e-3),
         loss=video.loss,
         metrics=video.metrics,
         feed=lambda model, data, seed: video.states(model, seed),
@@ -173,7 +173,9 @@ class Loaded:
 
 
 def load(name: str) -> Loaded:
-    """A testbed by its name in TESTBEDS, from committed files alone. The random state outside is left as it was."""
+    """A testbed by its name in TESTBEDS, from committed files alone. The random state outside is left as it was. KeyError for another."""
+    if name not in TESTBEDS:
+        raise KeyError(f"no testbed {name!r}, only {', '.join(TESTBEDS)}")
     testbed = TESTBEDS[name]
     with torch.random.fork_rng(devices=[]):
         model = weights.read(testbed.build(), name)

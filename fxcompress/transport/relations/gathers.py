@@ -154,9 +154,9 @@ def select(s: Solver, node: fx.Node) -> None:
 
 
 def cat(s: Solver, node: fx.Node) -> None:
-    """Values laid end to end."""
-    given = s.args(node)
-    parts, axis = given["tensors"], _axis(s, node, given["dim"])
+    """Values laid end to end; torch passes over empty ones of one axis among others."""
+    given, rank = s.args(node), len(s.shape(node))
+    parts, axis = [p for p in given["tensors"] if len(s.shape(p)) == rank], _axis(s, node, given["dim"])
     gathered(s, node, parts, [(node, _numbers(s.shape(node)[axis]))], axis)
 
 
