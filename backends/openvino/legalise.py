@@ -7,6 +7,7 @@
     reduce to fewer axes       ->  reduce, then squeeze   a quantiser with a scale for each channel looks for them on the axis that is gone
     x + zeros, x * ones        ->  x                      it does so itself, and a concat is before a quantiser then
     average of a large window  ->  of a smaller one       it refuses windows larger than what they average, which one window covers
+    long windows on one axis   ->  on the first of two    over few channels its kernels of bytes get them wrong, on processors with AMX
     transpose of equal axes    ->  of five axes           in an attention whose heads are as many as its positions it mixes them up
     x - rows of a table        ->  -(rows - x)            where the result picks a row that is quantised then, it can't be loaded; so always
 
@@ -64,6 +65,22 @@ class Legaliser:
             elif node.op_type == "QuantizeLinear":
                 self._part_from_signs(node)
                 self._quantise_parts(node)
+        for node in [n for n in self.graph if n.op_type == "Conv" and base_of(n.inputs[0]) and _is_tiled(n)]:
+            self._turn_window(node)
+
+    def _turn_window(self, node: ir.Node) -> None:
+        """A convolution along one axis as one along the first of two."""
+        last = self.build.ints(3)
+        for place in (0, 1):
+            wide = ir.node("Unsqueeze", [node.inputs[place], last])
+            wide.outputs[0].name, wide.outputs[0].type = f"{node.name}.wide_{place}", node.inputs[place].type  # type: ignore[union-attr]
+            self.graph.insert_before(node, wide)
+            node.replace_input_with(place, wide.outputs[0])
+        for name, other in (("kernel_shape", 1), ("dilations", 1), ("strides", 1), ("pads", 0)):
+            if name in node.attributes:
+                sizes = [v for n in node.attributes[name].as_ints() for v in (n, other)]
+                node.attributes[name] = ir.AttrInt64s(name, sizes)
+        self._hand_over(node, ir.node("Squeeze", [node.outputs[0], last]))
 
     def _transpose_apart(self, node: ir.Node) -> None:
         value = node.inputs[0]
@@ -158,6 +175,15 @@ class Legaliser:
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], [*parts, whole], node.outputs, whole.outputs)
         for part in parts:
             self._quantise_parts(part)
+
+
+def _is_tiled(node: ir.Node) -> bool:
+    """Whether a window along one axis holds 128, 192, .. numbers of fewer than 32 channels: which were seen wrong, on the last axis only."""
+    shape = node.inputs[1].shape if node.inputs[1] is not None else None
+    if shape is None or len(shape) != 3 or not isinstance(shape[1], int) or not isinstance(shape[2], int):
+        return False
+    numbers = shape[1] * shape[2]
+    return shape[1] < 32 and numbers >= 128 and numbers % 64 == 0
 
 
 def _shrink_window(node: ir.Node) -> None:

@@ -88,6 +88,14 @@ def picked_by_distance() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return Holding(forward, table=nn.Embedding(32, 16), layer=nn.Conv1d(16, 24, 1)), (torch.randn(2, 16, 7), torch.randint(32, (2, 7)))
 
 
+def long_window() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return Holding(lambda m, x: m.layer(x), layer=nn.Conv1d(32, 24, 16, padding=8, groups=2, dilation=2)), (torch.randn(2, 32, 40),)
+
+
+def long_strided_window() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    return Holding(lambda m, x: m.layer(x), layer=nn.Conv1d(16, 24, 8, stride=4, padding=2)), (torch.randn(2, 16, 40),)
+
+
 def codes_of(make: Make) -> Program:
     torch.manual_seed(0)
     model, inputs = make()
@@ -103,7 +111,7 @@ def judged(program: Program, folder: Path) -> Any:
     return EXACT.report(program, folder, program.example)
 
 
-@pytest.mark.parametrize("make", QUANTISED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [*QUANTISED, long_window, long_strided_window], ids=lambda f: f.__name__)
 def test_codes_have_the_programs_numbers(make, tmp_path):
     program = codes_of(make)
     seen = judged(program, tmp_path)
