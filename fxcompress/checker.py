@@ -7,9 +7,11 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -116,11 +118,21 @@ class _Checker:
             yield step.node
 
     def _compare(self, pair: Pair) -> Measured:
-        kept, self.old = self.old, {**self.old, **self._some_rows(pair)}
-        try:
+        with self._standing_in(self._some_rows(pair)):
             return self._compared(pair)
+
+    @contextmanager
+    def _standing_in(self, values: Mapping[fx.Node, Any], constants: Mapping[fx.Node, Tensor] = MappingProxyType({})) -> Iterator[None]:
+        """Other old values, and other constants under their recorded changes, for a moment."""
+        kept = self.old, self.constants, self.constants_before
+        self.old = {**self.old, **values}
+        if constants:
+            self.constants_before = {**self.constants_before, **{str(n.target): t for n, t in constants.items()}}
+            self.constants = {**self.constants, **{str(n.target): self._applied(n, t) for n, t in constants.items()}}
+        try:
+            yield
         finally:
-            self.old = kept
+            self.old, self.constants, self.constants_before = kept
 
     def _compared(self, pair: Pair) -> Measured:
         before, env = self._changed(pair.old, pair.new), self._operands(pair)
@@ -249,11 +261,8 @@ class _Checker:
 
     def _again(self, pair: Pair, value: Tensor) -> Any:
         """The new node's value from another old one."""
-        kept, self.old = self.old, {**self.old, pair.old: value}
-        try:
+        with self._standing_in({pair.old: value}):
             return evaluate(pair.new, self._operands(pair), self.constants)
-        finally:
-            self.old = kept
 
     def _is_on_range(self, pair: Pair) -> bool:
         """Whether the pair quantises one value on a range measured before, which its other numbers may fill better than the probe's."""
@@ -282,7 +291,7 @@ class _Checker:
         cone = self.pairs.cone(pair) if isinstance(self.contract, Exact) else None
         if cone is None:
             return None
-        around = [root for root in pair.frontier.values() if root not in self.edit.nulls]
+        around = self._around(pair)
         leaves = [n for n in (*_between(pair.new, pair.frontier), *(s.node for s in cone)) if n.op == "get_attr"]
         values = {root: varied(self.old[root]) for root in around if has_zeros(self.old[root])}
         zeros = {n: varied(t) for n in leaves if self._is_recorded(n) and _is_wide(t := self.constants_before[str(n.target)]) and not t.any()}
@@ -293,18 +302,13 @@ class _Checker:
         self, values: Mapping[fx.Node, Any], constants: Mapping[fx.Node, Tensor], pair: Pair, cone: Sequence[Step] | None
     ) -> Measured | None:
         """The comparison from other numbers, from which the cone computes the old value; None if an op can't take them."""
-        kept = self.old, self.constants, self.constants_before
         try:
-            self.old = {**self.old, **values}
-            self.constants_before = {**self.constants_before, **{str(n.target): t for n, t in constants.items()}}
-            self.constants = {**self.constants, **{str(n.target): self._applied(n, t) for n, t in constants.items()}}
-            if cone is not None:
-                self.old[pair.old] = self._old_value(cone, lambda value: value)
-            return self._compared(pair)
+            with self._standing_in(values, constants):
+                if cone is not None:
+                    self.old[pair.old] = self._old_value(cone, lambda value: value)
+                return self._compared(pair)
         except (IndexError, RuntimeError):
             return None
-        finally:
-            self.old, self.constants, self.constants_before = kept
 
     def _recorded(self, pair: Pair) -> Measured:
         """A constant against the old one under its record: readers may be blind to parts of it. An input or output against itself."""
@@ -332,9 +336,13 @@ class _Checker:
                 return f"{figure:.3g} at {pair.new.name} where its operands {where}"
         return ""
 
+    def _around(self, pair: Pair) -> list[fx.Node]:
+        """The old values that the new node is computed from, but those that are 0 for every input."""
+        return [root for root in pair.frontier.values() if root not in self.edit.nulls]
+
     def _others(self, pair: Pair) -> Iterator[tuple[dict[fx.Node, Any], str]]:
         """Numbers in place of the old values around the pair, and what is other about them."""
-        around = [root for root in pair.frontier.values() if root not in self.edit.nulls]
+        around = self._around(pair)
         yield {root: filled(self.old[root]) for root in around if has_zeros(self.old[root])}, "aren't 0, as they are on the probe"
         if any(isinstance(a, float) for a in (*pair.new.args, *pair.new.kwargs.values())):
             yield {root: self.old[root] * SMALL for root in around if _is_wide(self.old[root])}, f"are {SMALL} of what they are on the probe"
@@ -344,15 +352,13 @@ class _Checker:
     ) -> tuple[Any, Any] | None:
         """(the old value under its changes, the new one) from other numbers; None if an op can't take them, as an index made of floats.
         new: how the new value is computed, if not by evaluating the node."""
-        kept, self.old = self.old, {**self.old, **other}
         try:
-            self.old[pair.old] = self._old_value(cone, lambda value: value)
-            value = new() if new else evaluate(pair.new, self._operands(pair), self.constants)
-            return self._changed(pair.old, pair.new), value
+            with self._standing_in(other):
+                self.old[pair.old] = self._old_value(cone, lambda value: value)
+                value = new() if new else evaluate(pair.new, self._operands(pair), self.constants)
+                return self._changed(pair.old, pair.new), value
         except (IndexError, RuntimeError):
             return None
-        finally:
-            self.old = kept
 
     def _old_value(self, cone: Sequence[Step], seen: Callable[[Any], Any]) -> Any:
         """The last of the steps from old values; seen: what becomes of each step's value."""
@@ -454,12 +460,9 @@ class _Checker:
 
     def _old_rounded(self, pair: Pair, cone: Sequence[Step], rng: torch.Generator) -> Any:
         """The old value, under its changes, from rounded ones."""
-        kept, self.old = self.old, {**self.old, **{root: rounded(self.old[root], rng) for root in pair.frontier.values()}}
-        try:
+        with self._standing_in({root: rounded(self.old[root], rng) for root in pair.frontier.values()}):
             self.old[pair.old] = self._old_value(cone, lambda value: rounded(value, rng))
             return self._changed(pair.old, pair.new)
-        finally:
-            self.old = kept
 
 
 def _turned(new: fx.Node, operand: fx.Node, env: Mapping[fx.Node, Any], product: Tensor) -> Tensor | None:

@@ -277,7 +277,7 @@ def test_unverified_sites_are_refused_unless_allowed() -> None:
     with pytest.raises(ContractViolation) as caught:
         managed(program, remake())
     assert caught.value.what == "test.remake can't be checked at 1 of 2 sites"
-    assert "linear_default_1" in caught.value.where
+    assert caught.value.where == "<root>  (linear_default_1)"
     assert "could change sign unseen" in caught.value.why
     assert "- test.remake: {unverified: allow}" in caught.value.do
     _, (report,) = managed(program, remake(), unverified="allow")

@@ -72,10 +72,7 @@ class Legaliser:
         """A convolution along one axis as one along the first of two."""
         last = self.build.ints(3)
         for place in (0, 1):
-            wide = ir.node("Unsqueeze", [node.inputs[place], last])
-            wide.outputs[0].name, wide.outputs[0].type = f"{node.name}.wide_{place}", node.inputs[place].type  # type: ignore[union-attr]
-            self.graph.insert_before(node, wide)
-            node.replace_input_with(place, wide.outputs[0])
+            self._widen(node, place, last)
         for name, other in (("kernel_shape", 1), ("dilations", 1), ("strides", 1), ("pads", 0)):
             if name in node.attributes:
                 sizes = [v for n in node.attributes[name].as_ints() for v in (n, other)]
@@ -87,12 +84,17 @@ class Legaliser:
         if value is None or value.shape is None or value.shape[1] != value.shape[2]:
             return
         second = self.build.ints(1)  # another first axis than the batch is more than its search for shuffled channels can take
-        wide = ir.node("Unsqueeze", [value, second])
-        self.graph.insert_before(node, wide)
-        node.replace_input_with(0, wide.outputs[0])
+        self._widen(node, 0, second)
         node.attributes["perm"] = ir.AttrInt64s("perm", [0, 1, *(axis + 1 for axis in HEADS_FIRST[1:])])
-        wide.outputs[0].name, wide.outputs[0].type = f"{node.name}.wide", value.type
         self._hand_over(node, ir.node("Squeeze", [node.outputs[0], second]))
+
+    def _widen(self, node: ir.Node, place: int, axis: ir.Value) -> None:
+        """An operand with an axis more."""
+        value = node.inputs[place]
+        wide = ir.node("Unsqueeze", [value, axis])
+        wide.outputs[0].name, wide.outputs[0].type = f"{node.name}.wide_{place}", value.type  # type: ignore[union-attr]
+        self.graph.insert_before(node, wide)
+        node.replace_input_with(place, wide.outputs[0])
 
     def _has_bias(self, node: ir.Node) -> bool:
         """Whether anything but zeros is added in the same op: torch.onnx writes linear of three axes as MatMul and Add."""
