@@ -421,7 +421,7 @@ class CompiledModule(nn.Module):
         super().__init__()
         self.compiled = compiled
         self.config = compiled.config
-        self.forward = forward_of(compiled)  # type: ignore[method-assign]
+        self.forward = forward_of(compiled)
         self.training = False
 
     @property
@@ -435,10 +435,6 @@ class CompiledModule(nn.Module):
     def device(self) -> torch.device:
         """Where inputs are taken and outputs given."""
         return torch.device("cpu")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's."""
-        return self.compiled(*args, **kwargs)
 
 
 def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:
