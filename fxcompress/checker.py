@@ -379,11 +379,14 @@ class _Checker:
             return ""
         zeros = {n.name for n in pair.new.all_input_nodes if is_zero(n)}
         spared = zeros | ({n.name for n in self.edit.changes if n.op == "get_attr"} if zeros else set())
-        spared |= {n.name for n in pair.new.all_input_nodes if n.op == "get_attr" and not self.constants[str(n.target)].any()}
         for operand, flipped in self._flips(pair.new, env, product):
-            if operand not in spared and self._is_alike(before, flipped, floors, bound):
+            if operand not in spared and self._is_alike(before, flipped, floors, bound) and not self._is_null(pair.new, operand):
                 return f"{operand} could change sign unseen"
         return ""
+
+    def _is_null(self, new: fx.Node, operand: str) -> bool:
+        """Whether the operand of this name is a constant of zeros."""
+        return any(n.name == operand and n.op == "get_attr" and not self.constants[str(n.target)].any() for n in new.all_input_nodes)
 
     def _changed(self, node: fx.Node, stand_in: fx.Node) -> Any:
         """An old value under the change recorded for it, or for the new node that stands for it; a tuple under those of what is taken out."""

@@ -102,7 +102,7 @@ def test_logits_that_are_not_finite():
 
     with pytest.raises(InputError, match="the logits aren't finite") as refused:
         perplexity(broken, IDS, 4)
-    assert refused.value.why == f"1 of {3 * VOCABULARY} are inf or nan"
+    assert refused.value.why == f"1 of {3 * VOCABULARY} values are inf or nan"
 
 
 def test_the_result_reads_as_what_it_is():

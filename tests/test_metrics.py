@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,19 +11,26 @@ import fxcompress
 from fxcompress.calibrate import Sampler, trajectory
 from fxcompress.errors import InputError
 from fxcompress.evaluate import (
+    Boxes,
+    Question,
     Running,
     accuracy,
     bootstrap,
+    frame_difference_error,
     frechet,
     image_snr,
     kid,
     mask_iou,
+    mean_average_precision,
     mean_iou,
+    multiple_choice,
     noise_floor,
     paired_distance,
+    perplexity,
     recall,
     rollout,
     step_sqnr,
+    video_features,
 )
 from fxcompress.signature import Inputs
 
@@ -103,11 +111,59 @@ def test_features_that_cannot_be_compared():
     with pytest.raises(InputError) as error:
         frechet(A, B[:, :2])
     assert str(error.value) == (
-        "the features can't be compared\n  why   they are [40, 3] and [25, 2], not [N, D] and [M, D] of at least 2 rows\n"
+        "the features can't be compared\n  why   they are [40, 3] and [25, 2], not real [N, D] and [M, D] of at least 2 rows\n"
         "  do    flatten each item's features to one row"
     )
     with pytest.raises(InputError, match="aren't finite"):
         kid(A, torch.where(B[3, 1] == B, torch.inf, B))
+    with pytest.raises(InputError, match="not real"):
+        frechet(A.to(torch.complex64), B)
+    with pytest.raises(InputError, match=r"\[40, 0\] and \[25, 0\]"):
+        kid(A[:, :0], B[:, :0])
+
+
+@pytest.mark.parametrize("other", [lambda t: t.numpy(), lambda t: t.tolist()], ids=["array", "list"])
+def test_metrics_take_tensors(other):
+    """What else comes is named with its type, not met by an AttributeError half-way."""
+    masks, clip = torch.ones(2, 3, 3, dtype=torch.bool), torch.randn(2, 1, 3, 4, 4, generator=rng(2))
+    boxes = Boxes(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([0]), torch.tensor([0.5]))
+    calls = [
+        lambda: frechet(other(A), B),
+        lambda: kid(A, other(B)),
+        lambda: paired_distance(A, other(A)),
+        lambda: image_snr(other(A), A),
+        lambda: video_features(lambda x: x.flatten(1), other(clip)),
+        lambda: frame_difference_error(clip, other(clip)),
+        lambda: perplexity(lambda ids: torch.zeros(*ids.shape, 9), other(torch.arange(8)), window=4),
+        lambda: accuracy(lambda x: x, A, other(torch.zeros(40, dtype=torch.int64))),
+        lambda: mask_iou(masks, other(masks)),
+        lambda: mean_iou(other(masks.long()), masks.long(), 2),
+        lambda: mean_average_precision([boxes], [replace(boxes, boxes=other(boxes.boxes))]),
+        lambda: multiple_choice(lambda ids: torch.zeros(*ids.shape, 9), [Question(torch.arange(2), [other(torch.arange(2))], 0)]),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match=rf"is no tensor\n  why   it is a {type(other(A)).__name__}\n"):
+            call()
+
+
+def test_figures_of_what_is_not_finite_are_refused():
+    """A NaN among decibels would hide in a mean, or look like the least."""
+    wrong = torch.where(A[3, 1] == A, torch.nan, A)
+    for call in (lambda: image_snr(A, wrong), lambda: paired_distance(A, wrong)):
+        with pytest.raises(InputError, match="1 of 240 values are inf or nan"):
+            call()
+    with pytest.raises(InputError, match="the outputs aren't finite"):
+        step_sqnr(lambda x, t: x, lambda x, t: x / 0, [Inputs(torch.ones(2), t=torch.tensor(1), roles={"t": "timestep"})])
+    clip = torch.randn(2, 1, 3, 4, 4, generator=rng(2))
+    with pytest.raises(InputError, match="the videos aren't finite"):
+        frame_difference_error(clip, clip / 0)
+
+
+def test_nothing_to_draw():
+    with pytest.raises(InputError, match="draws of 0 and 0"):
+        noise_floor(frechet, A, 0)
+    with pytest.raises(InputError, match="nothing to sample"):
+        rollout(lambda x, t: x, lambda x, t: x, Sampler(DDIMScheduler(), 2), 0, shape=(1, 2, 2))
 
 
 def test_the_standard_error_of_a_mean_is_found():
@@ -168,7 +224,7 @@ def test_logits_that_do_not_fit():
         accuracy(lambda i: SCORES[i], torch.arange(4), LABELS[:3])
     with pytest.raises(InputError, match=r"4 rows gave logits \[4\]"):
         accuracy(lambda i: SCORES[i, 0], torch.arange(4), LABELS)
-    with pytest.raises(InputError, match="1 of 12 are inf or nan"):
+    with pytest.raises(InputError, match="1 of 12 values are inf or nan"):
         accuracy(lambda i: SCORES[i].masked_fill(SCORES[i] == 9, torch.nan), torch.arange(4), LABELS)
 
 

@@ -143,7 +143,7 @@ def test_detections_that_cannot_be_judged():
     with pytest.raises(InputError, match=r"boxes \[2, 4\], labels 2, scores \[1\]"):
         mean_average_precision([Boxes(TRUTH[0].boxes, TRUTH[0].labels, torch.ones(1))] * 2, TRUTH)
     found = [Boxes(t.boxes, t.labels, torch.full((len(t.labels),), torch.nan)) for t in TRUTH]
-    with pytest.raises(InputError, match="must be finite"):
+    with pytest.raises(InputError, match="boxes and scores aren't finite"):
         mean_average_precision(found, TRUTH)
     for share in (-1.0, 0.0, 2.0, math.nan):
         with pytest.raises(InputError, match="overlap"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import InputError
+from fxcompress.evaluate.given import require_tensors
 from fxcompress.evaluate.intervals import Estimate, bootstrap
 
 
@@ -36,6 +37,7 @@ def multiple_choice(logits: Callable[[Tensor], Tensor], questions: Sequence[Ques
 
 def log_likelihoods(logits: Callable[[Tensor], Tensor], question: Question) -> Tensor:
     """Σ log p of each choice after the prompt, [choices], float64."""
+    require_tensors(prompt=question.prompt, **{f"choice {i}": choice for i, choice in enumerate(question.choices)})
     if not len(question.prompt) or not all(map(len, question.choices)) or not 0 <= question.right < len(question.choices):
         why = f"prompt of {len(question.prompt)} tokens, choices of {[len(c) for c in question.choices]}, right is {question.right}"
         raise InputError("the question can't be asked", why=why)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fxcompress.calibrate.trajectory import Sampler, first_tensor
 from fxcompress.errors import InputError
+from fxcompress.evaluate.given import require_finite, require_tensors
 from fxcompress.numerics.noise import decibel, sqnr
 from fxcompress.signature import Inputs
 
@@ -38,7 +39,7 @@ def step_sqnr(reference: Callable[..., Any], changed: Callable[..., Any], feed: 
     feed: items with one timestep each, its argument given by name with role "timestep", as `calibrate.trajectory` makes them. On those of
     the reference from other seeds than calibration had, it says what is lost on held-out states; on trajectories of `changed`, what is lost on
     the states that its own errors lead to. InputError for an item without the role or with several timesteps, for
-    no item, and for outputs of two shapes.
+    no item, and for outputs of two shapes or not finite.
     """
     sums: dict[float, list[float]] = {}
     with torch.no_grad():
@@ -46,6 +47,7 @@ def step_sqnr(reference: Callable[..., Any], changed: Callable[..., Any], feed: 
             a, b = (first_tensor(model(*item.args, **item.kwargs)).double() for model in (reference, changed))
             if a.shape != b.shape:
                 raise InputError("the outputs can't be compared", why=f"they are {list(a.shape)} and {list(b.shape)}")
+            require_finite("the outputs", a, b)
             entry = sums.setdefault(timestep(item), [0.0, 0.0])
             entry[0] += float(a.square().sum())
             entry[1] += float((a - b).square().sum())
@@ -57,10 +59,12 @@ def step_sqnr(reference: Callable[..., Any], changed: Callable[..., Any], feed: 
 def image_snr(reference: Tensor, changed: Tensor) -> Ratios:
     """Per image the SQNR in dB of `changed` against `reference`, [N, ...] both, drawn from the same noise, conditions and sampler.
 
-    InputError when shapes differ or there is no image.
+    InputError when shapes differ, there is no image or a value isn't finite.
     """
-    if reference.shape != changed.shape or not len(reference):
+    require_tensors(reference=reference, changed=changed)
+    if reference.shape != changed.shape or not reference.numel():
         raise InputError("the images can't be compared", why=f"they are {list(reference.shape)} and {list(changed.shape)}")
+    require_finite("the images", reference, changed)
     return Ratios({float(i): sqnr(a, b) for i, (a, b) in enumerate(zip(reference, changed, strict=True))})
 
 
@@ -90,8 +94,10 @@ def rollout(
 
     Arguments as `calibrate.trajectory`; batch: items a run; guided calls
     have twice as many rows, and diffusers' UNets take fewer than 64. States are held out where `seed` isn't calibration's. Costs each network
-    twice its sampling. InputError as `step_sqnr`.
+    twice its sampling. InputError as `step_sqnr`, and for n or batch < 1.
     """
+    if n < 1 or batch < 1:
+        raise InputError("there is nothing to sample", why=f"n is {n}, batch is {batch}", do="1 or more of both")
     noise = torch.randn(n, *shape, generator=torch.Generator().manual_seed(seed))
     samples, ratios = [], []
     for model in (reference, changed):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import InputError
+from fxcompress.evaluate.given import require_finite, require_tensors
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,10 @@ def _iou(box: Tensor, others: Tensor) -> Tensor:
 
 
 def _require(image: Boxes) -> None:
+    numbers = {"boxes": image.boxes} if image.scores is None else {"boxes": image.boxes, "scores": image.scores}
+    require_tensors(labels=image.labels, **numbers)
     n = len(image.labels)
     if image.boxes.shape != (n, 4) or (image.scores is not None and image.scores.shape != (n,)):
         scores = None if image.scores is None else list(image.scores.shape)
         raise InputError("the boxes of an image don't fit", why=f"boxes {list(image.boxes.shape)}, labels {n}, scores {scores}")
-    if not all(bool(t.isfinite().all()) for t in (image.boxes, image.scores) if t is not None):
-        raise InputError("boxes and scores must be finite", why="the detector gave a NaN or an infinity")
+    require_finite("boxes and scores", *numbers.values())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import InputError
+from fxcompress.evaluate.given import require_finite, require_tensors
 from fxcompress.evaluate.intervals import Estimate, bootstrap
 
 
@@ -44,10 +45,12 @@ def paired_distance(reference: Tensor, changed: Tensor) -> Estimate:
     reference, changed: [N, ...], images, or features of a network of them; π: the next row, so rows of one class mustn't stand together where
     classes matter. 0: the same samples. 1: the noise no longer decides anything. InputError for other shapes, N < 2 and equal references.
     """
-    if reference.shape != changed.shape or len(reference) < 2:
+    require_tensors(reference=reference, changed=changed)
+    if reference.shape != changed.shape or reference.dim() < 1 or len(reference) < 2:
         raise InputError(
             "the samples can't be paired", why=f"they are {list(reference.shape)} and {list(changed.shape)}, not two [N >= 2, ...]"
         )
+    require_finite("the samples", reference, changed)
     a, b = reference.double().flatten(1), changed.double().flatten(1)
     apart = float((a - a.roll(1, 0)).norm(dim=1).mean())
     if not apart > 0:
@@ -76,12 +79,12 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def _require_features(a: Tensor, b: Tensor, least: int) -> None:
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < least:
+    require_tensors(a=a, b=b)
+    is_real = not (a.is_complex() or b.is_complex())
+    if a.dim() != 2 or b.dim() != 2 or not 0 < a.shape[1] == b.shape[1] or min(len(a), len(b)) < least or not is_real:
         raise InputError(
             "the features can't be compared",
-            why=f"they are {list(a.shape)} and {list(b.shape)}, not [N, D] and [M, D] of at least {least} rows",
+            why=f"they are {list(a.shape)} and {list(b.shape)}, not real [N, D] and [M, D] of at least {least} rows",
             do="flatten each item's features to one row",
         )
-    wrong = int((~torch.isfinite(a)).sum()) + int((~torch.isfinite(b)).sum())
-    if wrong:
-        raise InputError("the features aren't finite", why=f"{wrong} of {a.numel() + b.numel()} values are inf or nan")
+    require_finite("the features", a, b)

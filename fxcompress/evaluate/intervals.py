@@ -42,11 +42,12 @@ def noise_floor(metric: Metric, real: Tensor, size: int, against: int | None = N
     """metric(a, b) per seed, a and b disjoint draws of `size` and `against` (default `size`) rows of the real data.
 
     What a perfect model would score by chance: a distance is read as a multiple of this. Sizes must be those of the comparison it is put
-    beside, since distances grow as samples shrink. InputError when `real` has fewer than size + against rows.
+    beside, since distances grow as samples shrink. InputError when `real` has fewer than size + against rows, and for sizes < 1.
     """
     other = size if against is None else against
-    if len(real) < size + other:
-        raise InputError("too few real rows", why=f"two disjoint draws of {size} and {other} need {size + other}, there are {len(real)}")
+    if min(size, other) < 1 or len(real) < size + other:
+        why = f"two disjoint draws of {size} and {other}, 1 or more each, need {size + other}, there are {len(real)}"
+        raise InputError("too few real rows", why=why)
     floors = []
     for seed in seeds:
         order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))

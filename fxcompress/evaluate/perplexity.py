@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import InputError
+from fxcompress.evaluate.given import require_finite, require_tensors
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ def perplexity(logits: Callable[[Tensor], Tensor], token_ids: Tensor, window: in
     Figures are comparable only under one tokenizer and one window. batch: windows a call; the last call may have fewer.
     InputError when N < window, window < 2, batch < 1, or logits have another shape or aren't finite.
     """
+    require_tensors(token_ids=token_ids)
     if window < 2 or batch < 1 or token_ids.dim() != 1 or len(token_ids) < window:
         raise InputError(
             "there is no window to score",
@@ -52,7 +54,6 @@ def _negative_log_likelihood(logits: Tensor, rows: Tensor) -> float:
     if int(rows.min()) < 0 or int(rows.max()) >= logits.shape[2]:
         raise InputError("a token has no logit", why=f"ids are {int(rows.min())}..{int(rows.max())}, the vocabulary has {logits.shape[2]}")
     scores = logits[:, :-1].double()
-    if not torch.isfinite(scores).all():
-        raise InputError("the logits aren't finite", why=f"{int((~torch.isfinite(scores)).sum())} of {scores.numel()} are inf or nan")
+    require_finite("the logits", scores)
     chosen = scores.gather(2, rows[:, 1:, None]).squeeze(2)
     return float((scores.logsumexp(2) - chosen).sum())

