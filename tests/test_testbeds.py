@@ -108,7 +108,7 @@ def test_videos_keep_what_their_card_says(loaded, name):
     said, kinds = loaded[name].card["metrics"], torch.arange(80) % video.KINDS
     clips, judge = video.sample(loaded[name].model, kinds, seed=2), loaded["video_judge"].model
     found = video.kept(judge, clips, kinds)
-    for what, least in (("digit", 0.5), ("direction", 0.95)):  # by chance one in ten, one in four
+    for what, least in (("digit", 0.7), ("direction", 0.95)):  # by chance one in ten, one in four
         assert said[what] >= least
         assert abs(found[what] - said[what]) < 3 * math.sqrt(max(said[what] * (1 - said[what]), 0.01) * (1 / 80 + 1 / 400))
     assert video.kept(judge, clips, (kinds + 1) % video.KINDS)["direction"] < 0.2

@@ -148,7 +148,7 @@ TESTBEDS = {
     ),
     "video": _digits(
         video.latte,
-        Plan(steps=5000, batch=16, lr=2e-3, weight_decay=0.01, ema=0.998, muon=6e-3),
+        Plan(steps=10000, batch=16, lr=2e-3, weight_decay=0.01, ema=0.998, muon=6e-3),
         loss=video.loss,
         metrics=video.metrics,
         feed=lambda model, data, seed: video.states(model, seed),
