@@ -243,26 +243,27 @@ class _Checker:
 
     def _off_grid(self, pair: Pair, env: Mapping[fx.Node, Any], before: Any, after: Any) -> str:
         """How a number of the range that a quantiser of integers is for moves by more than half a step, as a sentence; "" if none does. The
-        range is the one measured before; or the value's own where its scale is computed from it."""
+        range is the one measured before; or the value's own where its scale is computed from it, and then that of its negative too if it isn't
+        greatest on both sides of 0."""
         new = pair.new
         if not isinstance(self.contract, Bounded) or not self.contract.is_half_step(new) or pair.old.op == "get_attr":
             return ""
         scale = env[new.args[1]]  # type: ignore[index]
         if self._is_on_range(pair):
-            before = _spread(before, *new.meta[MEASURED])
-            after = self._again(pair, before)
+            looks = [self._again(pair, _spread(before, *new.meta[MEASURED]))]
         elif MEASURED in new.meta or new.args[1].op == "get_attr":  # type: ignore[union-attr]
             return ""
-        if any(n not in (1, size) for n, size in zip(reversed(scale.shape), reversed(before.shape), strict=False)):
-            return ""
-        rounding = 8 * torch.finfo(before.dtype).eps * before.abs()
-        steps = float((((after - before).abs() - rounding) / scale).max())
+        else:
+            is_alone = set(pair.frontier.values()) == {pair.old}
+            looks = [(before, scale, after), *([self._again(pair, -before)] if is_alone and not _is_two_sided(before, scale) else [])]
+        steps = max(_steps_off(*look) for look in looks)
         return f"{new.name} moves a number of its range by {steps:.3g} steps" if steps > HALF else ""
 
-    def _again(self, pair: Pair, value: Tensor) -> Any:
-        """The new node's value from another old one."""
+    def _again(self, pair: Pair, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Another old value, and the new node's scale and value from it."""
         with self._standing_in({pair.old: value}):
-            return evaluate(pair.new, self._operands(pair), self.constants)
+            env = self._operands(pair)
+            return value, env[pair.new.args[1]], evaluate(pair.new, env, self.constants)  # type: ignore[index]
 
     def _is_on_range(self, pair: Pair) -> bool:
         """Whether the pair quantises one value on a range measured before, which its other numbers may fill better than the probe's."""
@@ -516,6 +517,21 @@ def _spread(value: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
     if value.numel() > SPREAD:
         shape = torch.Size([*[1] * (value.dim() - 1), SPREAD])
     return torch.linspace(float(lo), float(hi), shape.numel(), dtype=dtype).to(value.dtype).reshape(shape)
+
+
+def _steps_off(before: Tensor, scale: Tensor, after: Tensor) -> float:
+    """By how many steps a number moves at most, but for rounding in its own dtype; 0 where the scale is one of blocks."""
+    if any(n not in (1, size) for n, size in zip(reversed(scale.shape), reversed(before.shape), strict=False)):
+        return 0.0
+    rounding = 8 * torch.finfo(before.dtype).eps * before.abs()
+    return float((((after - before).abs() - rounding) / scale).max())
+
+
+def _is_two_sided(value: Tensor, scale: Tensor) -> bool:
+    """Whether of the parts of a value with a scale each one is greatest above 0, and another below."""
+    inside = [axis for axis, n in enumerate([*[1] * (value.dim() - scale.dim()), *scale.shape]) if n == 1]
+    low, high = value.amin(inside), value.amax(inside)
+    return bool((high > -low).any() and (high < -low).any())
 
 
 def _worst_error(old: Any, new: Any) -> float:

@@ -162,6 +162,15 @@ def test_a_grid_that_is_one_step_off_is_caught(name: str, at: str, kind: str) ->
     assert {o.caught for o in outcomes(edit, case_of(name).item().contract, planted)} == {"contract"}
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_grid_with_one_step_too_many_is_caught_whatever_side_the_probe_is_greatest_on(sign: int) -> None:
+    """A token's -1 stays on a grid of -128 to 127 whose qmax is taken for 128; its 1 would not."""
+    built = Builder(x=sign * torch.tensor([[1.0, 0.5, -0.3, 0.2]]))
+    edit = opened(built.program(built.op(aten.linear.default, built.x, built.constant("w", seeded(3, 4)))), case_of(TOKENS).item())
+    planted = [f for f in faults(edit) if f.kind == "one more in argument 1" and "div_tensor" in f.at]
+    assert [o.caught for o in outcomes(edit, case_of(TOKENS).item().contract, planted)] == ["contract"]
+
+
 def edit_contract() -> Contract:
     return named("quant.weight_only").contract
 
