@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.checker import check
-from fxcompress.contract import Contract, Exact, Lossy
+from fxcompress.contract import Bounded, Contract, Exact, Lossy
 from fxcompress.edit import Edit
 from fxcompress.program import Program
 from fxcompress.transport import Kind, Seed, Transport
@@ -125,6 +125,21 @@ def test_what_changes_nothing_is_found_out_by_evaluation(kind: str) -> None:
     assert verdict(folded(W if kind == "keep the old one" else weight, weight), kind, Lossy()) == "equivalent"
     assert verdict(folded(W + 1, W), kind, Lossy()) == "survived"
     assert verdict(folded(W, W), kind, Exact()) == ("equivalent" if kind == "keep the old one" else "contract")
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1 + 1e-4, "as good"), (1.5, "survived")])
+def test_another_grid_is_as_good_only_if_nothing_is_farther_off(factor: float, verdict: str) -> None:
+    """Under a bound that notices nothing. What rounds to other codes and as near is no fault; what is farther off is."""
+    edit = opened(perceptron(), named("quant.weight_only"))
+    constants = edit.program.constants
+    scale = constants["w0.scale"]
+
+    def plant() -> Undo:
+        constants["w0.scale"] = scale * factor
+        return lambda: constants.update({"w0.scale": scale})
+
+    (outcome,) = outcomes(edit, Bounded(limit=-100.0), [Fault("another scale", "w0.scale", "", plant)])
+    assert (outcome.verdict, outcome.change > 5e-5) == (verdict, True)
 
 
 def test_a_fault_too_small_to_see_survives() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, isnan, log10, nan
+from math import floor, inf, isnan, log2, log10, nan
 
 import torch
 from torch import Tensor
@@ -55,24 +55,31 @@ def excess(x: Tensor, approx: Tensor, format: Format, block: Sequence[int], symm
     """Per block the squared error of approx over the one it may have: that of rounding x on the block's own min-max grid.
 
     Of integers at most 1, without another look, where no value is off by more than half a step of that grid, stretched to qmax + 1 codes a
-    side: rounding is nearest then, whatever the grid, and luck decides the sum. So what clips must win by it. Float formats, whose steps vary,
-    may have twice the error. Rounding to x's dtype comes on top. Returns float64 of scale_shape. Errors: those of `minmax_range`.
+    side: rounding is nearest then, whatever the grid, and luck decides the sum. Of floats, whose steps vary, twice the error is allowed where
+    no value is off by more than half the greatest step. So what clips must win by it. Rounding to x's dtype comes on top. Returns float64 of
+    scale_shape. Errors: those of `minmax_range`.
     """
     lo, hi = extremes(x, block)
     scale, zero = scale_from_range(lo, hi, format, symmetric)
     eps, greatest = torch.finfo(x.dtype).eps, _greatest_error(x, approx, block)
-    half = scale.double() * (1 + 1 / format.qmax) / 2 + eps * torch.maximum(hi, -lo).double()
-    is_nearest = (greatest <= half) & (format.kind == "int")
+    half = scale.double() * _greatest_step(format) * (1 + 1 / format.qmax) / 2 + eps * torch.maximum(hi, -lo).double()
+    is_near = greatest <= half
     ratio = (greatest > 0).double()
-    if is_nearest.all():
+    if format.kind == "int" and is_near.all():
         return ratio
-    rows = (~is_nearest).reshape(len(x), -1).any(1) if block[:1] == (1,) else slice(None)  # those of channels that are cut are few
+    is_settled = is_near & (format.kind == "int")
+    rows = (~is_settled).reshape(len(x), -1).any(1) if block[:1] == (1,) else slice(None)  # those of channels that are cut are few
     x, approx, scale, zero = x[rows], approx[rows], scale[rows], None if zero is None else zero[rows]
-    allowed = quantisation_error(x, scale, zero, format, block).double() * (2 if format.kind == "float" else 1.01)
+    allowed = quantisation_error(x, scale, zero, format, block).double() * torch.where(is_near[rows], 2, 1.01)
     squares, norm = _square_error(x, approx, block), _square_error(x, x.new_zeros(()).expand(x.shape), block)
     lost = torch.where(squares == 0, 0, squares / (allowed.sqrt() + eps * norm.sqrt()).square())
-    ratio[rows] = torch.where(is_nearest[rows], lost.clamp(max=1), lost)
+    ratio[rows] = torch.where(is_settled[rows], lost.clamp(max=1), lost)
     return ratio
+
+
+def _greatest_step(format: Format) -> float:
+    """Between the two greatest numbers of the format: 1 for integers."""
+    return 1.0 if format.kind == "int" else 2.0 ** floor(log2(format.qmax)) * torch.finfo(format.container).eps
 
 
 def _greatest_error(reference: Tensor, approx: Tensor, block: Sequence[int]) -> Tensor:

@@ -4,8 +4,9 @@
 
 A fault is planted after a pass has made its edit and before the edit is checked, in what the edit records: constants (`constants`), new nodes
 (`nodes`), readers of replaced values (`readers`). It is equivalent if every value that the program's outputs depend on stays what it was, on
-several random inputs (`trial`); by evaluation, never by argument. What changes a value and isn't called broken has survived. `cases` has the
-passes and what runs before them. `python -m tools.mutate` plants all of them.
+several random inputs (`trial`); by evaluation, never by argument. One in a pass that rounds is as good if every such value is as near to what
+it was before the pass as without it: another scale may round as well. What else changes a value and isn't called broken has survived. `cases`
+has the passes and what runs before them. `python -m tools.mutate` plants all of them.
 """
 
 from collections.abc import Iterator

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from fxcompress import rows
 from fxcompress.checker import check
-from fxcompress.contract import Contract
+from fxcompress.contract import Bounded, Contract
 from fxcompress.dataflow import ancestors
 from fxcompress.edit import Edit
 from fxcompress.interpret import walk
@@ -23,23 +23,26 @@ from fxcompress.verify import verify
 from tests.faults.fault import Fault
 
 NOISE = 1e-5  # relative: what sums in another order do to a value a few layers deep in float32
+AS_GOOD = 1.01  # times as far from the values before the pass as without the fault
 DRAWS = 3  # of random inputs, besides the example
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a fault. caught: "contract", the name of an error, or ""; named: the values called broken; change: the greatest relative
-    change of a value over all inputs, measured only where nobody noticed."""
+    """What became of a fault. caught: "contract", the name of an error, or ""; named: the values called broken. Measured only where nobody
+    noticed: change, the greatest relative change of a value over all inputs; and of a pass that rounds loss, how many times as far from what
+    they were before the pass values are as without the fault."""
 
     fault: Fault
     caught: str
     named: tuple[str, ...] = ()
     change: float = float("nan")
+    loss: float = float("inf")
 
     @property
     def verdict(self) -> str:
-        """Who caught it, "equivalent" if there was nothing to catch, or "survived"."""
-        return self.caught or ("equivalent" if self.change <= NOISE else "survived")
+        """Who caught it, "equivalent" if there was nothing to catch, "as good" if it rounds otherwise and no worse, or "survived"."""
+        return self.caught or ("equivalent" if self.change <= NOISE else "as good" if self.loss <= AS_GOOD else "survived")
 
 
 class Trial:
@@ -56,7 +59,10 @@ class Trial:
         undo = fault.plant()
         try:
             caught, named = self._noticed()
-            return Outcome(fault, caught, named) if caught else Outcome(fault, "", (), self._change())
+            if caught:
+                return Outcome(fault, caught, named)
+            change = self._change()
+            return Outcome(fault, "", (), change, self._loss() if change < float("inf") and type(self.contract) is Bounded else float("inf"))
         finally:
             undo()
 
@@ -79,6 +85,31 @@ class Trial:
             return float("inf")
         pairs = [(a[n], b[n]) for a, b in zip(self.right, wrong, strict=True) for n in a.keys() & b.keys()]
         return max(apart(a, b) for a, b in pairs)
+
+    def _loss(self) -> float:
+        """inf where changes are on record, under which the values before are others. The greatest over values and inputs."""
+        roots = {new: old for site in self.edit.sites for old, new in site.replaced.items()}
+        losses = [0.0]
+        for x, right in zip(self.inputs, self.right, strict=True):
+            before, wrong = self._before(x), self._values(x)
+            for key in right.keys() & wrong.keys():
+                old = key
+                while old in roots:
+                    old = roots[old]
+                if old in before:
+                    losses.append(times_as_far(before[old], right[key], wrong[key]))
+        return float("inf") if self.edit.changes else max(losses)
+
+    def _before(self, inputs: Sequence[Tensor]) -> dict[Any, Any]:
+        """The values of the old graph by node, its results by number."""
+        values, given = dict[Any, Any](), iter(inputs)
+        for step in self.edit.before[:-1]:
+            args, kwargs = fx.node.map_arg((step.args, step.kwargs), lambda n: values[n])
+            if step.node.op == "get_attr":
+                values[step.node] = self.edit.constants_before[str(step.target)]
+            else:
+                values[step.node] = next(given) if step.node.op == "placeholder" else step.target(*args, **kwargs)
+        return values | dict(enumerate(values[n] for n in self.edit.before[-1].args[0]))
 
     def _values(self, inputs: Sequence[Tensor]) -> dict[Any, Any]:
         """Kept values by node, results by number."""
@@ -108,6 +139,14 @@ def _drawn(x: Tensor, below: int | None, rng: torch.Generator) -> Tensor:
     if below is not None:
         return torch.randint(below, x.shape, generator=rng, dtype=x.dtype)
     return x.flatten()[torch.randint(x.numel(), x.shape, generator=rng)]
+
+
+def times_as_far(before: Any, right: Any, wrong: Any) -> float:
+    """|wrong - before| / |right - before| of tensors of floats, 1 where both are 0; of anything else 1 if right and wrong are equal, or inf."""
+    if not (isinstance(right, Tensor) and right.is_floating_point()):
+        return 1.0 if apart(right, wrong) == 0 else float("inf")
+    far, near = (float((x.double() - before.double()).norm()) for x in (wrong, right))
+    return far / near if near else 1.0 if not far else float("inf")
 
 
 def apart(right: Any, wrong: Any) -> float:

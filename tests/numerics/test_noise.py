@@ -177,6 +177,16 @@ def test_one_wrong_scale_among_many_is_an_excess(factor: float) -> None:
     assert (result > 1).nonzero().tolist() == [[7, 2]]
 
 
+def test_a_float_grid_that_clips_a_little_is_an_excess() -> None:
+    """The rest is rounded as well as ever, and twice the error of a row is more than what one clipped number adds."""
+    format = format_of("float8_e4m3fn")
+    scale, _ = minmax_range(WEIGHT, format, True, (1, -1))
+    scale[7] *= 0.94
+    approx = dequantize(quantize(WEIGHT, scale, None, format, (1, -1)), scale, None, format, (1, -1))
+    lost = excess(WEIGHT, approx, format, (1, -1), True)
+    assert lost[7] < 2 and (lost > 1).nonzero().tolist() == [[7, 0]]
+
+
 def test_a_shifted_zero_point_is_an_excess() -> None:
     format = format_of("uint4")
     scale, zero = minmax_range(WEIGHT, format, False, GROUP)
