@@ -2,13 +2,15 @@
 
 The interface is transformers' own: forward takes `past_key_values` and `use_cache`, and gives a cache object back. In a program the cache is
 tensors, keys and values [batch, heads, past, width] of every layer, each an input and an output of role "state". Attention mask and
-positions are inputs as well, so that one program serves the prompt (past = 0) and every token after it, padded or not.
+positions are inputs as well, so that one program serves the prompt (past = 0) and every token after it, padded or not. A model that counts
+positions otherwise than from 0 on, along the mask or its padding, goes on doing so in the program.
 
 Layers with a sliding window keep all they have seen: the window is in the mask, so the numbers are the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from fxcompress.errors import CaptureError, InputError
+from fxcompress.measure import relative_error
 from fxcompress.signature import Inputs, Signature, bind, describe, forward_signature
 
 IDS, MASK, POSITIONS, CACHE, SWITCH = "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"
@@ -50,7 +53,8 @@ def second_call(model: nn.Module, item: Inputs) -> Inputs:
     total = given[IDS].shape[1]
     defaults = {MASK: torch.ones_like(given[IDS]), POSITIONS: torch.arange(total).expand_as(given[IDS])}
     for name in [n for n in defaults if n in parameters.parameters and given.get(n) is None]:
-        given[name] = defaults[name]
+        if name == MASK or not _counts_by_mask(model, given):
+            given[name] = defaults[name]
     cut = total // 2
     first = {name: value[:, :cut] if name in (IDS, MASK, POSITIONS) else value for name, value in given.items()}
     pairs = _pairs_after(model, first)
@@ -62,6 +66,19 @@ def second_call(model: nn.Module, item: Inputs) -> Inputs:
         **{n: v for n, v in rest.items() if n not in (*order, CACHE)},
         **{CACHE: pairs},
     )
+
+
+def _counts_by_mask(model: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether the model's own positions follow from the mask, as OPT's: then it is left to make them, where nobody gives any."""
+    if MASK not in forward_signature(model).parameters:
+        return False
+    ids = given[IDS][:1, :LEAST]
+    padded = {**given, IDS: ids, MASK: (torch.arange(LEAST, device=ids.device) > 0).long()[None], SWITCH: False}
+    counted = {POSITIONS: torch.arange(LEAST, device=ids.device)[None]}
+    left_alone, told = (
+        next(leaf for leaf in pytree.tree_leaves(model(**padded, **more)) if isinstance(leaf, Tensor))[:, 1:] for more in ({}, counted)
+    )
+    return relative_error(left_alone, told) > math.sqrt(torch.finfo(told.dtype).eps)
 
 
 def _long_enough(given: dict[str, Any]) -> dict[str, Any]:

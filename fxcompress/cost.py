@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 import fxcompress.ops  # noqa: F401 - registers the fxc:: ops named below
-from fxcompress.dataflow import is_move
+from fxcompress.dataflow import is_move, spelled
 from fxcompress.numerics.formats import format_of
 from fxcompress.program import Program
 
@@ -175,7 +175,8 @@ def macs(node: fx.Node, shapes: Mapping[fx.Node, Shape]) -> Any:
     rule = _RULES.get(str(node.target))
     if rule is None:
         return 0
-    given = [shapes.get(a, ()) if isinstance(a, fx.Node) else () for a in node.args]
+    listed = node.args[1] if rule is _sums else node.args
+    given = [shapes.get(a, ()) if isinstance(a, fx.Node) else () for a in listed]  # type: ignore[union-attr]
     return rule(given, shapes.get(node, ()), node)
 
 
@@ -187,6 +188,17 @@ def _contracts(operand: int) -> Callable[[Sequence[Shape], Shape, Any], Any]:
 def _convolves(given: Sequence[Shape], out: Shape, node: fx.Node) -> Any:
     turned = "transpose" in str(node.target) or (node.target is _ATEN.convolution.default and bool(node.args[6]))
     return prod(given[0] if turned else out) * prod(given[1][1:])
+
+
+def _sums(given: Sequence[Shape], out: Shape, node: fx.Node) -> Any:
+    """Operands are multiplied one after the other: each time all letters of the two, of which those that nobody wants any more are summed."""
+    terms, result = spelled(str(node.args[0]), [len(shape) for shape in given])
+    sizes = {letter: size for term, shape in zip(terms, given, strict=True) for letter, size in zip(term, shape, strict=True)}
+    left, work = set(terms[0]), 0
+    for number, term in enumerate(terms[1:], 1):
+        work += prod(sizes[letter] for letter in sorted(left.union(term)))
+        left = left.union(term) & set(result).union(*terms[number + 1 :])
+    return work
 
 
 def _attends(given: Sequence[Shape], out: Shape, node: fx.Node) -> Any:
@@ -208,6 +220,7 @@ _RULES: Mapping[str, Callable[[Sequence[Shape], Shape, Any], Any]] = {
     "aten.convolution.default": _convolves,
     **dict.fromkeys(("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input"), _recurs),
     "aten.scaled_dot_product_attention.default": _attends,
+    "aten.einsum.default": _sums,
 }
 
 CONTRACTIONS = frozenset(_RULES)  # names of the ops that multiply and accumulate

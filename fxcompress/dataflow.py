@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -204,6 +205,20 @@ def is_constant(node: fx.Node) -> bool:
 def contracts_unopened(node: fx.Node) -> bool:
     """Whether the op multiplies by its weights in a way that `weight_uses` can't tell."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[1] in UNOPENED
+
+
+def spelled(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The terms of an einsum equation and its result, with a letter for every axis that `...` stands for; a result that is left out is the
+    letters that stand once. ranks: of the operands."""
+    equation = equation.replace(" ", "")
+    if "->" not in equation:
+        once = "".join(sorted(x for x in set(equation) if x.isalpha() and equation.count(x) == 1))
+        equation += f"->{'...' * ('...' in equation)}{once}"
+    terms, _, result = equation.partition("->")
+    free = "".join(x for x in string.ascii_letters if x not in equation)
+    counts = [rank - len(term.replace(".", "")) for rank, term in zip(ranks, terms.split(","), strict=True)]
+    parts = [term.replace("...", free[:count][::-1]) for term, count in zip(terms.split(","), counts, strict=True)]
+    return parts, result.replace("...", free[: max(counts)][::-1])
 
 
 _ROWS = (-2, -1)  # [.., N, K]: N channels, K summed over

@@ -83,6 +83,21 @@ def test_moves_are_free_and_attention_is_not() -> None:
     assert set(found.values()) == {0}
 
 
+@pytest.mark.parametrize(
+    ("equation", "shapes", "macs"),
+    [
+        ("bqd,bkd->bqk", [(2, 5, 3), (2, 7, 3)], 2 * 5 * 7 * 3),
+        ("b q d, b k d", [(2, 5, 3), (2, 7, 3)], 2 * 5 * 7 * 3),
+        ("...ij,...jk->...ik", [(2, 4, 5, 3), (4, 3, 7)], 2 * 4 * 5 * 3 * 7),
+        ("ij,jk,kl->il", [(2, 3), (3, 5), (5, 7)], 2 * 3 * 5 + 2 * 5 * 7),
+        ("ij->ji", [(2, 3)], 0),
+    ],
+)
+def test_an_einsum_costs_its_products(equation: str, shapes: list[tuple[int, ...]], macs: int) -> None:
+    program = function(lambda *x: torch.einsum(equation, *x), *(seeded(*shape) for shape in shapes), dynamic=False)
+    assert Costs(program).of(program.results()[0]).flops == (2 * macs or 6)
+
+
 @pytest.mark.parametrize(("format", "flops"), [("uint4", 0), ("log4:2", 40)])
 def test_codes_that_no_product_reads_cost_what_makes_and_takes_them(format: str, flops: int) -> None:
     def pair(x, s):

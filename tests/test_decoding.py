@@ -208,6 +208,27 @@ def test_padding_and_positions(model: nn.Module, compiled: fxc.CompiledModel) ->
     assert relative_error(compiled(other).logits[0, 3:], compiled(ids(2, 7)).logits[0, 3:]) > 1e-2
 
 
+OPT = {"vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 64}
+COUNTING = {"mask": ("OPTForCausalLM", OPT), "pad tokens": ("RobertaForCausalLM", {**SIZES, "is_decoder": True})}
+
+
+@pytest.mark.parametrize("kind", COUNTING)
+def test_positions_that_the_model_counts_itself(kind: str) -> None:
+    """OPT counts along the mask, RoBERTa the tokens that aren't padding: positions that count on from 0 would be others."""
+    name, entries = COUNTING[kind]
+    model, _ = transformers(name, lambda: {"input_ids": ids()}, **entries)()
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, :4] = 0
+    compiled = fxc.compile(model, NOTHING, {"input_ids": ids(), "attention_mask": mask})
+    seen = mask.bool()
+    for given in ({"attention_mask": mask}, {}):
+        wanted = model(ids(), **given).logits
+        assert relative_error(wanted[seen], compiled(ids(), **given).logits[seen]) < 1e-4
+    first = compiled(ids()[:, :7], attention_mask=mask[:, :7])
+    rest = compiled(ids()[:, 7:], attention_mask=mask, past_key_values=first.past_key_values)
+    assert relative_error(model(ids(), attention_mask=mask).logits[:, 7:], rest.logits) < 1e-4
+
+
 def static(compiled: fxc.CompiledModel) -> Any:
     from transformers import StaticCache
 

@@ -105,7 +105,9 @@ def _quantised(site: MatmulSite, given: Mapping[str, Any]) -> tuple[fx.Node, fx.
 
 
 def _use(quantised: fx.Node, site: MatmulSite, on: Context) -> WeightUse | None:
-    """How the quantised weight stands in the layer; None where it isn't multiplied by every input channel."""
+    """How the quantised weight stands in the layer; None where some output isn't made from every input channel."""
+    if arguments(site.node).get("groups", 1) != 1:
+        return None
     shape = quantised.meta["val"].shape
     use = next((u for u in weight_uses(quantised, torch.empty(tuple(shape), device="meta"))[0] if u.node is site.node), None)
     x = next(iter(site.activations.values())).meta["val"]

@@ -23,7 +23,7 @@ from pydantic import ValidationError, field_validator
 from torch import Tensor, fx
 
 from fxcompress.contract import MEASURED, Bounded
-from fxcompress.dataflow import before_moves, weight_uses
+from fxcompress.dataflow import before_moves, contracts_unopened, decided_by_inputs, weight_uses
 from fxcompress.edit import Edit
 from fxcompress.errors import CalibrationError, RecipeError
 from fxcompress.numerics.formats import Format, format_of
@@ -107,7 +107,7 @@ class Insert(Transform):
 
     def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
         """One site a value, a weight and a bias."""
-        declined: dict[str, Reject] = {}
+        declined = {n.name: Reject("{} multiplies in a way that isn't opened: matmul, linear and convolutions are", n) for n in _unopened(on)}
         asked = [s for s in matmul_sites(on.program) if on.admits(s.node) and (s.family != "product" or self.options.products)]
         sites = _kept(asked, partial(self._refusal, on), declined)
         grids = self._grids(sites, on) if self.options.is_static else {}
@@ -251,6 +251,12 @@ def _log_codes(site: MatmulSite) -> fx.Node | None:
     """An operand that is dequantised from a log format, which multiplies as numbers only."""
     values = (before_moves(v) for v in site.activations.values())
     return next((v for v in values if v.target is DEQUANTIZE and format_of(str(v.args[3])).kind == "log"), None)
+
+
+def _unopened(on: Context) -> list[fx.Node]:
+    """What multiplies values or weights and can't be a site, as einsum."""
+    decided = decided_by_inputs(on.program)
+    return [n for n in on.program.graph.nodes if n in decided and contracts_unopened(n) and on.admits(n)]
 
 
 def _uncovered(site: MatmulSite) -> Reject:

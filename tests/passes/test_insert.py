@@ -835,3 +835,13 @@ def test_a_background_half_a_step_off_is_no_violation() -> None:
     _, report = run(program, [x])
     assert report.fired
     assert min(c.figure - c.limit for c in report.checks) < 2
+
+
+def test_products_that_no_table_tells_are_declined() -> None:
+    """An einsum stays in float, and the report says so."""
+    program = function(lambda x, y: torch.einsum("bqd,bkd->bqk", x, y), seeded(2, 5, 8), seeded(2, 6, 8), dynamic=False)
+    _, report = run(program)
+    assert (report.fired, declined(report)) == (
+        0,
+        [("einsum", "einsum multiplies in a way that isn't opened: matmul, linear and convolutions are")],
+    )

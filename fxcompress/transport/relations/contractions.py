@@ -8,7 +8,6 @@ A change of a summed letter is undone by the other operand; one of a free letter
 
 from __future__ import annotations
 
-import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fxcompress.dataflow import spelled
 from fxcompress.transport.facts import KEEPING, Facts
 from fxcompress.transport.labels import Index, Kind, Label, canon
 from fxcompress.transport.ranges import COMPUTED, range_of
@@ -407,19 +407,10 @@ def einsum_products(facts: Facts, node: fx.Node) -> list[Product]:
 
 
 def _spelled(facts: Facts, node: fx.Node) -> str:
-    """The equation with a letter for every axis that `...` stands for, and with its result: unsaid, it is the letters that stand once."""
-    equation = str(node.args[0]).replace(" ", "")
-    if "->" not in equation:
-        once = "".join(sorted(x for x in set(equation) if x.isalpha() and equation.count(x) == 1))
-        equation += f"->{'...' * ('...' in equation)}{once}"
-    terms, _, result = equation.partition("->")
-    free = "".join(x for x in string.ascii_letters if x not in equation)
-    if "..." not in equation:
-        return equation
+    """The equation with a letter for every axis, and with its result."""
     operands: Any = node.args[1]
-    counts = [len(facts.shape(x) or ()) - len(part.replace(".", "")) for x, part in zip(operands, terms.split(","), strict=True)]
-    parts = [part.replace("...", free[:count][::-1]) for part, count in zip(terms.split(","), counts, strict=True)]
-    return f"{','.join(parts)}->{result.replace('...', free[: max(counts)][::-1])}"
+    terms, result = spelled(str(node.args[0]), [len(facts.shape(x) or ()) for x in operands])
+    return f"{','.join(terms)}->{result}"
 
 
 def einsum(s: Solver, node: fx.Node) -> None:
