@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import inspect as inspection
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -44,7 +45,7 @@ from fxcompress.recipe import BackendChoice, Recipe, Step, build, check_globs, l
 from fxcompress.regions import regions
 from fxcompress.report import BackendReport, PassReport, Report, as_tensor
 from fxcompress.rewrite import Pass
-from fxcompress.signature import Inputs, Signature, check_sizes
+from fxcompress.signature import Inputs, Signature, check_sizes, describe
 from fxcompress.sources import Loaded, resolve
 from fxcompress.verify import audit
 
@@ -80,7 +81,7 @@ def compile(  # noqa: PLR0913 - the arguments users say
     (`report.guard`). memory: bytes that statistics may take in one run over the calibration items; what needs more takes several runs.
     progress(name, finished, total): called before each pass and after each calibration item. Raises an FxcError; nothing is left half-done.
     """
-    _check_options(check, threads, memory)
+    _check_options(check, threads, memory, max_drop)
     recipe = load_recipe(recipe)
     passes = build(recipe)
     runner = _backend(recipe, backend)
@@ -128,20 +129,22 @@ def _guarded(
     manager = Manager(captured.copy(), runner.target, probe, "off", statistics)
     done = manager.run(list(takewhile(lambda planned: "finalised" not in planned[1].gives, build(recipe))))
     ranked = guard.named_before(guard.costs(manager.program, probe, run(captured, probe)), done)
-    float_metric = float(evaluate(compiled(guard.in_float(recipe))))
+    float_metric = guard.measured(evaluate, compiled(guard.in_float(recipe)))
     model, report = guard.give_back(recipe, ranked, compiled, evaluate, float_metric, max_drop)
     model.report = model.report.model_copy(update={"guard": report})
     _write_report(model.folder, model.report, run_in(model.folder).history)
     return model
 
 
-def _check_options(check: str, threads: Any, memory: Any) -> None:
+def _check_options(check: str, threads: Any, memory: Any, max_drop: Any) -> None:
     if check not in get_args(CheckMode):
         raise RecipeError(f"check={check!r} is unknown", do=f"one of {', '.join(get_args(CheckMode))}")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise InputError(f"threads={threads!r} is no number of threads", do="pass 1 or more, or None for the runtime's choice")
     if not isinstance(memory, int) or memory < 1:
         raise InputError(f"memory={memory!r} is no number of bytes", do="pass the bytes that statistics may take in one run, such as 4 << 30")
+    if not isinstance(max_drop, int | float) or math.isnan(max_drop):
+        raise InputError(f"max_drop={max_drop!r} is no drop", do="pass how much of the metric may be lost, such as 0.01")
 
 
 def _opened(
@@ -286,12 +289,19 @@ def _report(
 
 def load(folder: str | Path, threads: int | None = None) -> CompiledModel:
     """A saved artifact, ready to run. ArtifactError if it is missing, incomplete, altered or from a newer version."""
-    path = Path(folder)
+    path = _folder(folder)
     report, choice, manifest = _read(path)
     config, generation = (Config(c) if isinstance(c := manifest.get(name), dict) else None for name in ("config", "generation_config"))
     compiled = CompiledModel(path, _open_backend(choice), report, threads, None, config, generation)
     _ = compiled.session  # opened now: the files that were checked are the files that run
     return compiled
+
+
+def _folder(given: Any) -> Path:
+    try:
+        return Path(given)
+    except TypeError:
+        raise ArtifactError("an artifact lies in a folder", why=f"{describe(given)} names none", do="pass a path") from None
 
 
 def _read(path: Path) -> tuple[Report, BackendChoice, Any]:
@@ -374,7 +384,7 @@ class CompiledModel:
 
     def save(self, folder: str | Path) -> Path:
         """Write the artifact, whole or not at all. ArtifactError if the place can't be written or holds something else."""
-        path = Path(folder)
+        path = _folder(folder)
         with artifact.writing(path) as new:
             _copy_files(self.folder, new)
             artifact.write_manifest(new, backend=_chosen(self.backend), versions=self.report.versions, **self._plain_configs())

@@ -248,6 +248,8 @@ def _check_example(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided:
             raise InputError(f"example input {name!r} can't be used", why=f"its layout is {tensor.layout}", do="pass a dense tensor")
+        if tensor.is_meta:
+            raise InputError(f"example input {name!r} can't be used", why="it is on the meta device, without numbers", do="pass real inputs")
         if tensor.is_floating_point() and tensor.isnan().any():
             raise InputError(f"example input {name!r} holds NaN", why="no check can bite on it", do="pass real inputs")
         if not tensor.numel():

@@ -7,20 +7,22 @@ halving, every step a whole compilation judged by the metric.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
 
 from fxcompress.dataflow import before_pair, is_move, pads_with_zeros, pair_of
-from fxcompress.errors import ContractViolation
+from fxcompress.errors import ContractViolation, InputError
 from fxcompress.interpret import run
 from fxcompress.program import Program
 from fxcompress.recipe import Recipe, Step, Where
 from fxcompress.registry import find_pass
 from fxcompress.report import GuardReport, PassReport
+from fxcompress.signature import describe
 
 QUANTIZE = torch.ops.fxc.quantize.default
 Model = TypeVar("Model")
@@ -73,6 +75,16 @@ def named_before(ranked: Mapping[str, float], reports: Sequence[PassReport]) -> 
     return found
 
 
+def measured(evaluate: Callable[[Model], Any], model: Model) -> float:
+    """The user's metric of a model. InputError where it isn't one number."""
+    value = evaluate(model)
+    try:
+        return float("text" if isinstance(value, str) else value)
+    except (TypeError, ValueError, RuntimeError):
+        why = f"evaluate returned {describe(value)}"
+        raise InputError("the metric is no number", why=why, do="return one number, higher is better") from None
+
+
 def give_back(
     recipe: Recipe,
     ranked: Mapping[str, float],
@@ -83,8 +95,11 @@ def give_back(
 ) -> tuple[Model, GuardReport]:
     """The model with the fewest sites given back whose metric is at most max_drop below that of the float model, and what that cost.
 
-    ranked: sites with their costs. Raises ContractViolation if the drop is larger even with every site given back.
+    ranked: sites with their costs. Raises ContractViolation if the drop is larger even with every site given back, and InputError if the float
+    model's metric isn't finite.
     """
+    if not math.isfinite(float_metric):
+        raise InputError("the metric says nothing", why=f"evaluate returned {float_metric} for the float model", do="return a finite number")
     names = sorted(ranked, key=lambda n: -ranked[n])
     metrics: dict[int, float] = {}
     met: dict[int, Model] = {}  # the model of the least count that is met, no other: models are large
@@ -93,7 +108,7 @@ def give_back(
         """Whether the metric drops by at most max_drop with the first `count` sites given back."""
         if count not in metrics:
             model = build(without(recipe, names[:count]))
-            metrics[count] = float(evaluate(model))
+            metrics[count] = measured(evaluate, model)
             if float_metric - metrics[count] <= max_drop:
                 met.clear()
                 met[count] = model

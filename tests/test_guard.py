@@ -78,6 +78,27 @@ def test_an_impossible_drop_is_refused(model: Net) -> None:
         compiled(model, evaluate=lambda m: 0.0 if "quant.insert" not in {p.name for p in m.report.passes} else -1 + score(m), max_drop=0.1)
 
 
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        (None, "the metric is no number\n  why   evaluate returned None"),
+        ("0.5", "the metric is no number\n  why   evaluate returned '0.5'"),
+        (torch.ones(3), "the metric is no number\n  why   evaluate returned a float32 tensor of shape [3]"),
+        (float("nan"), "the metric says nothing\n  why   evaluate returned nan for the float model"),
+    ],
+)
+def test_a_metric_is_one_number(returned: Any, text: str, model: Net) -> None:
+    with pytest.raises(fxc.InputError) as refused:
+        compiled(model, evaluate=lambda m: returned, max_drop=0.1)
+    assert str(refused.value).startswith(text)
+
+
+@pytest.mark.parametrize("drop", [float("nan"), None, "1 %"])
+def test_a_drop_is_a_number(drop: Any, model: Net) -> None:
+    with pytest.raises(fxc.InputError, match="is no drop"):
+        compiled(model, evaluate=metric(model), max_drop=drop)
+
+
 def test_the_report_is_in_the_artifact(model: Net, tmp_path: Any) -> None:
     kept = compiled(model, evaluate=metric(model), max_drop=10.0)
     assert fxc.load(kept.save(tmp_path / "out")).report.guard == kept.report.guard

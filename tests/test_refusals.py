@@ -128,6 +128,17 @@ def test_nan_in_the_example_is_refused() -> None:
         fxc.compile(nn.Linear(32, 32).eval(), INT8, (X * float("nan"),))
 
 
+def test_meta_examples() -> None:
+    with pytest.raises(fxc.InputError, match="on the meta device"):
+        fxc.capture(nn.Linear(2, 2).eval(), (torch.zeros(1, 2, device="meta"),))
+
+
+@pytest.mark.parametrize("place", [None, 3])
+def test_an_artifact_lies_in_a_folder(place: object) -> None:
+    with pytest.raises(fxc.ArtifactError, match=f"an artifact lies in a folder\n  why   {place} names none"):
+        fxc.load(place)  # type: ignore[arg-type]
+
+
 def test_what_the_runtime_lacks_is_a_refusal_not_a_broken_artifact() -> None:
     with pytest.raises(fxc.BackendRefusal, match="onnxruntime can't run the program"):
         fxc.compile(nn.Sequential(nn.Linear(32, 32), nn.GELU()).double().eval(), INT8, (X.double(),))
