@@ -7,7 +7,7 @@
     reduce to fewer axes       ->  reduce, then squeeze   a quantiser with a scale for each channel looks for them on the axis that is gone
     x + zeros, x * ones        ->  x                      it does so itself, and a concat is before a quantiser then
     average of a large window  ->  of a smaller one       it refuses windows larger than what they average, which one window covers
-    long windows on one axis   ->  on the first of two    over few channels its kernels of bytes get them wrong, on processors with AMX
+    a window long on its last  ->  with an axis more      over few channels its kernels of bytes get it wrong, on processors with AMX
     transpose of equal axes    ->  of five axes           in an attention whose heads are as many as its positions it mixes them up
     x - rows of a table        ->  -(rows - x)            where the result picks a row that is quantised then, it can't be loaded; so always
 
@@ -69,14 +69,16 @@ class Legaliser:
             self._turn_window(node)
 
     def _turn_window(self, node: ir.Node) -> None:
-        """A convolution along one axis as one along the first of two."""
-        last = self.build.ints(3)
+        """A convolution with a last axis more, over which its window has one number."""
+        axes = len(node.inputs[1].shape) - 2  # type: ignore[union-attr, arg-type]
+        last = self.build.ints(axes + 2)
         for place in (0, 1):
             self._widen(node, place, last)
         for name, other in (("kernel_shape", 1), ("dilations", 1), ("strides", 1), ("pads", 0)):
             if name in node.attributes:
-                sizes = [v for n in node.attributes[name].as_ints() for v in (n, other)]
-                node.attributes[name] = ir.AttrInt64s(name, sizes)
+                sizes = list(node.attributes[name].as_ints())
+                longer = [n for start in range(0, len(sizes), axes) for n in (*sizes[start : start + axes], other)]
+                node.attributes[name] = ir.AttrInt64s(name, longer)
         self._hand_over(node, ir.node("Squeeze", [node.outputs[0], last]))
 
     def _transpose_apart(self, node: ir.Node) -> None:
@@ -180,11 +182,12 @@ class Legaliser:
 
 
 def _is_tiled(node: ir.Node) -> bool:
-    """Whether a window along one axis holds 128, 192, .. numbers of fewer than 32 channels: which were seen wrong, on the last axis only."""
+    """Whether a window holds 128, 192, .. numbers of fewer than 32 channels along its last axis: which were seen wrong. Three axes can't be
+    made four."""
     shape = node.inputs[1].shape if node.inputs[1] is not None else None
-    if shape is None or len(shape) != 3 or not isinstance(shape[1], int) or not isinstance(shape[2], int):
+    if shape is None or len(shape) not in (3, 4) or not isinstance(shape[1], int) or not isinstance(shape[-1], int):
         return False
-    numbers = shape[1] * shape[2]
+    numbers = shape[1] * shape[-1]
     return shape[1] < 32 and numbers >= 128 and numbers % 64 == 0
 
 

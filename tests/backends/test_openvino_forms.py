@@ -96,6 +96,11 @@ def long_strided_window() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return Holding(lambda m, x: m.layer(x), layer=nn.Conv1d(16, 24, 8, stride=4, padding=2)), (torch.randn(2, 16, 40),)
 
 
+def long_window_of_two_axes() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    layer = nn.Conv2d(8, 24, (3, 16), stride=(1, 2), padding=(1, 4), dilation=(2, 1))
+    return Holding(lambda m, x: m.layer(x), layer=layer), (torch.randn(2, 8, 12, 40),)
+
+
 def codes_of(make: Make) -> Program:
     torch.manual_seed(0)
     model, inputs = make()
@@ -111,7 +116,7 @@ def judged(program: Program, folder: Path) -> Any:
     return EXACT.report(program, folder, program.example)
 
 
-@pytest.mark.parametrize("make", [*QUANTISED, long_window, long_strided_window], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [*QUANTISED, long_window, long_strided_window, long_window_of_two_axes], ids=lambda f: f.__name__)
 def test_codes_have_the_programs_numbers(make, tmp_path):
     program = codes_of(make)
     seen = judged(program, tmp_path)
