@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -53,13 +53,14 @@ def asked_axes(dynamic: Mapping[str, Sequence[int]], names: Sequence[str], tenso
 
 def widened(tensors: Sequence[Tensor], axes: Axes) -> list[Tensor]:
     """The example with every dynamic axis of size 1 repeated to 2: a size of 1 would be traced as a constant."""
-    return [_resized(t, [max(2, n) if i in axes_ else n for i, n in enumerate(t.shape)]) for t, axes_ in zip(tensors, axes, strict=True)]
+    return [_resized(t, [max(2, n) if i in free else n for i, n in enumerate(t.shape)], free) for t, free in zip(tensors, axes, strict=True)]
 
 
 def at_sizes(tensors: Sequence[Tensor], shapes: Sequence[Sequence[Any]], sizes: Mapping[str, int]) -> list[Tensor]:
     """The example at other sizes: shapes are per input sizes or expressions in symbols, sizes gives each symbol a value."""
     values = {sympy.Symbol(k): v for k, v in sizes.items()}
-    return [_resized(t, [size_at(d, values) for d in shape]) for t, shape in zip(tensors, shapes, strict=True)]
+    free = [{axis for axis, d in enumerate(shape) if not isinstance(d, int)} for shape in shapes]
+    return [_resized(t, [size_at(d, values) for d in shape], f) for t, shape, f in zip(tensors, shapes, free, strict=True)]
 
 
 def other_size(size: int, low: int, high: int) -> int:
@@ -72,13 +73,16 @@ def size_at(dim: Any, values: Mapping[sympy.Symbol, int]) -> int:
     return dim if isinstance(dim, int) else int(sympy.sympify(dim, locals={str(s): s for s in values}).subs(values))
 
 
-def _resized(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def _resized(tensor: Tensor, shape: Sequence[int], free: Collection[int]) -> Tensor:
     """Entries again and again along every axis that grows, each time moved by one along the longest other axis: values stay legal (tokens,
-    masks, timesteps) and repeated rows differ, so that rows taken for each other show."""
+    masks, timesteps) and repeated rows differ, so that rows taken for each other show. free: the axes that may grow. Integers are moved along
+    batch and sequence alone: the corners of a box stay in their order."""
     for axis, size in enumerate(shape):
         length = tensor.shape[axis]
         if size > length:
-            along = max((a for a in range(tensor.dim()) if a != axis), key=lambda a: tensor.shape[a], default=None)
+            others = [a for a in range(tensor.dim()) if a != axis and tensor.shape[a] > 1]
+            moving = others if tensor.is_floating_point() else [a for a in others if a in free and a < 2]
+            along = max(moving, key=lambda a: tensor.shape[a], default=None)
             copies = [tensor if along is None else tensor.roll(turn, along) for turn in range(-(-size // length))]
             tensor = torch.cat(copies, axis)
         tensor = tensor.narrow(axis, 0, size)

@@ -576,3 +576,21 @@ def test_what_has_no_program_is_refused(model: nn.Module, example: object, kind:
     with pytest.raises(kind) as caught:
         capture(model.eval(), example)
     assert str(caught.value) == text
+
+
+class Widths(nn.Module):
+    """What a table has for the widths of boxes: their corners have to stay in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 4)
+
+    def forward(self, boxes: Any) -> Any:
+        return self.table(boxes[:, :, 2] - boxes[:, :, 0]) + self.table(boxes[:, :, 3] - boxes[:, :, 1])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_examples_of_other_sizes_keep_boxes_whole(batch: int) -> None:
+    start = torch.arange(batch * 7).reshape(batch, 7) % 5
+    program = capture(Widths().eval(), (torch.stack([start, start, start + 2, start + 2 + start % 3], -1),))
+    assert program.inputs[0].shape[:2] == ("batch", "boxes_1")
