@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from math import gcd
 from typing import Any
 
 import sympy
@@ -144,6 +145,26 @@ def grouped(before: Shape, after: Shape) -> Groups:
             own.append(side.pop(0))
         groups.append((mine, theirs))
     return groups
+
+
+def runs(groups: Groups, before: Shape, after: Shape) -> list[tuple[list[int], list[int], int, int]]:
+    """(axes before, axes after, outer, inner): neighbours of known sizes, with how many of their outermost and innermost positions both shapes
+    count alike. All of a group of known sizes; around a dynamic size what the outer axes have in common, and what the inner ones have."""
+    found = []
+    for mine, theirs in groups:
+        (lead, tail), (other_lead, other_tail) = _ends(before, mine), _ends(after, theirs)
+        if len(tail) == len(mine) and len(other_tail) == len(theirs):
+            found.append((mine, theirs, _product(before, mine), 1))
+        else:
+            found.append((lead, other_lead, gcd(_product(before, lead), _product(after, other_lead)), 1))
+            found.append((tail, other_tail, 1, gcd(_product(before, tail), _product(after, other_tail))))
+    return found
+
+
+def _ends(shape: Shape, axes: list[int]) -> tuple[list[int], list[int]]:
+    """The axes of known sizes before the first dynamic one, and after the last; where there is none, all come after it."""
+    dynamic = [i for i, a in enumerate(axes) if not isinstance(shape[a], int)]
+    return (axes[: dynamic[0]], axes[dynamic[-1] + 1 :]) if dynamic else ([], axes)
 
 
 def _product(shape: Shape, axes: list[int]) -> Dim:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxcompress.capture import capture
 from fxcompress.edit import Edit
 from fxcompress.errors import ContractViolation
+from fxcompress.interpret import run as interpret
+from fxcompress.measure import relative_error
 from fxcompress.numerics.hadamard import mean_keeping, randomised_hadamard
 from fxcompress.passes.rotate import residual
 from fxcompress.passes.rotate.residual import Residual
@@ -259,6 +261,20 @@ def test_real_model_with_layer_norms(name: str) -> None:
     assert "turned in 1 blocks" in [s.reason for s in report.changes]
     assert error(folded(name), after) < 1e-5
     assert error(zoo(name), after) < 1e-5
+
+
+def test_torchs_own_attention() -> None:
+    """Its heads go into a batch of any size, so one rotation serves all of them."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(D, HEADS, 16, batch_first=True, norm_first=True)
+    model = nn.Sequential(nn.Linear(6, D), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.LayerNorm(D), nn.Linear(D, 5))
+    before = capture(model.eval(), (seeded(2, 5, 6),))
+    after, report = run(run(before, FoldNormGain())[0], turning())
+    assert declined(report) == []
+    assert [s.reason for s in report.changes] == ["turned in 1 blocks"] * 3
+    assert error(before, after) < 1e-5
+    other = (seeded(3, 7, 6, seed=4),)
+    assert relative_error(interpret(before, other)[0], interpret(after, other)[0]) < 1e-5
 
 
 CENTRED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import sympy
 import torch
 from hypothesis import assume, given, note, settings
 from torch import Tensor, fx
@@ -255,9 +257,35 @@ def test_a_reshape_of_labels_is_the_reshape_of_positions(sizes: list[int], rng: 
     assert (np.broadcast_to(back, before) == np.broadcast_to(index, before)).all()
 
 
-def merged(sizes: list[int], rng: Any) -> tuple[int, ...]:
+@settings(max_examples=300, deadline=None)
+@given(FACTORS, st.integers(0, 5), st.integers(0, 9999), st.data())
+def test_a_reshape_around_a_dynamic_size_unites_what_it_must(sizes: list[int], place: int, number: int, data: st.DataObject) -> None:
+    """For every number of examples the label is that of the positions, and no more parameters are one than those that some number needs."""
+    sizes.insert(place, B)
+    rng = random.Random(number)
+    before, after = merged(sizes, rng), merged(sizes, rng)
+    axes = data.draw(st.sets(st.sampled_from([a for a, n in enumerate(before) if isinstance(n, int)] or [0])))
+    full = [n if a in axes and isinstance(n, int) else 1 for a, n in enumerate(before)]
+    index = np.arange(int(np.prod(full))).reshape(full)
+    solver, needed = Solver(Transport(Builder(x=torch.ones(1)).program()).facts, Kind.SCALE), Classes()
+    for classes in (solver.classes, needed):
+        classes.add(index.size)
+    found = reshaped(solver, index, grouped(before, after), before, after)
+    dynamic = [a for a, n in enumerate(after) if not isinstance(n, int)]
+    for examples in range(1, 8):
+        old, new = ([int(sympy.sympify(n).subs(B, examples)) for n in shape] for shape in (before, after))
+        naive = np.broadcast_to(index, old).reshape(new)
+        needed.coarsen(naive, dynamic)
+        assert (solver.classes.find(np.broadcast_to(found, new)) == solver.classes.find(naive)).all()
+    assert (solver.classes.parent == needed.parent).all()
+
+
+B = sympy.Symbol("b", positive=True, integer=True)
+
+
+def merged(sizes: list[Any], rng: Any) -> tuple[Any, ...]:
     """Another shape of the same number of positions: some neighbours merged, ones put in between."""
-    out: list[int] = []
+    out: list[Any] = []
     for n in sizes:
         if out and rng.random() < 0.5:
             out[-1] *= n

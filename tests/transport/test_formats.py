@@ -18,6 +18,7 @@ from fxcompress.interpret import run
 from fxcompress.program import Program
 from fxcompress.transport import Kind, Plan, Seed, Transport
 from tests.passes.helpers import function, seeded
+from tests.transport.architectures import unread
 from tests.transport.helpers import error, vector_for
 from tests.transport.legality import mark
 
@@ -124,7 +125,15 @@ MERGED: dict[str, tuple[Body, tuple[int, ...], int]] = {  # body, axes, free cla
         (1, 3),
         C // HEADS,
     ),
+    "heads taken from the channels into the batch": (lambda x, a, b, c, g: folded(x, b, c), (-1,), C // HEADS),
 }
+
+
+def folded(x: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """As in torch's own attention: tokens first, one view for the heads and the batch."""
+    batch, tokens, _ = x.shape
+    q, v = (t.transpose(0, 1).reshape(tokens, batch * HEADS, C // HEADS).transpose(0, 1) for t in (x, mark(nnf.linear(x, b))))
+    return nnf.linear((q @ q.transpose(1, 2)).softmax(-1).bmm(v).transpose(0, 1).reshape(tokens, batch, C), c)
 
 
 @pytest.mark.parametrize("name", list(MERGED))
@@ -137,6 +146,23 @@ def test_dynamic_sizes(name: str) -> None:
     others = [at.example, (seeded(3, 5, C, seed=11, dtype=torch.float64),)]
     before = [run(at, x) for x in others]
     plan.apply(Edit(at), vector_for(plan))
+    for x, old in zip(others, before, strict=True):
+        assert error(old, run(at, x)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", [k for k in Kind if k != Kind.SCALE])
+def test_every_kind_among_merged_heads(kind: Kind) -> None:
+    """Removed channels are ones that nothing reads."""
+    body, axes, wanted = MERGED["heads taken from the channels into the batch"]
+    at = program(body, torch.float64, {"x": ANY})
+    plan = planned(at, kind, axes)
+    assert (plan.count, plan.is_whole) == (wanted, True), plan.reason()
+    vector = vector_for(plan)
+    if kind == Kind.REMOVE:
+        at.constants.update(unread(at, plan, vector))
+    others = [at.example, (seeded(3, 5, C, seed=11, dtype=torch.float64),)]
+    before = [run(at, x) for x in others]
+    plan.apply(Edit(at), vector)
     for x, old in zip(others, before, strict=True):
         assert error(old, run(at, x)) < 1e-10
 

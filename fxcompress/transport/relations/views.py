@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.transport.facts import grouped
+from fxcompress.transport.facts import grouped, runs
 from fxcompress.transport.labels import Index, Kind
 from fxcompress.transport.solver import Solver
 
@@ -58,19 +59,19 @@ def _lent(s: Solver, node: fx.Node) -> None:
 
 
 def reshaped(s: Solver, index: Index, groups: Any, before: Any, after: Any) -> Index:
-    """The index in the other shape. Along a group that holds a dynamic size one parameter acts everywhere."""
+    """The index in the other shape. Where a group holds a dynamic size, positions that the two shapes don't count alike share one parameter."""
+    kept = runs(groups, before, after)
+    index = s.coarsen(index, {a for mine, _ in groups for a in mine}.difference(*(mine for mine, *_ in kept)))
     full, target = [1] * len(before), [1] * len(after)
-    for mine, theirs in groups:
-        if not any(index.shape[a] > 1 for a in mine):
-            continue
-        if all(isinstance(n, int) for n in (*(before[a] for a in mine), *(after[a] for a in theirs))):
-            for a in mine:
-                full[a] = before[a]
-            for a in theirs:
-                target[a] = after[a]
-        else:
-            index = s.coarsen(index, mine)
-    return np.broadcast_to(index, full).reshape(target)
+    split, wide = list[int](), list[int]()
+    for mine, theirs, outer, inner in kept:
+        if any(index.shape[a] > 1 for a in mine):
+            for sizes, shape, axes, parts in ((full, before, mine, split), (target, after, theirs, wide)):
+                for a in axes:
+                    sizes[a] = shape[a]
+                parts.extend((outer, prod(shape[a] for a in axes) // (outer * inner), inner))
+    index = s.coarsen(np.broadcast_to(index, full).reshape(split), range(1, len(split), 3))
+    return np.broadcast_to(index, wide).reshape(target)
 
 
 def expand(s: Solver, node: fx.Node) -> None:
