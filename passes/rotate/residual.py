@@ -3,6 +3,8 @@
     R1: x -> x R on the whole stream: writers W -> R^T W, readers W -> W R, embedding E -> E R;  rms(x R) = rms(x)
     R2: v -> v R per key/value head: W_v -> R^T W_v, and R into the columns of W_o for every query head that reads it
 
+A product with the values is linear in them, so R2 takes no softmax: whatever weighs them, in whatever op (`values`).
+
 R is a randomised Hadamard matrix: +-1 signs times a matrix of entries of about equal size. Legal where only additions, norms without gain, and
 layers touch the stream, all found from the dataflow; declined with the op that doesn't commute: run tidy.fold_norm_gain before, since a gain is
 no rotation. A stream with layer norms turns about its mean, R 1 = 1: then (x R - mean) / std = (x - mean) / std R, and the norms stay as they
@@ -24,6 +26,7 @@ from fxcompress.contract import Exact
 from fxcompress.edit import Edit
 from fxcompress.numerics.hadamard import mean_keeping, randomised_hadamard
 from fxcompress.passes.norms import CASTS, Norm, norms, tied_heads
+from fxcompress.passes.rotate.values import weighings
 from fxcompress.passes.tidy.fold_norm_gain import fold_gain, is_gain_free
 from fxcompress.program import Program
 from fxcompress.rewrite import Context, Options, Reject, Transform
@@ -32,10 +35,7 @@ from fxcompress.transport.insert import insert
 
 aten = torch.ops.aten
 ADDS = (aten.add.Tensor,)
-PRODUCTS: tuple[Any, ...] = (aten.matmul.default, aten.bmm.default)
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
 TURNED = "turned"  # a fact about values; what has turned once stays, whatever the seed
-ATTENTION = aten.scaled_dot_product_attention.default
 
 
 class ResidualOptions(Options):
@@ -56,7 +56,7 @@ class Residual(Transform):
     excludes = frozenset({"quantised"})
 
     def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
-        """One site per stream, at its first norm; two more for a tied head; one per attention."""
+        """One site per stream, at its first norm; two more for a tied head; one per op that weighs values."""
         declined: dict[str, Reject] = {}
         streams = _streams(on)
         if self.options.keep_tied and _stuck(streams) and free_tied_heads(on.program, edit):
@@ -70,9 +70,8 @@ class Residual(Transform):
             read = [n.node for n in norms(on.program) if n.x in plan.values]
             _turn(plan, norm.node, read, edit, declined, self.options.seed)
         if self.options.values:
-            for attention, plan in _values(on):
-                read = [n for n in on.program.graph.nodes if _value_of(n) in plan.values]
-                _turn(plan, attention, read, edit, declined, self.options.seed)
+            for product, read, plan in _values(on):
+                _turn(plan, product, read, edit, declined, self.options.seed)
         return declined
 
 
@@ -141,33 +140,16 @@ def _streams(on: Context) -> list[tuple[Norm, Plan]]:
     return found
 
 
-def _values(on: Context) -> Iterator[tuple[fx.Node, Plan]]:
-    """Every attention with how its values may turn."""
+def _values(on: Context) -> Iterator[tuple[fx.Node, list[fx.Node], Plan]]:
+    """Every op that weighs values, with how they may turn, and all ops that weigh some of these."""
     engine, seen = Transport(on.program), set[fx.Node]()
-    for node in list(on.program.graph.nodes):
-        value = _value_of(node)
-        if value is not None and value not in seen and TURNED not in value.meta and on.admits(node):
-            rank = value.meta["val"].dim()
-            plan = engine.solve(Kind.ROTATE, Seed(value, (*range(1, rank - 2), rank - 1)))
+    found = list(weighings(engine))
+    for node, seeds in found:
+        if on.admits(node) and not any(seed.node in seen or TURNED in seed.node.meta for seed in seeds):
+            plans = [engine.solve(Kind.ROTATE, seed) for seed in seeds]
+            plan = next((p for p in plans if p.is_whole), plans[0])
             seen.update(plan.values)
-            yield node, plan
-
-
-def _value_of(node: fx.Node) -> fx.Node | None:
-    """V, where the node is attention, whole or as softmax(...) V."""
-    if node.target is ATTENTION:
-        return node.args[2]  # type: ignore[return-value]
-    if node.target not in PRODUCTS:
-        return None
-    weights: Any = node.args[0]
-    value = node.args[1]
-    while _is_op(weights, *CASTS, aten.dropout.default):
-        weights = weights.args[0]
-    return value if _is_op(weights, *SOFTMAX) and isinstance(value, fx.Node) else None
-
-
-def _is_op(node: Any, *targets: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target in targets
+            yield node, [at for at, others in found if any(seed.node in plan.values for seed in others)], plan
 
 
 def _is_residual(x: fx.Node) -> bool:

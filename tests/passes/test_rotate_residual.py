@@ -24,6 +24,7 @@ from fxcompress.program import Program
 from fxcompress.rewrite import Context
 from fxcompress.target import Target
 from fxcompress.transport import Plan
+from tests.held_out import CAUSAL_TEXT, ENCODED_TEXT
 from tests.passes.helpers import declined, error, function, lines, planted, run, seeded, text, zoo
 from tests.zoo import GROUPED, PROMPT, transformers
 
@@ -95,6 +96,98 @@ def test_opened_attention() -> None:
     after, report = run(before, turning())
     assert (report.fired, declined(report)) == (2, [])
     assert error(before, after) < 1e-5
+
+
+Mix = Callable[..., Tensor]
+
+
+def spelled(x: Tensor, wq: Tensor, wv: Tensor, wo: Tensor, mix: Mix) -> Tensor:
+    """Attention whose product with the values is mix(q, k, v), back to [examples, tokens, heads, channels]."""
+    q, v = heads(nnf.linear(x, wq)), heads(nnf.linear(x, wv))
+    return nnf.linear(mix(q, q + 1, v).flatten(2), wo)
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2) / 2
+
+
+def seen(q: Tensor) -> Tensor:
+    """A mask that the inputs decide."""
+    return (q.mean((1, 3))[:, None, None] > 0).float() + 0.5
+
+
+def in_batch(q: Tensor, k: Tensor, v: Tensor, product: Any = torch.bmm) -> Tensor:
+    tokens, size = v.shape[2:]
+    q, k, v = (t.reshape(-1, tokens, size) for t in (q, k, v))
+    return product(scores(q, k).softmax(-1), v).view(-1, HEADS, tokens, size).transpose(1, 2)
+
+
+SPELLED: dict[str, Mix] = {
+    "softmax": lambda q, k, v: (scores(q, k).softmax(-1) @ v).transpose(1, 2),
+    "masked after the softmax": lambda q, k, v: ((scores(q, k).softmax(-1) * seen(q)) @ v).transpose(1, 2),
+    "made sums of one again": lambda q, k, v: ((p := scores(q, k).exp()) / p.sum(-1, keepdim=True) @ v).transpose(1, 2),
+    "relu": lambda q, k, v: (scores(q, k).relu() @ v).transpose(1, 2),
+    "sigmoid": lambda q, k, v: (scores(q, k).sigmoid() @ v).transpose(1, 2),
+    "nothing": lambda q, k, v: (scores(q, k) @ v).transpose(1, 2),
+    "linear": lambda q, k, v: (q.relu() @ (k.relu().transpose(-1, -2) @ v)).transpose(1, 2),
+    "einsum": lambda q, k, v: torch.einsum("bhij,bhjd->bihd", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v),
+    "einsum, values first": lambda q, k, v: torch.einsum("bhjd,bhij->bihd", v, scores(q, k).relu()),
+    "einsum of three": lambda q, k, v: torch.einsum("bhid,bhjd,bhje->bihe", q, k, v),
+    "values first": lambda q, k, v: (v.transpose(-1, -2) @ scores(q, k).sigmoid()).permute(0, 3, 1, 2),
+    "in the batch": in_batch,
+    "in the batch, added to": lambda q, k, v: in_batch(q, k, v, lambda p, v: torch.baddbmm(v, p.relu(), v, beta=0.5)),
+    "the values' own products": lambda q, k, v: (scores(v, v).relu() @ v).transpose(1, 2),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, None], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize("name", list(SPELLED))
+def test_values_turn_whatever_weighs_them(name: str, dynamic: bool | None) -> None:
+    """Heads that share an axis with a batch of any size share a rotation. What multiplies them has no site of its own."""
+    before = function(lambda x, wq, wv, wo: spelled(x, wq, wv, wo, SPELLED[name]), X, wq=WQ, wv=WV, wo=WO, dynamic=dynamic)
+    after, report = run(before, turning())
+    is_shared = dynamic is None and "batch" in name
+    assert (report.fired, declined(report)) == (1, [])
+    assert [s.reason for s in report.changes] == [f"turned in {1 if is_shared else HEADS} blocks"]
+    assert [n for n, t in before.constants.items() if not torch.equal(t, after.constants[n])] == ["wv", "wo"]
+    assert error(before, after) < 1e-5
+    again, report = run(after, turning(seed=1))
+    assert (report.fired, declined(report), text(again)) == (0, [], text(after))
+
+
+STUCK: dict[str, tuple[Mix, list[tuple[str, str]]]] = {
+    "a gate": (
+        lambda q, k, v: (scores(q, k).relu() @ v * q.sigmoid()).transpose(1, 2),
+        [("matmul_1", "mul multiplies the channels by different factors, sigmoid")],
+    ),
+    "a function": (
+        lambda q, k, v: nnf.gelu(scores(q, k).relu() @ v).transpose(1, 2),
+        [("matmul_1", "gelu (gelu) doesn't commute with a rotate")],
+    ),
+    "weights that see the values": (
+        lambda q, k, v: (scores(v.relu(), k).sigmoid() @ v).transpose(1, 2),
+        [("matmul_1", "relu (relu) doesn't commute with a rotate")],
+    ),
+    "weights that are the values": (
+        lambda q, k, v: (v.transpose(-1, -2).softmax(-1) @ v).transpose(1, 2),
+        [("matmul", "softmax doesn't commute with a rotate along its axis")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(STUCK))
+def test_values_that_something_sees_stay(name: str) -> None:
+    mix, wanted = STUCK[name]
+    before = function(lambda x, wq, wv, wo: spelled(x, wq, wv, wo, mix), X, wq=WQ, wv=WV, wo=WO, dynamic=False)
+    after, report = run(before, turning())
+    assert (report.fired, declined(report), text(after)) == (0, wanted, text(before))
+
+
+def test_products_that_no_layer_reads_have_no_site() -> None:
+    """Scores alone, and what goes on to a softmax."""
+    before = function(lambda x, wq, wv: scores(heads(nnf.linear(x, wq)), heads(nnf.linear(x, wv))).softmax(-1), X, wq=WQ, wv=WV, dynamic=False)
+    _, report = run(before, turning())
+    assert (report.fired, declined(report)) == (0, [])
 
 
 TIED: dict[str, Callable[..., Tensor]] = {
@@ -275,6 +368,17 @@ def test_torchs_own_attention() -> None:
     assert error(before, after) < 1e-5
     other = (seeded(3, 7, 6, seed=4),)
     assert relative_error(interpret(before, other)[0], interpret(after, other)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["deberta_v2", "xlnet", "funnel"])
+def test_real_models_that_spell_their_attention_out(name: str) -> None:
+    before = capture(*{**CAUSAL_TEXT, **ENCODED_TEXT}[name]())
+    before, _ = run(before, "tidy.fold_constants")
+    after, report = run(before, turning())
+    values = [s for s in report.changes if not s.site.endswith("norm)")]
+    assert len(values) == (3 if name == "funnel" else 2)
+    assert not [site for site, _ in declined(report) if "norm" not in site]
+    assert error(before, after) < 1e-5
 
 
 CENTRED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -26,6 +26,7 @@ from fxcompress.dataflow import weight_uses
 from fxcompress.edit import Edit
 from fxcompress.interpret import run as interpret
 from fxcompress.passes.norms import norms
+from fxcompress.passes.rotate.values import weighings
 from fxcompress.passes.sparsity.nulls import Nulls
 from fxcompress.passes.tidy.fold_constants import FoldConstants
 from fxcompress.program import Program
@@ -232,7 +233,10 @@ def _asked(which: str, program: Program, site: str) -> tuple[Kind, Seed]:
         return Kind.SCALE, Seed(node)
     if which == "rotate.residual":
         streams = {n.node: n.x for n in norms(program)}
-        return Kind.ROTATE, Seed(streams[node] if node in streams else node.args[2])  # type: ignore[arg-type]
+        if node in streams:
+            return Kind.ROTATE, Seed(streams[node])
+        values = dict(weighings(Transport(program)))[node][0]
+        return Kind.ROTATE, Seed(values.node, values.axes[-1:])
     place, axis, _ = LAYERS[node.target]
     return Kind.REMOVE, Seed(node.args[place], (axis,))  # type: ignore[arg-type]
 

@@ -614,12 +614,18 @@ def outer(s: Solver, node: fx.Node) -> None:
     contract(s, Product(node, Port(given["self"], ("row",)), Port(given["vec2"], ("out",)), Port(node, ("row", "out"))))
 
 
+def baddbmm_product(s: Solver, node: fx.Node) -> Product:
+    """a b, before it is added."""
+    given, lead = s.args(node), _lead(1)
+    a, b = Port(given["batch1"], (*lead, "row", "in")), Port(given["batch2"], (*lead, "in", "out"))
+    return Product(node, a, b, Port(Inner(node, 0, s.shape(node)), (*lead, "row", "out")))
+
+
 def baddbmm(s: Solver, node: fx.Node) -> None:
     """beta self + alpha a b, entry by entry."""
-    given = s.args(node)
-    lead, inner = _lead(1), Inner(node, 0, s.shape(node))
-    a, b = Port(given["batch1"], (*lead, "row", "in")), Port(given["batch2"], (*lead, "in", "out"))
-    contract(s, Product(node, a, b, Port(inner, (*lead, "row", "out"))))
+    given, product = s.args(node), baddbmm_product(s, node)
+    inner = product.out.node
+    contract(s, product)
     if s.kind == Kind.SHIFT:
         return triple(s, node, (given["self"], inner), (float(given["beta"]), float(given["alpha"])))
     return spread_over(s, [given["self"], inner, node])
@@ -646,3 +652,11 @@ TABLE: Mapping[Any, Any] = {
     aten.outer.default: outer,
     aten.baddbmm.default: baddbmm,
 }
+
+
+def products_of(facts: Facts, node: fx.Node) -> list[Product]:
+    """The products that an op is, one after the other; the last one's result has the axes of the op's. Of attention none."""
+    if node.target is aten.einsum.default:
+        return einsum_products(facts, node)
+    of = baddbmm_product if node.target is aten.baddbmm.default else PRODUCTS.get(node.target)
+    return [] if of is None else [of(Solver(facts, Kind.PERMUTE), node)]
