@@ -403,7 +403,7 @@ def test_a_feed_that_fails_on_the_way() -> None:
     assert isinstance(caught.value.__cause__, FileNotFoundError)
 
 
-LEFT = "  state program as before this pass; 3 finished passes are kept\n"
+LEFT = "  state program as before this pass; 4 finished passes are kept\n"
 PERCENTILE = {"passes": [{"quant.insert": {"range": "percentile:99.99"}}, "quant.finalize"]}
 UNUSABLE: dict[str, tuple[Any, Any, str]] = {
     "none": (
@@ -429,7 +429,7 @@ UNUSABLE: dict[str, tuple[Any, Any, str]] = {
         "the calibration feed is too small\n"
         "  where <root>  (x)\n"
         "  why   20 values can't tell the 99.99th percentile: it needs 20000\n"
-        f"{LEFT.replace('3', '0')}"
+        f"{LEFT.replace('4', '0')}"
         "  do    pass more items, or ask quant.insert for a lower percentile, as percentile:99.9",
     ),
 }
