@@ -7,6 +7,7 @@ halving, every step a whole compilation judged by the metric.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
@@ -78,11 +79,11 @@ def named_before(ranked: Mapping[str, float], reports: Sequence[PassReport]) -> 
 def measured(evaluate: Callable[[Model], Any], model: Model) -> float:
     """The user's metric of a model. InputError where it isn't one number."""
     value = evaluate(model)
-    try:
-        return float("text" if isinstance(value, str) else value)
-    except (TypeError, ValueError, RuntimeError):
-        why = f"evaluate returned {describe(value)}"
-        raise InputError("the metric is no number", why=why, do="return one number, higher is better") from None
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        if not isinstance(value, str):
+            return float(value)
+    why = f"evaluate returned {describe(value)}"
+    raise InputError("the metric is no number", why=why, do="return one number, higher is better")
 
 
 def give_back(

@@ -71,6 +71,7 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 def _opened(match: Any, op: Any) -> fx.Node:
+    """The product and what stands around it; its last node."""
     batches, rows, columns, summed = match.kinds
     left, right = match.node.args[1]
     lead = len(batches)

@@ -66,7 +66,10 @@ def pruned(program: Program) -> Program:
 FOLDED = ("tidy.fold_constants",)
 OPENED = (*FOLDED, "tidy.open_attention")
 CASES = (
-    *(Case(n) for n in ("tidy.fold_constants", "tidy.dead_code", "tidy.no_ops", "tidy.fold_batch_norm", "tidy.open_attention")),
+    *(
+        Case(n)
+        for n in ("tidy.fold_constants", "tidy.dead_code", "tidy.no_ops", "tidy.fold_batch_norm", "tidy.open_attention", "tidy.open_einsum")
+    ),
     Case("tidy.fold_norm_gain", {}, FOLDED),
     Case("tidy.fold_norm_gain", {"beta": True}, FOLDED),
     Case("rotate.residual", {}, (*FOLDED, "tidy.fold_norm_gain")),
