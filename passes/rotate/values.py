@@ -15,7 +15,6 @@ from fxcompress.passes.norms import CASTS
 from fxcompress.transport import Kind, Seed, Transport
 from fxcompress.transport.facts import Facts
 from fxcompress.transport.relations import relate
-from fxcompress.transport.relations.contractions import PRODUCTS as FORMS
 from fxcompress.transport.relations.contractions import Port, Product, products_of
 from fxcompress.transport.solver import Solver
 
@@ -83,7 +82,7 @@ def _varies(labels: Solver, port: Port, letters: frozenset[str]) -> bool:
 
 def _varying(facts: Facts, node: fx.Node) -> list[Product]:
     """The products of the op whose factors both vary with the inputs, or whose first is a softmax."""
-    products = products_of(facts, node) if node.target in PRODUCTS or node.target in FORMS else []
+    products = products_of(facts, node)
     return [p for p in products if not facts.is_constant(p.b.node) and (not facts.is_constant(p.a.node) or _is_softmax(p.a.node))]
 
 

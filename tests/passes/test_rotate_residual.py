@@ -405,3 +405,14 @@ def test_a_rotation_that_moves_the_mean_is_refused_there(monkeypatch: pytest.Mon
     before = function(lambda ids, e, w: nnf.linear(nnf.layer_norm(stream(ids, e, w), (D,)), e), IDS, e=E, w=W1, dynamic=False)
     with pytest.raises(ValueError, match="block 0 must keep its mean"):
         run(before, turning())
+
+
+def test_a_weighted_addition_is_declined() -> None:
+    """addmm with other weights than 1 is no plain product, which the engine says."""
+
+    def weighed(x: Any, y: Any, w: Any) -> Any:
+        return torch.nn.functional.linear(torch.addmm(x, torch.softmax(y, -1), x @ w, beta=0.5), w)
+
+    program = function(weighed, seeded(6, 6), seeded(6, 6, seed=1), w=seeded(6, 6, seed=2), dynamic=False)
+    _, report = run(program, "rotate.residual")
+    assert (report.fired, declined(report)) == (0, [("addmm", "addmm weighs its terms")])

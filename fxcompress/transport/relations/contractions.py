@@ -348,12 +348,10 @@ def matmul_product(s: Solver, node: fx.Node) -> Product:
 
 
 def addmm_product(s: Solver, node: fx.Node) -> Product:
-    """bias + a b."""
+    """bias + a b; its relation refuses other weights than 1."""
     given = s.args(node)
     bias = given["self"]
     letters = ("row", "out")[-len(s.shape(bias)) :]
-    plain = given["beta"] == 1 and given["alpha"] == 1
-    assert plain, "checked by its relation"
     return Product(node, Port(given["mat1"], ("row", "in")), Port(given["mat2"], ("in", "out")), Port(node, ("row", "out")), bias, letters)
 
 
@@ -390,8 +388,7 @@ def _padding(node: fx.Node, given: Mapping[str, Any], transposed: bool) -> str:
 def einsum_products(facts: Facts, node: fx.Node) -> list[Product]:
     """The products, two operands at a time from the left, that an equation spells; none for one operand, and where a letter stands twice."""
     operands: Any = node.args[1]
-    terms, _, result = _spelled(facts, node).partition("->")
-    parts = terms.split(",")
+    parts, result = _spelled(facts, node)
     if len(parts) < 2 or any(len(set(p)) != len(p) for p in (*parts, result)):
         return []
     sizes = {letter: size for x, part in zip(operands, parts, strict=True) for letter, size in zip(part, facts.shape(x) or (), strict=True)}
@@ -406,20 +403,18 @@ def einsum_products(facts: Facts, node: fx.Node) -> list[Product]:
     return products
 
 
-def _spelled(facts: Facts, node: fx.Node) -> str:
-    """The equation with a letter for every axis, and with its result."""
+def _spelled(facts: Facts, node: fx.Node) -> tuple[list[str], str]:
+    """The terms and the result, with a letter for every axis."""
     operands: Any = node.args[1]
-    terms, result = spelled(str(node.args[0]), [len(facts.shape(x) or ()) for x in operands])
-    return f"{','.join(terms)}->{result}"
+    return spelled(str(node.args[0]), [len(facts.shape(x) or ()) for x in operands])
 
 
 def einsum(s: Solver, node: fx.Node) -> None:
     """Several operands: products, one after the other. One: its axes in another order, if none is summed."""
-    equation, operands = _spelled(s.facts, node), node.args[1]
+    (terms, result), operands = _spelled(s.facts, node), node.args[1]
     assert isinstance(operands, list | tuple)
-    terms, _, result = equation.partition("->")
-    if len(operands) == 1 and sorted(terms) == sorted(result) and len(set(terms)) == len(terms):
-        source, target = Port(operands[0], tuple(terms)), Port(node, tuple(result))
+    if len(operands) == 1 and sorted(terms[0]) == sorted(result) and len(set(result)) == len(result):
+        source, target = Port(operands[0], tuple(terms[0])), Port(node, tuple(result))
         for port, other in ((source, target), (target, source)):
             for label in s.labels(port.node):
                 s.put(other.node, _moved(label.index, port, other), label.power)
@@ -427,7 +422,7 @@ def einsum(s: Solver, node: fx.Node) -> None:
     products = einsum_products(s.facts, node)
     for product in products:
         contract(s, product)
-    return None if products else s.stop_all(node, [*operands, node], f"{node.name}: unknown op, an einsum {equation}")
+    return None if products else s.stop_all(node, [*operands, node], f"{node.name}: unknown op, an einsum {','.join(terms)}->{result}")
 
 
 def simple(of: Any) -> Any:
