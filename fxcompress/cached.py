@@ -69,8 +69,8 @@ def second_call(model: nn.Module, item: Inputs) -> Inputs:
 
 
 def _counts_by_mask(model: nn.Module, given: Mapping[str, Any]) -> bool:
-    """Whether the model's own positions follow from the mask, as OPT's: then it is left to make them, where nobody gives any."""
-    if MASK not in forward_signature(model).parameters:
+    """Whether the model's own positions follow from mask or padding, as OPT's: then it is left to make them, where nobody gives any."""
+    if MASK not in given:
         return False
     ids = given[IDS][:1, :LEAST]
     padded = {**given, IDS: ids, MASK: (torch.arange(LEAST, device=ids.device) > 0).long()[None], SWITCH: False}

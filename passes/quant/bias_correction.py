@@ -87,7 +87,7 @@ def _layers(on: Context, declined: dict[str, Reject]) -> Iterator[_Layer]:
         after, weight, quantised = found
         bias = before_pair(given["bias"])
         uses = weight_uses(weight, on.program.constants[str(weight.target)])
-        use = _use(quantised, site, on)
+        use = _use(quantised, site, given)
         if bias.op != "get_attr" or len(bias.users) > 1:
             declined[site.node.name] = Reject("{} is read by others too, or computed", bias)
         elif use is None or uses[0]:
@@ -104,9 +104,9 @@ def _quantised(site: MatmulSite, given: Mapping[str, Any]) -> tuple[fx.Node, fx.
     return None if pair is None or leaf is None or leaf.op != "get_attr" else (x, leaf, pair)
 
 
-def _use(quantised: fx.Node, site: MatmulSite, on: Context) -> WeightUse | None:
+def _use(quantised: fx.Node, site: MatmulSite, given: Mapping[str, Any]) -> WeightUse | None:
     """How the quantised weight stands in the layer; None where some output isn't made from every input channel."""
-    if arguments(site.node).get("groups", 1) != 1:
+    if given.get("groups", 1) != 1:
         return None
     shape = quantised.meta["val"].shape
     use = next((u for u in weight_uses(quantised, torch.empty(tuple(shape), device="meta"))[0] if u.node is site.node), None)

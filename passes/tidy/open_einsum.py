@@ -22,7 +22,7 @@ from torch import fx
 from fxcompress.contract import Exact
 from fxcompress.dataflow import spelled
 from fxcompress.edit import Edit
-from fxcompress.passes.tidy.forms import reader_of_layout
+from fxcompress.passes.tidy.forms import reader_of_layout, same_size
 from fxcompress.rewrite import Context, Match, Reject, Rewrite
 
 aten = torch.ops.aten
@@ -49,7 +49,7 @@ class OpenEinsum(Rewrite):
         shapes = [x.meta["val"].shape for x in operands]
         sizes = {letter: n for term, shape in zip((left, right), shapes, strict=True) for letter, n in zip(term, shape, strict=True)}
         summed = [x for x in left if x in right and x not in result]
-        if apart := [x for x in summed if _differ(shapes[0][left.index(x)], shapes[1][right.index(x)])]:
+        if apart := [x for x in summed if not same_size(shapes[0][left.index(x)], shapes[1][right.index(x)])]:
             return Reject("{} repeats {} along one operand", node, apart[0])
         if reader := reader_of_layout(node):
             return Reject("{} lays its result out otherwise in memory, and {} may depend on that", node, reader)
@@ -64,10 +64,6 @@ class OpenEinsum(Rewrite):
         """Its readers read the product."""
         with edit.site(match.node, "opened"):
             edit.replace(match.node, _opened(match, partial(edit.insert, like=match.node)))
-
-
-def _differ(a: Any, b: Any) -> bool:
-    return isinstance(a, int) and isinstance(b, int) and a != b
 
 
 def _opened(match: Any, op: Any) -> fx.Node:

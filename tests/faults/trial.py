@@ -88,6 +88,8 @@ class Trial:
 
     def _loss(self) -> float:
         """inf where changes are on record, under which the values before are others. The greatest over values and inputs."""
+        if self.edit.changes:
+            return float("inf")
         roots = {new: old for site in self.edit.sites for old, new in site.replaced.items()}
         losses = [0.0]
         for x, right in zip(self.inputs, self.right, strict=True):
@@ -98,7 +100,7 @@ class Trial:
                     old = roots[old]
                 if old in before:
                     losses.append(times_as_far(before[old], right[key], wrong[key]))
-        return float("inf") if self.edit.changes else max(losses)
+        return max(losses)
 
     def _before(self, inputs: Sequence[Tensor]) -> dict[Any, Any]:
         """The values of the old graph by node, its results by number."""
