@@ -19,11 +19,22 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from fxcompress import rows
-from fxcompress.contract import MEASURED, Bounded, Contract, Exact, Lossy, Measured
+from fxcompress.contract import MEASURED, ROUNDINGS, Bounded, Contract, Exact, Lossy, Measured
 from fxcompress.dataflow import is_read, is_zero, pair_of
 from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
-from fxcompress.measure import filled, greatest_distance, has_zeros, histograms, is_beyond, is_flat, relative_error, rounded, varied
+from fxcompress.measure import (
+    filled,
+    greatest_distance,
+    has_numbers,
+    has_zeros,
+    histograms,
+    is_beyond,
+    is_flat,
+    relative_error,
+    rounded,
+    varied,
+)
 from fxcompress.numerics import noise
 from fxcompress.pairs import Pair, Pairs
 from fxcompress.program import Program
@@ -40,7 +51,7 @@ PRODUCTS: Mapping[Any, bool] = {  # ops that multiply their first two operands, 
     ),
 }
 SPREAD = 1 << 16  # numbers that meet every code of a range
-DRAWS, ROUNDINGS = 4, 16  # how often operands are rounded at random, and how many roundings a value may be off by
+DRAWS = 4  # how often operands are rounded at random
 
 
 @torch.no_grad()
@@ -156,7 +167,7 @@ class _Checker:
         if not holds or wrong:
             return Measured(pair.site.name, pair.new.name, figure, bound, "broken", wrong, spread)
         why = (
-            self._unseen(pair, env, (before, product), floors, bound)
+            self._unseen(pair, env, (before, product), floors, figure, bound)
             if not isinstance(self.contract, Lossy) and pair.new not in self.pairs.carried
             else ""
         )
@@ -242,22 +253,24 @@ class _Checker:
         return _worst_error(*found) if found else 0.0
 
     def _off_grid(self, pair: Pair, env: Mapping[fx.Node, Any], before: Any, after: Any) -> str:
-        """How a number of the range that a quantiser of integers is for moves by more than half a step, as a sentence; "" if none does. The
-        range is the one measured before; or the value's own where its scale is computed from it, and then that of its negative too if it isn't
-        greatest on both sides of 0."""
+        """How a number of the range that a quantiser of integers is for moves by more than half a step, or how its steps are longer than the
+        range needs, as a sentence; "" if neither. The range is the one measured before; or the value's own where its scale is computed from
+        it, and then that of its negative too if it isn't greatest on both sides of 0."""
         new = pair.new
         if not isinstance(self.contract, Bounded) or not self.contract.is_half_step(new) or pair.old.op == "get_attr":
             return ""
-        scale = env[new.args[1]]  # type: ignore[index]
+        scale, is_alone = env[new.args[1]], set(pair.frontier.values()) == {pair.old}  # type: ignore[index]
         if self._is_on_range(pair):
             looks = [self._again(pair, _spread(before, *new.meta[MEASURED]))]
         elif MEASURED in new.meta or new.args[1].op == "get_attr":  # type: ignore[union-attr]
             return ""
         else:
-            is_alone = set(pair.frontier.values()) == {pair.old}
             looks = [(before, scale, after), *([self._again(pair, -before)] if is_alone and not _is_two_sided(before, scale) else [])]
         steps = max(_steps_off(*look) for look in looks)
-        return f"{new.name} moves a number of its range by {steps:.3g} steps" if steps > HALF else ""
+        if steps > HALF:
+            return f"{new.name} moves a number of its range by {steps:.3g} steps"
+        longer = max(self.contract.longer(value, scale, new) for value, scale, _ in looks) if is_alone else 1.0
+        return f"the steps of {new.name} are {longer:.4g} times as long as its range needs" if longer > 1 else ""
 
     def _again(self, pair: Pair, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Another old value, and the new node's scale and value from it."""
@@ -314,15 +327,28 @@ class _Checker:
     def _recorded(self, pair: Pair) -> Measured:
         """A constant against the old one under its record: readers may be blind to parts of it. An input or output against itself."""
         is_end = pair.role == "end"
-        before = self._changed(pair.old, pair.new)
         after = self.old[pair.old] if is_end else self.program.constants[str(pair.new.target)]
         stored = _leaves(after)[0]
         limit = Exact(self.contract.limit if isinstance(self.contract, Exact) else None).bound(stored, pair.new)
         if not is_end and stored.is_floating_point():  # computed in float64 and cast once a change
             limit = min(limit, ROUNDINGS * torch.finfo(stored.dtype).eps)
-        figure = math.inf if pair.new in self.edit.loose else _worst_error(before, after)
+        figure = math.inf
+        if pair.new not in self.edit.loose:
+            figure = math.inf if is_end else self._error_of_sums(pair, stored)
+            figure, limit = (figure, 4 * limit) if figure <= 4 * limit else (_worst_error(self._changed(pair.old, pair.new), after), limit)
         why = "an input or output carries a change" if is_end and figure > limit else ""
         return Measured(pair.site.name, pair.new.name, figure, limit, "held" if figure <= limit else "broken", why, unmeasured=True)
+
+    def _error_of_sums(self, pair: Pair, stored: Tensor) -> float:
+        """The error of random sums of a weight's rows, which are under the recorded changes what the rows are, and which a wrong number in any
+        row would move; inf where no axis lends itself."""
+        old, changes = self.old[pair.old], self.edit.changes.get(pair.new, [])
+        if self.is_thorough or not stored.is_floating_point() or stored.itemsize < 4:
+            return math.inf
+        axis = rows.summed_axis(old, changes)
+        if axis is None or stored.dim() != old.dim() or stored.shape[axis] != old.shape[axis]:
+            return math.inf
+        return relative_error(self._applied(pair.new, rows.sums(old, axis)), rows.sums(stored, axis))
 
     def _hidden(self, pair: Pair, bound: float) -> str:
         """What the probe's numbers hide, as a sentence: a channel that is dead on the probe may be multiplied by anything, and a number among
@@ -372,7 +398,9 @@ class _Checker:
         is_constant = pair.old.op == "get_attr" and isinstance(self.contract, Bounded)
         return self.contract.worst_block(before, after, pair.new) if is_constant else ""  # type: ignore[union-attr]
 
-    def _unseen(self, pair: Pair, env: Mapping[fx.Node, Any], values: tuple[Any, Any], floors: Sequence[float], bound: float) -> str:
+    def _unseen(
+        self, pair: Pair, env: Mapping[fx.Node, Any], values: tuple[Any, Any], floors: Sequence[float], figure: float, bound: float
+    ) -> str:
         """Why the comparison can't bite; "" if it can. Zeros that stay zeros have no sign; what they multiply is seen in its own record.
         values: the old one, and the new one if it is a product."""
         before, product = values
@@ -380,7 +408,9 @@ class _Checker:
             return ""
         zeros = {n.name for n in pair.new.all_input_nodes if is_zero(n)}
         spared = zeros | ({n.name for n in self.edit.changes if n.op == "get_attr"} if zeros else set())
-        for operand, flipped in self._flips(pair.new, env, product):
+        is_seen = not any(floors) and not self.contract.holds(self.contract.negated(figure), bound)
+        is_signed = is_seen and _is_wide(before) and has_numbers(before)
+        for operand, flipped in self._flips(pair.new, env, product, is_signed):
             if operand not in spared and self._is_alike(before, flipped, floors, bound) and not self._is_null(pair.new, operand):
                 return f"{operand} could change sign unseen"
         return ""
@@ -433,15 +463,20 @@ class _Checker:
             env[node] = evaluate(node, env, self.constants)
         return env
 
-    def _flips(self, new: fx.Node, env: Mapping[fx.Node, Any], product: Any) -> Iterator[tuple[str, Any]]:
-        """The new node's value with each of its float operands negated in turn. product: the value, if it is one of two operands."""
+    def _flips(self, new: fx.Node, env: Mapping[fx.Node, Any], product: Any, is_signed: bool) -> Iterator[tuple[str, Any]]:
+        """The new node's value with each of its float operands negated in turn. product: the value, if it is one of two operands. is_signed:
+        whether the value itself, negated, would be seen; where it is no other, it isn't made."""
         if self.pairs.is_old(new):
-            yield "the value", _negated(env[new])
+            if not is_signed:
+                yield "the value", _negated(env[new])
             return
         for n in new.all_input_nodes:
             if _is_wide(env[n]) and is_read(new, n):
-                flipped = None if product is None else _turned(new, n, env, product)
-                yield n.name, evaluate(new, {**env, n: -env[n]}, self.constants) if flipped is None else flipped
+                added = None if product is None else _added(new, n, env)
+                if added is None:
+                    yield n.name, evaluate(new, {**env, n: -env[n]}, self.constants)
+                elif not (is_signed and isinstance(added, float)):
+                    yield n.name, 2 * added - product
 
     def _floors(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any, bound: float) -> tuple[float, ...]:
         """Per tensor of the value the scale below which it is rounding noise: where the bound allows what a few roundings of everything that it
@@ -469,8 +504,8 @@ class _Checker:
             return self._changed(pair.old, pair.new)
 
 
-def _turned(new: fx.Node, operand: fx.Node, env: Mapping[fx.Node, Any], product: Tensor) -> Tensor | None:
-    """x W + b with x or W negated, b - (x W) = 2 b - (x W + b), without another product; None where it isn't as simple as that."""
+def _added(new: fx.Node, operand: fx.Node, env: Mapping[fx.Node, Any]) -> Tensor | float | None:
+    """b of a value x W + b that is 2 b - (x W + b) with x or W negated, 0.0 if nothing is added; None where it isn't as simple as that."""
     first, second, *rest = new.args
     if new.target is torch.ops.fxc.dequantize.default and operand is not second:
         return None
@@ -483,10 +518,10 @@ def _turned(new: fx.Node, operand: fx.Node, env: Mapping[fx.Node, Any], product:
     ):
         return None
     if not isinstance(bias, fx.Node):
-        return -product
+        return 0.0
     spatial = 0 if new.target is rows.LINEAR else env[second].dim() - 2  # type: ignore[index]
     added: Tensor = env[bias].reshape(-1, *[1] * spatial)
-    return 2 * added - product
+    return added
 
 
 def _noise(exact: Any, again: Callable[[torch.Generator], Any]) -> list[float]:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.measure import Histograms, relative_error
-from fxcompress.numerics import formats, noise
+from fxcompress.numerics import formats, noise, ranges
 
 Verdict = Literal["held", "broken", "unverified"]
 MEASURED = "measured"
+ROUNDINGS = 16  # how many roundings a value may be off by
 EXACT_LIMIT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -56,6 +57,10 @@ class Exact:
         """The limit for this value."""
         return self.limit if self.limit is not None else EXACT_LIMIT.get(old.dtype, 0.0)
 
+    def negated(self, figure: float) -> float:
+        """The least figure of the new value negated, if the old one isn't 0: max |old + new| >= 2 max |old| - max |new - old|."""
+        return 2 - figure
+
     def holds(self, figure: float, bound: float) -> bool:
         """Whether the figure is within the bound; NaN never is."""
         return figure <= bound
@@ -81,8 +86,8 @@ class Bounded:
         """10 log10 (sum old² / sum (new - old)²). NaN where one is not finite and the other not the same; -inf for unequal integers."""
         if not old.is_floating_point():
             return math.inf if torch.equal(old, new) else -math.inf
-        if math.isfinite(old.sum()) and math.isfinite(new.sum()):  # the usual case, without masks as large as a weight
-            return noise.sqnr(old, new)
+        if math.isfinite(figure := noise.sqnr(old, new)):  # the usual case, without masks as large as a weight
+            return figure
         odd = ~(old.isfinite() & new.isfinite())
         if relative_error(old[odd], new[odd]) > 0:
             return math.nan
@@ -108,6 +113,22 @@ class Bounded:
         """Whether the node's grid of integers may move no number of its range by more than half a step; another limit leaves that open."""
         is_pair = self.limit is None and new.target is torch.ops.fxc.dequantize.default
         return is_pair and formats.format_of(str(new.args[3])).kind == "int"
+
+    def longer(self, old: Tensor, scale: Tensor, new: fx.Node) -> float:
+        """How many times as long the steps of the node's grid are at most as the measured range needs them; of a block's own range they may be
+        max|x| / qmax, as many make them."""
+        _, _, zero_point, format_name, block = new.args
+        format, symmetric = formats.format_of(str(format_name)), zero_point is None
+        lo, hi = new.meta[MEASURED] if MEASURED in new.meta else ranges.extremes(old, tuple(block))  # type: ignore[arg-type]
+        least, _ = ranges.scale_from_range(lo, hi, format, symmetric)
+        if MEASURED not in new.meta and symmetric:
+            least = torch.maximum(least, torch.maximum(hi, -lo) / format.qmax)
+        return float((scale / least).max() / (1 + ROUNDINGS * torch.finfo(scale.dtype).eps))
+
+    def negated(self, figure: float) -> float:
+        """The greatest figure of the new value negated, if the old one isn't 0: |old + new| >= 2 |old| - |new - old|."""
+        least = 2 - 10 ** (-figure / 20)
+        return -20 * math.log10(least) if least > 0 else math.inf
 
     def holds(self, figure: float, bound: float) -> bool:
         """Whether the figure reaches the bound; NaN never does."""

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 LINEAR, ATTENTION = aten.linear.default, aten.scaled_dot_product_attention.default
 NORMS, MEANS = (aten.layer_norm.default, aten.rms_norm.default), (aten.mean.dim, aten.sum.dim_IntList)
-ROWS, LEAST = 64, 8  # how many rows tell one op, and how many stay along the axis that is thinned
+ROWS, LEAST = 16, 8  # how many rows tell one op, and how many stay along the axis that is thinned
+SUMS = 8  # of a weight's rows
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,22 @@ def length(value: Any, axis: int) -> int:
 def every(value: Any, axis: int, n: int) -> Any:
     """Every n-th place along the axis; all of a value that is the same along it."""
     return value if length(value, axis) == 1 else value.movedim(axis, 0)[::n].movedim(0, axis)
+
+
+def sums(weight: Tensor, axis: int) -> Tensor:
+    """SUMS random sums of all places along an axis, in their place; the same ones every time."""
+    factors = torch.randn(SUMS, weight.shape[axis], generator=torch.Generator().manual_seed(0)).to(weight)
+    summed: Tensor = torch.tensordot(factors, weight, dims=([1], [axis]))
+    return summed.movedim(0, axis)
+
+
+def summed_axis(weight: Tensor, changes: Iterable[Any]) -> int | None:
+    """The longer end of a weight along which no recorded change mixes or moves places, and all are linear in the others; None if there is none,
+    or it is short. Sums along an axis between others would copy the weight."""
+    fixed = {axis for c in changes for axis in (c.axes if getattr(c, "is_linear", False) else range(-weight.dim(), 0))}
+    last = next((axis for axis in range(-1, -weight.dim(), -1) if weight.shape[axis] > 1), -1)
+    ends = {axis for axis in (-weight.dim(), last) if weight.dim() > 1 and axis not in fixed and weight.shape[axis] > 4 * SUMS}
+    return max(ends, key=lambda axis: weight.shape[axis], default=None)
 
 
 def _present(nodes: Iterable[fx.Node | None]) -> tuple[fx.Node, ...]:

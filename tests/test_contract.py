@@ -8,7 +8,9 @@ import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx
@@ -20,8 +22,12 @@ from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
 from fxcompress.measure import TILE, is_beyond, relative_error
 from fxcompress.numerics import formats, noise
+from fxcompress.numerics.hadamard import randomised_hadamard
+from fxcompress.numerics.rotation import Rotation
 from fxcompress.program import Program
 from fxcompress.rows import ROWS
+from fxcompress.transport.change import Elementwise, permuted, rotated
+from fxcompress.transport.labels import Kind, Label
 from tests.passes.helpers import Builder, chain, function, node, seeded
 
 aten = torch.ops.aten
@@ -543,6 +549,45 @@ def test_a_stored_constant_is_known_to_a_few_roundings() -> None:
         assert next(m.verdict for m in check(program, edit, Lossy(), program.example) if m.value == leaf.name) == verdict
 
 
+HADAMARD = Rotation(randomised_hadamard(8, 0))
+LINEAR_CHANGES: dict[str, tuple[Callable[[Label], Callable[[Tensor], Tensor]], bool]] = {  # the change, and whether sums of rows undergo it
+    "rotation": (lambda label: rotated((label,), np.arange(8), np.zeros(8), {0: HADAMARD}), True),
+    "scale": (lambda label: Elementwise((label,), Kind.SCALE, torch.linspace(0.5, 2, 9).double()), True),
+    "order": (lambda label: permuted((label,), np.roll(np.arange(8), 3)), True),
+    "shift": (lambda label: Elementwise((label,), Kind.SHIFT, torch.linspace(0.5, 2, 9).double()), False),
+}
+
+
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize("name", LINEAR_CHANGES)
+def test_a_wrong_number_shows_in_sums_of_rows(name: str, across: bool) -> None:
+    """Of a weight that changes along one axis. Where the sums are as they should be, nobody looks at each number."""
+    make, is_linear = LINEAR_CHANGES[name]
+    shape = (64, 8) if across else (8, 64)
+    label = Label(np.arange(8).reshape((1, 8) if across else (8, 1)), 1)
+    change, weight = make(label), seeded(*shape)
+    for wrong, verdict in ((0.0, "held"), (1e-3, "broken")):
+        built = Builder(x=seeded(4, shape[1]))
+        program = built.program(built.op(aten.linear.default, built.x, built.constant("w", weight)))
+        edit, leaf, new = Edit(program), node(program, "w"), change(weight).contiguous()
+        new[3, 5] += wrong
+        with edit.site(leaf):
+            edit.carry(leaf, change)
+            edit.fold(leaf, new)
+        with mock.patch.object(checker, "relative_error", wraps=relative_error) as looks:
+            (found,) = [m for m in check(program, edit, Lossy(), program.example) if m.value == leaf.name]
+        assert found.verdict == verdict
+        assert (weight.shape not in [look.args[0].shape for look in looks.call_args_list]) == (is_linear and not wrong)
+
+
+@pytest.mark.parametrize("contract", [Exact(), Bounded()])
+@pytest.mark.parametrize("size", [1e-6, 1e-2, 0.7, 1.5, 3.0])
+def test_a_negated_value_is_as_far_as_the_figure_says(contract: Contract, size: float) -> None:
+    old, new = seeded(200), seeded(200) + size * seeded(200, seed=1)
+    known, real = contract.negated(contract.figure(old, new)), contract.figure(old, -new)
+    assert known <= real if isinstance(contract, Exact) else known >= real
+
+
 def test_what_lends_its_form_may_change_sign() -> None:
     program = one_op(aten.zeros_like.default, X)
     assert measured(program, lambda e, n: e.insert(aten.full_like.default, n.args[0], 0.0, like=n), Exact()).verdict == "held"
@@ -741,10 +786,10 @@ def test_a_flipped_product_is_that_of_the_flipped_operand(body: Callable[..., Te
     env = dict(zip(program.placeholders(), operands, strict=True))
     product, found = evaluate(new, env, {}), 0
     for operand in new.all_input_nodes:
-        flipped = checker._turned(new, operand, env, product)
-        if flipped is not None:
+        added = checker._added(new, operand, env)
+        if added is not None:
             found += 1
-            torch.testing.assert_close(flipped, evaluate(new, {**env, operand: -env[operand]}, {}))
+            torch.testing.assert_close(2 * added - product, evaluate(new, {**env, operand: -env[operand]}, {}))
     assert found == shortcuts
 
 

@@ -17,7 +17,7 @@ from fxcompress.program import Program
 from fxcompress.transport import Kind, Seed, Transport
 from tests.faults import faults
 from tests.faults.cases import CASES, Case, opened
-from tests.faults.fault import Fault, Undo
+from tests.faults.fault import Fault, Undo, given
 from tests.faults.trial import Outcome, Trial
 from tests.passes.helpers import Builder, chain, named, node, seeded, snapshot, zoo
 
@@ -184,6 +184,31 @@ def test_a_grid_with_one_step_too_many_is_caught_whatever_side_the_probe_is_grea
     edit = opened(built.program(built.op(aten.linear.default, built.x, built.constant("w", seeded(3, 4)))), case_of(TOKENS).item())
     planted = [f for f in faults(edit) if f.kind == "one more in argument 1" and "div_tensor" in f.at]
     assert [o.caught for o in outcomes(edit, case_of(TOKENS).item().contract, planted)] == ["contract"]
+
+
+STEPS = {  # per width of the grid of -1 .. 1/2 the verdict
+    "int8/tensor": {128 / 1.001: "contract", 128: "", 128 / 0.999: ""},
+    "int8/token": {127 / 1.001: "contract", 127: "", 127 / 0.999: ""},
+}
+
+
+@pytest.mark.parametrize(("activations", "width", "caught"), [(a, w, caught) for a, of in STEPS.items() for w, caught in of.items()])
+def test_steps_are_no_longer_than_the_range_needs(activations: str, width: float, caught: str) -> None:
+    """Though no number of the range moves by more than half of such a step."""
+    inserting = named("quant.insert", activations=activations, weights="int8/channel", range="minmax")
+    built = Builder(x=torch.tensor([[-1.0, 0.5, -0.3, 0.2]]))
+    edit = opened(built.program(built.op(aten.linear.default, built.x, built.constant("w", seeded(3, 4)))), inserting)
+
+    def plant() -> Undo:
+        if activations == "int8/tensor":
+            constants, scale = edit.program.constants, edit.program.constants["x.scale"]
+            constants["x.scale"] = torch.full_like(scale, 1 / width)
+            return lambda: constants.update({"x.scale": scale})
+        quotient = node(edit.program, "div_tensor")
+        return given(quotient, (quotient.args[0], width), {})
+
+    (outcome,) = outcomes(edit, inserting.contract, [Fault("another scale", "x", "", plant)])
+    assert outcome.caught == caught
 
 
 def edit_contract() -> Contract:

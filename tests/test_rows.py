@@ -38,7 +38,7 @@ def of_linear(x: Tensor, w: Tensor) -> Tensor:
 WEIGHT, GAIN, PLACES = seeded(3, 4), seeded(4), seeded(LONG, 4)
 LIKE: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor], tuple[int, ...]]] = {  # body, inputs, the shape that is compared
     "linear": (lambda x: F.linear(x, WEIGHT, GAIN[:3]), [seeded(1, LONG, 4)], (1, ROWS, 3)),
-    "linear, many sequences": (lambda x: F.linear(x, WEIGHT), [seeded(64, 2 * ROWS, 4)], (64, LEAST, 3)),
+    "linear, many sequences": (lambda x: F.linear(x, WEIGHT), [seeded(64, 8 * ROWS, 4)], (64, LEAST, 3)),
     "linear, a batch of few": (lambda x: F.linear(x, WEIGHT), [seeded(LONG, 2, 4)], (ROWS // 2, 2, 3)),
     "sum of two": (lambda x, y: x + y, [seeded(1, LONG, 4), seeded(1, LONG, 4, seed=1)], (1, ROWS, 4)),
     "sum with one row": (lambda x, y: x + y, [seeded(1, LONG, 4), seeded(4, seed=1)], (1, ROWS, 4)),
@@ -46,7 +46,7 @@ LIKE: dict[str, tuple[Callable[..., Tensor], Sequence[Tensor], tuple[int, ...]]]
     "gain": (lambda x: x * GAIN, [seeded(1, LONG, 4)], (1, ROWS, 4)),
     "cast": (lambda x: x.to(torch.float64), [seeded(1, LONG, 4)], (1, ROWS, 4)),
     "norm": (lambda x: F.layer_norm(x, (4,), GAIN), [seeded(1, LONG, 4)], (1, ROWS, 4)),
-    "norm of two axes": (lambda x: F.layer_norm(x, (3, 4)), [seeded(LONG, 3, 4)], (22, 3, 4)),
+    "norm of two axes": (lambda x: F.layer_norm(x, (3, 4)), [seeded(LONG, 3, 4)], (LEAST, 3, 4)),
     "a matrix of inputs": (of_linear, [seeded(1, LONG, 4), seeded(3, 4, seed=1)], (1, ROWS, 3)),
     "mean": (lambda x: x.mean(-1, keepdim=True), [seeded(1, LONG, 4)], (1, ROWS, 1)),
     "attention": (attention, [seeded(1, 2, LONG, 4), *(seeded(1, 2, 5, 4, seed=s) for s in (1, 2))], (1, 2, ROWS // 2, 4)),

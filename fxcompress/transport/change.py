@@ -21,6 +21,8 @@ Change = Callable[[Tensor], Tensor]
 class _Labelled:
     labels: tuple[Label, ...]
 
+    is_linear = True  # in the values along the other axes
+
     @property
     def axes(self) -> set[int]:
         """The axes of the value, counted from the end, along which the change isn't one and the same."""
@@ -33,6 +35,11 @@ class Elementwise(_Labelled):
 
     kind: Kind
     numbers: Tensor
+
+    @property
+    def is_linear(self) -> bool:  # type: ignore[override]
+        """Whether nothing is added."""
+        return self.kind != Kind.SHIFT
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value changed."""

@@ -29,6 +29,8 @@ def constant_faults(edit: Edit) -> Iterator[Fault]:
 def wrong_tensors(t: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The ways to get one tensor wrong, of the same shape and dtype."""
     yield "negate", ~t if t.dtype == torch.bool else -t  # of unsigned numbers modulo their range
+    if _is_inexact(t):
+        yield "half more", (t * 1.5).to(t.dtype)
     if t.dim() > 1:
         yield "transpose", t.mT.reshape(t.shape)
     if t.dim() > 2:
