@@ -30,6 +30,7 @@ from fxcompress.calibrate.feed import Feed, FlatItems, as_feed
 from fxcompress.calibrate.statistics import MEMORY, Statistics
 from fxcompress.capture import Dynamic, capture
 from fxcompress.checkpoint import Checkpoint, opened
+from fxcompress.devices import CPU, beside
 from fxcompress.diff import Diff, Run, between, of_run
 from fxcompress.diff.journal import explained
 from fxcompress.diff.read import HISTORY, PAGE, REPORT, is_run, run_at, run_in, run_of
@@ -367,14 +368,15 @@ class CompiledModel:
         return self._session
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on the backend: takes what the model took at capture, returns its output class. InputError for what doesn't fit."""
+        """Run on the backend: takes what the model took at capture, returns its output class, on the device of what it was given. InputError
+        for what doesn't fit."""
         as_tuple = kwargs.get("return_dict") is False and "return_dict" not in self.signature.captured()
         if as_tuple:
             del kwargs["return_dict"]
         item = Inputs(*args, **kwargs)
         tensors = cached.flat_inputs(self.signature, self.inputs, item)
         check_sizes(self.inputs, self.symbols, tensors)
-        result = self.signature.unflatten(self.session.run(tensors))
+        result = self.signature.unflatten(beside(self.session.run(tensors), (item.args, item.kwargs)))
         result = cached.closed(result, self.signature, item) if cached.keeps(self.inputs) else result
         return result.to_tuple() if as_tuple and hasattr(result, "to_tuple") else result
 
@@ -443,8 +445,8 @@ class CompiledModule(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs are taken and outputs given."""
-        return torch.device("cpu")
+        """Where it computes. What is given elsewhere comes back there."""
+        return CPU
 
 
 def explain(folder: str | Path, name: str) -> list[dict[str, Any]]:

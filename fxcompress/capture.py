@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxcompress import cached
 from fxcompress import dynamic as axes_of
+from fxcompress.devices import compared, elsewhere, on_cpu
 from fxcompress.errors import CaptureError, InputError, raised_at
 from fxcompress.functional import flat_graph
 from fxcompress.inplace import NotFunctional
@@ -45,13 +46,25 @@ def capture(model: nn.Module | ExportedProgram, example_inputs: Any, *, dynamic:
     """Capture the model as a Program whose numbers are the model's own on the example and on other sizes of every dynamic axis.
 
     example_inputs: a tuple, a dict by parameter name, or Inputs with roles. dynamic: None for batch and sequence where the model allows it,
-    False for none, or {input name: axes}. The model is read, never changed. Raises CaptureError, InputError.
+    False for none, or {input name: axes}. The model is read, never changed; one on another device is copied to the CPU. Raises CaptureError,
+    InputError.
     """
     item = Inputs.of(example_inputs)
+    if not isinstance(model, ExportedProgram):
+        check_model(model)
+    if not (devices := elsewhere(model)):
+        return _captured(model, item, dynamic)
+    moved, moved_item = on_cpu(model), on_cpu(item)
+    program = _captured(moved, moved_item, dynamic)
+    notes = (f"the model is on {', '.join(devices)}, its program on the CPU", *compared(model, item, moved, moved_item))
+    return dataclasses.replace(program, notes=(*program.notes, *notes))
+
+
+def _captured(model: nn.Module | ExportedProgram, item: Inputs, dynamic: Dynamic) -> Program:
+    """With its key/value cache, if the model keeps one."""
     notes: list[str] = []
     if dynamic is None and isinstance(model, nn.Module) and cached.is_kept(model, item):
         try:
-            check_model(model)
             return _capture_wide(Call.of(model, cached.second_call(model, item), keeps=True), dynamic, [])
         except CaptureError as error:
             if item.kwargs.get(cached.SWITCH):
@@ -101,8 +114,6 @@ class Call:
         """
         exported = model if isinstance(model, ExportedProgram) else None
         module: nn.Module = exported.module() if exported else model
-        if exported is None:
-            check_model(module)
         parameters = forward_signature(module)
         given = bind(parameters, item)
         leaves, spec = pytree.tree_flatten(given)

@@ -85,9 +85,9 @@ class Signature:
         return list(self._captured)
 
     def flatten(self, item: Any) -> list[Tensor]:
-        """The tensors of one call, in the order of the program's inputs. InputError when the call doesn't have the captured form."""
+        """The tensors of one call on the CPU, in the order of the program's inputs. InputError when it doesn't have the captured form."""
         given = bind(self.parameters, Inputs.of(item))
-        return self._match(self._captured_only(given))
+        return [tensor.cpu() for tensor in self._match(self._captured_only(given))]
 
     def _captured_only(self, given: dict[str, Any]) -> dict[str, Any]:
         names = self.captured()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fxcompress import cached
+from fxcompress.devices import beside
 from fxcompress.interpret import run
 from fxcompress.program import Program
 from fxcompress.signature import Inputs, Signature
@@ -18,6 +19,6 @@ class Running:
         self.signature: Signature = program.signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """InputError for what the model wasn't captured with."""
+        """The result on the device of what is given. InputError for what the model wasn't captured with."""
         tensors = cached.flat_inputs(self.signature, self.program.inputs, Inputs(*args, **kwargs))
-        return self.signature.unflatten(run(self.program, tensors))
+        return self.signature.unflatten(beside(run(self.program, tensors), (args, kwargs)))
