@@ -59,7 +59,8 @@ def _addend(mask: Any, like: Any) -> tuple[Any, Any]:
     least = _number(float(torch.finfo(_torch_dtype(like)).min), like)
     if mask.dtype == ir.DataType.BOOL:
         return op.Where(mask, _number(0.0, like), least), _any(mask)
-    return op.Max(mask, least), _any(op.Not(op.IsInf(mask, detect_positive=0)))
+    wide = op.Cast(mask, to=ir.DataType.FLOAT) if mask.dtype == ir.DataType.FLOAT16 else mask  # IsInf takes no halves
+    return op.Max(mask, least), _any(op.Not(op.IsInf(wide, detect_positive=0)))
 
 
 def _any(mask: Any) -> Any:

@@ -113,7 +113,8 @@ def _in_format(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class _Edges:
-    """numbers: what was rounded to codes. away: from the edge between both codes, in codes, where the model has the other one; 0 elsewhere."""
+    """numbers: what was rounded to codes. away: from the edge between both codes, in codes, where the model has the other one and rounding
+    before it doesn't explain that; 0 elsewhere."""
 
     numbers: Tensor
     away: Tensor
@@ -129,18 +130,20 @@ def _judged_codes(node: fx.Node, wanted: Tensor, given: Tensor, held: Mapping[fx
     if difference.max() > 1:
         raise refusal(place_of(node), f"codes differ by up to {int(difference.max())}, in {share:.1%} of all values, on the same inputs")
     ratio, slack = _before_rounding(node, held)
-    away = torch.where(differs, (ratio - ratio.floor() - 0.5).abs().nan_to_num(nan=math.inf), 0.0)
-    return share, _Edges(ratio, away) if (away > slack).any() else None
+    away = (ratio - ratio.floor() - 0.5).abs().nan_to_num(nan=math.inf)
+    far = differs & (away > slack)
+    return share, _Edges(ratio, torch.where(far, away, 0.0)) if far.any() else None
 
 
 def _before_rounding(node: fx.Node, held: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor]:
-    """The numbers that a quantiser rounds, and how far rounding before it may move them: x by a share of all of it, or each x by a share of it
-    where its logarithm is rounded."""
+    """The numbers that a quantiser rounds, and how far rounding before it may move them: x by a share of all of it or by its last places,
+    which in halves is a good part of a code; each x by a share of it where its logarithm is rounded."""
+    eps = torch.finfo(held[arguments(node)["x"]].dtype).eps
     x, scale = (held[arguments(node)[name]].double() for name in ("x", "scale"))
     limit, format = EXACT_LIMIT[torch.float32], format_of(arguments(node)["format"])
     if format.kind == "log":
         return -format.tau * torch.log2(x / scale), torch.tensor(limit * format.tau / math.log(2))
-    return x / scale, limit * (x.square().mean().sqrt() / scale).clamp(min=1)
+    return x / scale, torch.maximum(limit * (x.square().mean().sqrt() / scale).clamp(min=1), 2 * eps * (x / scale).abs())
 
 
 def _is_order(node: fx.Node) -> bool:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from fxcompress.backends.onnx.files import read_graph
 from fxcompress.backends.onnx.onnxruntime import OnnxRuntimeBackend
 from fxcompress.backends.onnx.session import OnnxSession
-from fxcompress.backends.onnx.stepwise import _judge_order
+from fxcompress.backends.onnx.stepwise import _judge_order, _judged_codes
 from fxcompress.errors import BackendRefusal
 from fxcompress.program import Program
 from fxcompress.report import BackendReport
 from tests.backends.integer_helpers import integer
 from tests.backends.onnx_helpers import changed, program_of
+from tests.passes.helpers import Builder, zoo
 from tests.passes.helpers import run as run_pass
-from tests.passes.helpers import zoo
 
 BACKEND = OnnxRuntimeBackend()
 INTEGER = ("MatMulIntegerToFloat", "QLinearConv")
@@ -213,6 +213,20 @@ def test_the_greatest_values_may_come_in_any_order_where_none_is_asked_for():
                 _judge_order(item, wanted, given, x)
         if not is_sorted:
             _judge_order(item, wanted, turned, x)
+
+
+@pytest.mark.parametrize(("dtype", "is_explained"), [(torch.float16, True), (torch.float32, False)])
+def test_halves_may_be_off_by_their_last_places(dtype, is_explained):
+    """Of 100 a half's neighbours are 1/16 away, so that 100.4 may round either way; 3.4 may not."""
+    built = Builder(x=torch.ones(3, dtype=dtype), scale=torch.ones(1, dtype=dtype))
+    quantiser = built.op(torch.ops.fxc.quantize.default, built.x, built.scale, None, "uint8", [-1])
+    x, scale = built.program(quantiser).placeholders()
+    held = {x: torch.tensor([100.4, 3.4, 7.0]).to(dtype), scale: torch.ones(1).to(dtype)}
+    wanted = torch.tensor([100, 3, 7], dtype=torch.uint8)
+    share, edges = _judged_codes(quantiser, wanted, wanted + torch.tensor([1, 0, 0], dtype=torch.uint8), held)
+    assert (round(share, 2), edges is None) == (0.33, is_explained)
+    _, edges = _judged_codes(quantiser, wanted, wanted + torch.tensor([1, 1, 0], dtype=torch.uint8), held)
+    assert edges is not None and (edges.away > 0).tolist() == [not is_explained, True, False]
 
 
 def test_kernels_read_unsigned_codes_on_the_left_and_signed_ones_on_the_right(tmp_path):
