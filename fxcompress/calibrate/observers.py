@@ -106,6 +106,32 @@ class _Range(Accumulator):
 
 
 @dataclass(frozen=True)
+class Halves(Observer):
+    """(`Extremes` of the 1st, 3rd, .. item, of the 2nd, 4th, ..), as those of `Range`; of a single item twice the same."""
+
+    axes: tuple[int, ...] = ()
+
+    def start(self) -> Accumulator:
+        return _Halves(self.axes)
+
+    def memory(self, shape: Sequence[int]) -> int:
+        return 32 * math.prod(_sizes(shape, self.axes))
+
+
+class _Halves(Accumulator):
+    def __init__(self, axes: tuple[int, ...]) -> None:
+        self.halves, self.seen = (_Range(axes), _Range(axes)), 0
+
+    def add(self, value: Tensor) -> None:
+        self.halves[self.seen % 2].add(value)
+        self.seen += 1
+
+    def result(self) -> tuple[Extremes, Extremes]:
+        first, second = (half.result() for half in self.halves)
+        return first, second if self.seen > 1 else first
+
+
+@dataclass(frozen=True)
 class MeanAndVariance:
     """mean, var: per index of the observed axes, float64 (population variance). count: values behind each."""
 

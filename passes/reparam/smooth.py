@@ -8,20 +8,22 @@ stops it. a is searched per site, 0 to 1, for the least noise that quantising x 
 
     noise = sum over layers of  (D_x² / 12) ‖W s‖² + sum_o (D_o² / 12) E‖x / s‖²,  each relative to E‖W x‖²
 
-with D the steps of the formats. Needs calibration: extremes and moments per channel. Exact but for rounding; costs nothing at run time.
+with D the steps of the formats; for D_x, s is from the extremes in one half of the items and the range of x / s that of the other half, for
+what few items have as extremes is much by chance. Needs calibration: extremes and moments per channel. Exact but for rounding; costs nothing
+at run time.
 Source: SmoothQuant (arXiv 2211.10438), equation 4; the objective is derived here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from fxcompress.calibrate.observers import Moments, Range
+from fxcompress.calibrate.observers import Extremes, Halves, Moments
 from fxcompress.contract import Exact
 from fxcompress.dataflow import WeightUse, weight_uses
 from fxcompress.edit import Edit
@@ -63,24 +65,26 @@ class Layer:
 
 @dataclass(frozen=True)
 class Channels:
-    """What is known of a value per index along some of its axes: extremes and mean square, float64."""
+    """What is known of a value per index along some of its axes, float64: mean square, and extremes in both halves of the items."""
 
-    lo: Tensor
-    hi: Tensor
     square: Tensor
+    halves: tuple[Extremes, Extremes]
 
     def divided(self, s: Tensor) -> Channels:
         """The same of x / s."""
-        return Channels(self.lo / s, self.hi / s, self.square / s.square())
+        first, second = (Extremes(half.lo / s, half.hi / s) for half in self.halves)
+        return Channels(self.square / s.square(), (first, second))
 
     @property
-    def amax(self) -> Tensor:
-        """Greatest magnitude."""
-        return torch.maximum(self.hi, -self.lo)
+    def amax(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Greatest magnitude in all items and in each half."""
+        first, second = (torch.maximum(half.hi, -half.lo) for half in self.halves)
+        return torch.maximum(first, second), first, second
 
-    def step(self, levels: int) -> Tensor:
-        """Of a quantiser of the whole value."""
-        return (self.hi.max().clamp(min=0) - self.lo.min().clamp(max=0)) / (levels - 1)
+    def step(self, half: int, s: Tensor, levels: int) -> Tensor:
+        """Of a quantiser of all of x / s in one half."""
+        lo, hi = self.halves[half].lo / s, self.halves[half].hi / s
+        return (hi.max().clamp(min=0) - lo.min().clamp(max=0)) / (levels - 1)
 
 
 Key = tuple[fx.Node, tuple[int, ...]]  # a value and some of its axes
@@ -126,29 +130,32 @@ class Smooth(Transform):
     def _vector(self, site: _Site, known: Known, program: Program) -> Tensor | None:
         """The vector of the alpha with the least predicted noise; None if leaving everything as it is has less."""
         matrices = {y: y.matrix(program) for y in site.layers}
-        activations = site.gathered({y: known[y.x, (y.axis,)].amax for y in site.layers})
+        activations = [site.gathered({y: known[y.x, (y.axis,)].amax[part] for y in site.layers}) for part in range(3)]
         weights = site.gathered({y: w.amax((0, 2)).double() for y, w in matrices.items()})
         alphas = ALPHAS if self.options.alpha is None else (self.options.alpha,)
-        vectors = [_balanced(activations, weights, alpha) for alpha in alphas]
+        vectors = [tuple(_balanced(x, weights, alpha) for x in activations) for alpha in alphas]
         if self.options.alpha is None:
-            vectors.insert(0, torch.ones_like(activations))
-        best = min(vectors, key=lambda v: self._noise(site, v, matrices, known))
+            vectors.insert(0, (torch.ones_like(weights),) * 3)
+        best, *_ = min(vectors, key=lambda v: self._noise(site, v, matrices, known))
         return None if bool((best == 1).all()) else best
 
-    def _noise(self, site: _Site, vector: Tensor, matrices: Mapping[Layer, Tensor], known: Known) -> float:
-        """Of the results of the layers and the factors of the products that a vector reaches, each relative to its power."""
-        divisors = site.divisors(vector)
+    def _noise(self, site: _Site, vectors: Sequence[Tensor], matrices: Mapping[Layer, Tensor], known: Known) -> float:
+        """Of the results of the layers and the factors of the products that a vector reaches, each relative to its power. vectors: that of all
+        items, and those of each half, which the other half judges."""
+        whole, *halves = (site.divisors(v) for v in vectors)
         levels_x, levels_w = 2**self.options.activation_bits, 2**self.options.weight_bits
         total = 0.0
         for layer, w in matrices.items():
             key: Key = (layer.x, (layer.axis,))
-            after, scaled = known[key].divided(divisors[key]), w * divisors[key][:, None].float()
-            of_x = after.step(levels_x).square() * scaled.square().sum()
-            of_w = (2 * scaled.amax((1, 2)) / (levels_w - 1)).square().sum() * after.square.sum() * w.shape[2]
-            total += _ratio(of_x + of_w, 12 * (w.square().sum((0, 2)) * known[key].square).sum())
+            x, powers = known[key], w.square().sum((0, 2)).double()
+            of_x = sum(x.step(1 - i, s[key], levels_x).square() * (powers * s[key].square()).sum() / 2 for i, s in enumerate(halves))
+            of_rows = (2 * (w * whole[key][:, None].float()).amax((1, 2)) / (levels_w - 1)).square().sum()
+            of_w = of_rows * (x.square / whole[key].square()).sum() * w.shape[2]
+            total += _ratio(of_x + of_w, 12 * (powers * x.square).sum())
         for key in site.factors:
-            after = known[key].divided(divisors[key])
-            total += _ratio(after.step(levels_x).square(), 12 * after.square.mean())
+            x, power = known[key], known[key].divided(whole[key]).square.mean()
+            steps = torch.stack([x.step(1 - i, s[key], levels_x) for i, s in enumerate(halves)])
+            total += _ratio(steps.square().mean(), 12 * power)
         return total
 
 
@@ -194,11 +201,11 @@ def _seed(layer: Layer) -> Seed:
 
 def _observed(asked: Iterable[Key], on: Context) -> Known:
     keys = list(dict.fromkeys(asked))
-    answers = on.observe((value, observer(axes)) for value, axes in keys for observer in (Range, Moments))
+    answers = on.observe((value, observer(axes)) for value, axes in keys for observer in (Halves, Moments))
     found: Known = {}
     for value, axes in keys:
-        extremes, moments = answers[value, Range(axes)], answers[value, Moments(axes)]
-        found[value, axes] = Channels(extremes.lo, extremes.hi, moments.var + moments.mean.square())
+        moments = answers[value, Moments(axes)]
+        found[value, axes] = Channels(moments.var + moments.mean.square(), answers[value, Halves(axes)])
     return found
 
 
