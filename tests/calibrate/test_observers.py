@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxcompress.calibrate.observers import Distribution, Gram, Moments, Observer, Range
+from fxcompress.calibrate.observers import Distribution, Gram, Halves, Moments, Observer, Range
 from fxcompress.numerics.histogram import Histogram
 from tests.passes.helpers import seeded
 
@@ -119,6 +119,17 @@ def test_an_item_without_vectors_changes_nothing(observer: Observer, place: int)
 def test_nothing_seen() -> None:
     seen = answer(Range(), [torch.zeros(0, 3)])
     assert (seen.lo, seen.hi) == (torch.inf, -torch.inf)
+
+
+@pytest.mark.parametrize("axes", [(), (-1,)])
+def test_halves_are_ranges_of_every_other_item(axes: tuple[int, ...]) -> None:
+    values = [seeded(4, 3, seed=s) for s in range(5)]
+    halves = answer(Halves(axes), values)
+    for half, of in zip(halves, (values[::2], values[1::2]), strict=True):
+        same = answer(Range(axes), of)
+        assert torch.equal(half.lo, same.lo) and torch.equal(half.hi, same.hi)
+    first, second = answer(Halves(axes), values[:1])
+    assert torch.equal(first.hi, second.hi) and torch.equal(first.hi, answer(Range(axes), values[:1]).hi)
 
 
 @pytest.mark.parametrize("observer", [Range((0,)), Moments((0,)), Gram(0)], ids=str)

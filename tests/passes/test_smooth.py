@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fxcompress.calibrate import observers
 from fxcompress.calibrate.statistics import Statistics
 from fxcompress.capture import capture
 from fxcompress.errors import CalibrationError
@@ -69,6 +70,38 @@ def test_both_inputs_are_balanced_and_the_function_stays(block: Program) -> None
     assert report.fired == 2  # the norm's result, read by two layers; the product, through the factor without silu
     assert error(block, after) < 1e-5
     assert quantised_error(after) < 0.75 * quantised_error(block)
+
+
+class Even(nn.Module):
+    """Layers whose channels are all of one size, so that what few rows show of their extremes is chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64)) for _ in range(6))
+
+    def forward(self, x: Any) -> Any:
+        return sum(block(x) for block in self.blocks)
+
+
+def test_chance_in_few_items_is_no_outlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    items = [(seeded(1, 16, 64, seed=s),) for s in range(4)]
+    program, fresh = capture(Even().eval(), items[0]), [(seeded(1, 16, 64, seed=100 + s),) for s in range(8)]
+
+    def noise(*passes: str) -> float:
+        """Of static int8, on inputs that weren't seen."""
+        manager = Manager(program.copy(), Target(name="test"), program.example, "each", Statistics(items))
+        manager.run([(Step(use=name), named(name)) for name in passes])
+        return sum(float((interpret(program, x)[0] - interpret(manager.program, x)[0]).square().sum()) for x in fresh)
+
+    def both(halves: Any) -> observers.Extremes:
+        first, second = (half.result() for half in halves.halves)
+        return observers.Extremes(torch.minimum(first.lo, second.lo), torch.maximum(first.hi, second.hi))
+
+    plain = noise("quant.insert")
+    assert noise("reparam.smooth", "quant.insert") < 1.03 * plain
+    monkeypatch.setattr(observers._Halves, "result", lambda halves: (both(halves),) * 2)
+    assert noise("reparam.smooth", "quant.insert") > 1.1 * plain, "judged by the items that the factors are from"
 
 
 def test_the_factors_are_those_of_the_paper(block: Program) -> None:
