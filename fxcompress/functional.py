@@ -20,10 +20,15 @@ from fxcompress.inplace import NotFunctional, functionalise
 from fxcompress.program import place_name
 
 ASSERTS = ("_assert", "sym_constrain", "_check")
-RESHAPES = {  # a view refuses operands that lie in memory otherwise than at capture, as a rewrite may make them
+SPELLINGS = {  # a view refuses operands that lie in memory otherwise than at capture, as a rewrite may make them
     torch.ops.aten.view.default: torch.ops.aten.reshape.default,
     torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
     torch.ops.aten.view_as.default: torch.ops.aten.reshape_as.default,
+    torch.ops.aten.concatenate.default: torch.ops.aten.cat.default,
+    # memory that is written later has other numbers each time, which nobody reads and no check should compare
+    torch.ops.aten.empty.memory_format: torch.ops.aten.zeros.default,
+    torch.ops.aten.empty_like.default: torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_empty.default: torch.ops.aten.new_zeros.default,
 }
 IDENTITIES = ("detach_", "detach", "alias", "lift", "lift_fresh", "lift_fresh_copy", "lift_fresh_copy_", "requires_grad_")
 
@@ -38,7 +43,10 @@ def flat_graph(exported: ExportedProgram, strip: str = "") -> tuple[fx.Graph, di
     functionalise(flattener.graph)
     write_fixed_sizes(flattener.graph)
     for node in flattener.graph.nodes:
-        node.target = RESHAPES.get(node.target, node.target)
+        if node.target is torch.ops.aten.empty.memory_format:
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != "memory_format"}
+        node.target = SPELLINGS.get(node.target, node.target)
+    merge_splits(flattener.graph)
     open_experts(flattener.graph, flattener.constants)
     drop_dead(flattener.graph)
     return flattener.graph, _used(flattener.graph, flattener.constants), flattener.results
@@ -175,6 +183,16 @@ def write_fixed_sizes(graph: fx.Graph) -> None:
 
         for user in [u for u in node.users if u.op == "call_function"]:
             user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), written)
+
+
+def merge_splits(graph: fx.Graph) -> None:
+    """Tuples made twice of one value, and what is taken out of them, become one: a change of it is then recorded in all its parts."""
+    first: dict[tuple[Any, ...], fx.Node] = {}
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), tuple | list) or node.target is operator.getitem:
+            same = first.setdefault((node.target, str(node.args), str(node.kwargs)), node)
+            if same is not node:
+                node.replace_all_uses_with(same)
 
 
 def drop_dead(graph: fx.Graph) -> list[str]:

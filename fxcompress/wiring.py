@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxcompress.dataflow import ancestors
-from fxcompress.edit import Edit
+from fxcompress.edit import Edit, Step
 from fxcompress.program import place_of
 
 
@@ -26,15 +26,29 @@ class Misread(NamedTuple):
 
 
 def misreads(edit: Edit) -> Iterator[Misread]:
-    """Every old, live node that wasn't updated and whose arguments aren't the ones it had, with what `Edit.replace` put in place of some."""
+    """Every old, live node that wasn't updated and whose arguments aren't the ones it had, with what `Edit.replace` put in place of some; and
+    those that are another op, or a constant with other numbers, without a site that says so."""
     alive = ancestors([edit.program.output_node])
     for step in edit.before:
         if step.node in alive and step.node not in edit.updated:
+            if changed := _changed(edit, step):
+                yield Misread(place_of(step.node), step.node, f"{changed} than before, and no site says so")
             wanted: Any = step.args, step.kwargs
             for old, new in edit.rewired.get(step.node, ()):
                 wanted = fx.node.map_arg(wanted, lambda n: new if n is old else n)  # noqa: B023 - called before the next one
             if wanted != (step.node.args, step.node.kwargs):
                 yield _misread(edit, step.node, wanted)
+
+
+def _changed(edit: Edit, step: Step) -> str:
+    """How a node is another one than it was."""
+    node, name = step.node, str(step.target)
+    if node.target is not step.target and node.target != step.target:
+        return f"{node.name} is another op"
+    known = {constant for site in edit.sites for constant in site.constants}
+    if node.op == "get_attr" and name not in known and edit.program.constants[name] is not edit.constants_before[name]:
+        return f"{name} has other numbers"
+    return ""
 
 
 def _misread(edit: Edit, node: fx.Node, wanted: Any) -> Misread:

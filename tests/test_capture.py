@@ -594,3 +594,21 @@ def test_examples_of_other_sizes_keep_boxes_whole(batch: int) -> None:
     start = torch.arange(batch * 7).reshape(batch, 7) % 5
     program = capture(Widths().eval(), (torch.stack([start, start, start + 2, start + 2 + start % 3], -1),))
     assert program.inputs[0].shape[:2] == ("batch", "boxes_1")
+
+
+class Halved(nn.Module):
+    """Takes its halves from two tuples, and writes them into memory that nobody has written yet."""
+
+    def forward(self, x):
+        whole = x.new_empty(x.shape)
+        whole[..., :2], whole[..., 2:] = x.chunk(2, -1)[1], torch.concatenate([x.chunk(2, -1)[0]], -1)
+        return whole + torch.empty_like(x).copy_(x)
+
+
+def test_a_value_is_split_once_and_all_memory_has_numbers():
+    x = torch.randn(3, 4)
+    program = capture(Halved().eval(), (x,))
+    targets = [str(n.target) for n in program.graph.nodes]
+    assert sum("chunk" in t or "split" in t for t in targets) == 1
+    assert not any("empty" in t or "concatenate" in t for t in targets)
+    assert torch.equal(run(program, (x,))[0], torch.cat([x[:, 2:], x[:, :2]], -1) + x)

@@ -452,6 +452,19 @@ def test_arguments_that_change_beside_the_edit_are_named() -> None:
     ]
 
 
+def test_an_op_that_changes_beside_the_edit_is_named() -> None:
+    program, edit = two_layers()
+    node(program, "add_tensor").target = aten.sub.Tensor
+    why = "add_tensor is another op than before, and no site says so"
+    assert the_broken(program, edit) == [("layer.0  (add_tensor)", "add_tensor", why)]
+
+
+def test_a_constant_that_changes_beside_the_edit_is_named() -> None:
+    program, edit = two_layers()
+    program.constants["layer.0.weight"] = program.constants["layer.0.weight"] * 1.01
+    assert [why for *_, why in the_broken(program, edit)][:1] == ["layer.0.weight has other numbers than before, and no site says so"]
+
+
 def test_a_reader_of_a_folded_constant_that_reads_another_is_named() -> None:
     """Its site says that the constant is another, not that it reads another constant. Under any contract, since it is no matter of numbers."""
     program = chain(2)

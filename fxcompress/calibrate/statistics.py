@@ -95,7 +95,10 @@ class Statistics:
         found: dict[fx.Node, Any] = {}
         held = 0
         for node in (n for n in still if n.op == "call_function" and needed.intersection(n.users) - still.keys()):
-            size = sum(v.nbytes for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor))
+            tensors = [v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
+            if any(isinstance(n, torch.SymInt) for v in tensors for n in v.shape):  # a size that export didn't see to be fixed
+                continue
+            size = sum(v.nbytes for v in tensors)
             if held + size <= self.memory:
                 found[node] = constant_value(node, program.constants)
                 held += size

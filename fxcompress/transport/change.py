@@ -71,7 +71,7 @@ class Gathered(_Labelled):
         """The value rearranged."""
         for label, places, sizes in zip(self.labels, self.places, self.sizes, strict=True):
             x = _on_slot(x, label, partial(_taken, places), sizes)
-        return x
+        return x.contiguous()  # as an op made it, which may read it as complex numbers
 
     def is_identity(self) -> bool:
         """Whether nothing moves."""

@@ -114,7 +114,7 @@ class Solver:
             return self.stop(value, index, f"the form of {value.name} is not known")
         index = canon(self._fitted(index, shape))
         if index.size == 1:
-            return self.stop(value, index, f"{value.name} can't tell these channels apart")
+            return self._stop_alike(value, index)
         if not self.kind.is_mixing and isinstance(value, fx.Node) and not self._is_float(value):
             return self.stop(value, index, f"{value.name} holds {self.facts.value(value).dtype}, which no {self.kind} fits")
         if self._merge(value, index, power if self.kind in (Kind.SCALE, Kind.SHIFT) else 1.0):
@@ -124,6 +124,9 @@ class Solver:
         """Pin the classes in a label."""
         if self.classes.pin(index, len(self.stops)):
             self.stops.append(Stop(node.of if isinstance(node, Inner) else node, reason))
+
+    def _stop_alike(self, value: fx.Node | Inner, index: Index) -> None:
+        self.stop(value, index, f"{value.name} can't tell these channels apart")
 
     def stop_all(self, node: fx.Node, values: Iterable[Any], reason: str) -> None:
         """Pin everything these values carry."""
@@ -214,7 +217,7 @@ class Solver:
             return False
         for number, label in enumerate(labels):
             if label.power == power and _overlap(label.index, index):
-                return self._fill(labels, number, index)
+                return self._fill(value, number, index)
         labels.append(Label(index, power))
         return True
 
@@ -229,14 +232,19 @@ class Solver:
         self.stop(value, new[both], reason)
         return np.where(both, UNSET, new)
 
-    def _fill(self, labels: list[Label], number: int, index: Index) -> bool:
+    def _fill(self, value: fx.Node | Inner, number: int, index: Index) -> bool:
+        labels = self.values[value]
         label = labels[number]
         self.classes.union(label.index, index)
         old, new = np.broadcast_arrays(label.index, index)
         fresh = (old == UNSET) & (new != UNSET)
         if not fresh.any():
             return False
-        labels[number] = Label(canon(np.where(fresh, new, old)), label.power)
+        filled = np.where(fresh, new, old)
+        whole = canon(filled)
+        if whole.size == 1:
+            self._stop_alike(value, whole)
+        labels[number] = Label(whole if whole.size > 1 else filled, label.power)  # of one position it would be known to nobody
         return True
 
 

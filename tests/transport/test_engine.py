@@ -20,7 +20,7 @@ from fxcompress.interpret import run
 from fxcompress.program import Program
 from fxcompress.transport import Kind, Plan, Seed, Transport
 from fxcompress.transport.facts import grouped
-from fxcompress.transport.labels import Classes, canon
+from fxcompress.transport.labels import UNSET, Classes, canon
 from fxcompress.transport.relations.views import reshaped
 from fxcompress.transport.solver import Solver
 from tests.passes.helpers import Builder, seeded, snapshot
@@ -368,3 +368,29 @@ def test_a_shift_that_a_norm_would_see_is_taken_by_the_other_addend() -> None:
     assert (plan.count, plan.is_whole) == (WIDTH, True)
     figures = proved(program, plan, vector_for(plan))
     assert (max(figures["output"], figures["audit"]) < LIMIT, figures["broken"]) == (True, 0)
+
+
+def test_a_label_that_grows_to_one_parameter_everywhere_comes_to_rest() -> None:
+    """Halves of a value, each known by its own reader, with one parameter for both."""
+    built = Builder(x=seeded(2, 3))
+    program = built.program(built.op(aten.relu.default, built.x))
+    (value,) = program.results()
+    solver = Solver(Transport(program).facts, Kind.SCALE)
+    solver.classes.add(1)
+    first, second = np.array([[0], [UNSET]]), np.array([[UNSET], [0]])
+    for index in (first, second, first, second):
+        solver.put(value, index)
+    assert len(solver.labels(value)) == 1
+    assert [stop.reason for stop in solver.stops] == ["relu_default can't tell these channels apart"]
+
+
+def test_copies_around_a_value_change_as_it_does() -> None:
+    """Reflected rows of an image scale with its channels; reflected channels don't."""
+    built = Builder(x=seeded(1, 4, 5, 5, dtype=F64))
+    made = built.op(aten.conv2d.default, built.x, built.constant("k", seeded(4, 4, 1, 1, dtype=F64)))
+    padded = built.op(aten.pad.default, made, [1, 1, 1, 1], "reflect")
+    program = built.program(built.op(aten.conv2d.default, padded, built.constant("w", seeded(2, 4, 3, 3, dtype=F64))))
+    for kind in (Kind.SCALE, Kind.SHIFT, Kind.PERMUTE):
+        plan = solve(program, kind, Seed(made, (1,)))
+        assert (plan.count, plan.is_whole) == (4, True), plan.reason()
+        assert proved(program, plan, vector_for(plan))["output"] < LIMIT

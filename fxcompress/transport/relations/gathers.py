@@ -309,17 +309,21 @@ def _one_axis(s: Solver, node: fx.Node, x: Any, maps: Any) -> None:
 
 
 def pad(s: Solver, node: fx.Node) -> None:
-    """Positions added at the ends of axes. Zeros stay zeros under all but a shift; other fillings only where channels just move."""
+    """Positions added at the ends of axes. Zeros stay zeros under all but a shift; other fillings only where channels just move. Copies of the
+    value's own numbers change as these do, unless channels are padded with other channels."""
     given = s.args(node)
     x, widths, value = given["self"], given["pad"], given.get("value") or 0
     if all(isinstance(w, int) and w == 0 for w in widths):
         return mapped(s, node, x, lambda i: i, lambda i: i)
-    if (s.kind == Kind.SHIFT or (value and s.kind not in (Kind.PERMUTE, Kind.REMOVE))) or given.get("mode", "constant") != "constant":
+    is_copied = given.get("mode", "constant") != "constant"
+    if not is_copied and (s.kind == Kind.SHIFT or (value and s.kind not in (Kind.PERMUTE, Kind.REMOVE))):
         return s.stop_all(node, [x, node], f"{node.name} pads with values that a {s.kind} would have to change")
     rank = len(s.shape(x))
     padded = {rank - 1 - i // 2: (widths[i], widths[i + 1]) for i in range(0, len(widths), 2) if widths[i] or widths[i + 1]}
     if not any(label.index.shape[a] > 1 for a in padded for label in (*s.labels(x), *s.labels(node))):
         return mapped(s, node, x, lambda i: i, lambda i: i)
+    if is_copied:
+        return s.stop_all(node, [x, node], f"{node.name} pads these channels with copies of some of them")
     if s.kind == Kind.REMOVE:
         return s.stop_all(node, [x, node], f"{node.name} pads to a number of channels that is fixed")
     _one_axis(s, node, x, {a: (lambda n, w=w: _padded(n, *w)) for a, w in padded.items()})
