@@ -51,6 +51,7 @@ PRODUCTS: Mapping[Any, bool] = {  # ops that multiply their first two operands, 
     ),
 }
 SPREAD = 1 << 16  # numbers that meet every code of a range
+OF_SUMS = 4  # times the rounding of a number is that of a sum of many
 DRAWS = 4  # how often operands are rounded at random
 
 
@@ -259,17 +260,17 @@ class _Checker:
         new = pair.new
         if not isinstance(self.contract, Bounded) or not self.contract.is_half_step(new) or pair.old.op == "get_attr":
             return ""
-        scale, is_alone = env[new.args[1]], set(pair.frontier.values()) == {pair.old}  # type: ignore[index]
+        scale = env[new.args[1]]  # type: ignore[index]
         if self._is_on_range(pair):
             looks = [self._again(pair, _spread(before, *new.meta[MEASURED]))]
         elif MEASURED in new.meta or new.args[1].op == "get_attr":  # type: ignore[union-attr]
             return ""
         else:
-            looks = [(before, scale, after), *([self._again(pair, -before)] if is_alone and not _is_two_sided(before, scale) else [])]
+            looks = [(before, scale, after), *([self._again(pair, -before)] if pair.is_alone and not _is_two_sided(before, scale) else [])]
         steps = max(_steps_off(*look) for look in looks)
         if steps > HALF:
             return f"{new.name} moves a number of its range by {steps:.3g} steps"
-        longer = max(self.contract.longer(value, scale, new) for value, scale, _ in looks) if is_alone else 1.0
+        longer = max(self.contract.longer(value, scale, new) for value, scale, _ in looks) if pair.is_alone else 1.0
         return f"the steps of {new.name} are {longer:.4g} times as long as its range needs" if longer > 1 else ""
 
     def _again(self, pair: Pair, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -280,8 +281,8 @@ class _Checker:
 
     def _is_on_range(self, pair: Pair) -> bool:
         """Whether the pair quantises one value on a range measured before, which its other numbers may fill better than the probe's."""
-        value, frontier = self.old[pair.old], set(pair.frontier.values())
-        if MEASURED not in pair.new.meta or frontier != {pair.old} or not isinstance(value, Tensor):
+        value = self.old[pair.old]
+        if MEASURED not in pair.new.meta or not pair.is_alone or not isinstance(value, Tensor):
             return False
         lo, hi = pair.new.meta[MEASURED]
         return bool(lo.numel() == 1 and value.numel() > 1) and not torch.equal(value, _spread(value, lo, hi))
@@ -292,7 +293,7 @@ class _Checker:
         if self._is_on_range(pair):
             return _spread(self.old[pair.old], *pair.new.meta[MEASURED])
         value, found = self.old[pair.old], pair_of(pair.new)
-        if found is None or MEASURED in pair.new.meta or set(pair.frontier.values()) != {pair.old} or not isinstance(value, Tensor):
+        if found is None or MEASURED in pair.new.meta or not pair.is_alone or not isinstance(value, Tensor):
             return None
         is_computed = isinstance(found.scale, fx.Node) and found.scale.op != "get_attr"
         return _spread(value, -torch.ones(()), torch.ones(())) if is_computed and value.numel() > 1 and not value.any() else None
@@ -332,10 +333,12 @@ class _Checker:
         limit = Exact(self.contract.limit if isinstance(self.contract, Exact) else None).bound(stored, pair.new)
         if not is_end and stored.is_floating_point():  # computed in float64 and cast once a change
             limit = min(limit, ROUNDINGS * torch.finfo(stored.dtype).eps)
-        figure = math.inf
-        if pair.new not in self.edit.loose:
-            figure = math.inf if is_end else self._error_of_sums(pair, stored)
-            figure, limit = (figure, 4 * limit) if figure <= 4 * limit else (_worst_error(self._changed(pair.old, pair.new), after), limit)
+        is_loose = pair.new in self.edit.loose
+        of_sums = math.inf if is_end or is_loose else self._error_of_sums(pair, stored)
+        if of_sums <= OF_SUMS * limit:
+            figure, limit = of_sums, OF_SUMS * limit
+        else:
+            figure = math.inf if is_loose else _worst_error(self._changed(pair.old, pair.new), after)
         why = "an input or output carries a change" if is_end and figure > limit else ""
         return Measured(pair.site.name, pair.new.name, figure, limit, "held" if figure <= limit else "broken", why, unmeasured=True)
 

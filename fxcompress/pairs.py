@@ -26,6 +26,11 @@ class Pair:
     role: Literal["value", "constant", "end"] = "value"
 
     @property
+    def is_alone(self) -> bool:
+        """Whether the new value is computed from the old one and nothing else."""
+        return set(self.frontier.values()) == {self.old}
+
+    @property
     def needed(self) -> set[fx.Node]:
         """The old nodes whose values the comparison takes."""
         return {self.old, *self.frontier.values()}

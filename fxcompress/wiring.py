@@ -6,7 +6,7 @@ replaced.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch.utils._pytree as pytree
@@ -28,10 +28,10 @@ class Misread(NamedTuple):
 def misreads(edit: Edit) -> Iterator[Misread]:
     """Every old, live node that wasn't updated and whose arguments aren't the ones it had, with what `Edit.replace` put in place of some; and
     those that are another op, or a constant with other numbers, without a site that says so."""
-    alive = ancestors([edit.program.output_node])
+    alive, known = ancestors([edit.program.output_node]), {name for site in edit.sites for name in site.constants}
     for step in edit.before:
         if step.node in alive and step.node not in edit.updated:
-            if changed := _changed(edit, step):
+            if changed := _changed(edit, step, known):
                 yield Misread(place_of(step.node), step.node, f"{changed} than before, and no site says so")
             wanted: Any = step.args, step.kwargs
             for old, new in edit.rewired.get(step.node, ()):
@@ -40,12 +40,11 @@ def misreads(edit: Edit) -> Iterator[Misread]:
                 yield _misread(edit, step.node, wanted)
 
 
-def _changed(edit: Edit, step: Step) -> str:
-    """How a node is another one than it was."""
+def _changed(edit: Edit, step: Step, known: Collection[str]) -> str:
+    """How a node is another one than it was. known: constants that sites changed."""
     node, name = step.node, str(step.target)
-    if node.target is not step.target and node.target != step.target:
+    if node.target != step.target:
         return f"{node.name} is another op"
-    known = {constant for site in edit.sites for constant in site.constants}
     if node.op == "get_attr" and name not in known and edit.program.constants[name] is not edit.constants_before[name]:
         return f"{name} has other numbers"
     return ""

@@ -115,7 +115,7 @@ class Halves(Observer):
         return _Halves(self.axes)
 
     def memory(self, shape: Sequence[int]) -> int:
-        return 32 * math.prod(_sizes(shape, self.axes))
+        return 2 * Range(self.axes).memory(shape)
 
 
 class _Halves(Accumulator):

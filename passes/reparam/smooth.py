@@ -81,10 +81,9 @@ class Channels:
         first, second = (torch.maximum(half.hi, -half.lo) for half in self.halves)
         return torch.maximum(first, second), first, second
 
-    def step(self, half: int, s: Tensor, levels: int) -> Tensor:
-        """Of a quantiser of all of x / s in one half."""
-        lo, hi = self.halves[half].lo / s, self.halves[half].hi / s
-        return (hi.max().clamp(min=0) - lo.min().clamp(max=0)) / (levels - 1)
+    def step(self, half: int, levels: int) -> Tensor:
+        """Of a quantiser of the whole value in one half."""
+        return (self.halves[half].hi.max().clamp(min=0) - self.halves[half].lo.min().clamp(max=0)) / (levels - 1)
 
 
 Key = tuple[fx.Node, tuple[int, ...]]  # a value and some of its axes
@@ -130,32 +129,41 @@ class Smooth(Transform):
     def _vector(self, site: _Site, known: Known, program: Program) -> Tensor | None:
         """The vector of the alpha with the least predicted noise; None if leaving everything as it is has less."""
         matrices = {y: y.matrix(program) for y in site.layers}
+        powers = {y: w.square().sum((0, 2)).double() for y, w in matrices.items()}
         activations = [site.gathered({y: known[y.x, (y.axis,)].amax[part] for y in site.layers}) for part in range(3)]
         weights = site.gathered({y: w.amax((0, 2)).double() for y, w in matrices.items()})
         alphas = ALPHAS if self.options.alpha is None else (self.options.alpha,)
         vectors = [tuple(_balanced(x, weights, alpha) for x in activations) for alpha in alphas]
         if self.options.alpha is None:
             vectors.insert(0, (torch.ones_like(weights),) * 3)
-        best, *_ = min(vectors, key=lambda v: self._noise(site, v, matrices, known))
+        best, *_ = min(vectors, key=lambda v: self._noise(site, v, matrices, powers, known))
         return None if bool((best == 1).all()) else best
 
-    def _noise(self, site: _Site, vectors: Sequence[Tensor], matrices: Mapping[Layer, Tensor], known: Known) -> float:
+    def _noise(
+        self,
+        site: _Site,
+        vectors: Sequence[Tensor],
+        matrices: Mapping[Layer, Tensor],
+        powers: Mapping[Layer, Tensor],
+        known: Known,
+    ) -> float:
         """Of the results of the layers and the factors of the products that a vector reaches, each relative to its power. vectors: that of all
-        items, and those of each half, which the other half judges."""
+        items, and those of each half, which the other half judges. powers: ‖W_j‖² per input channel."""
         whole, *halves = (site.divisors(v) for v in vectors)
         levels_x, levels_w = 2**self.options.activation_bits, 2**self.options.weight_bits
         total = 0.0
         for layer, w in matrices.items():
             key: Key = (layer.x, (layer.axis,))
-            x, powers = known[key], w.square().sum((0, 2)).double()
-            of_x = sum(x.step(1 - i, s[key], levels_x).square() * (powers * s[key].square()).sum() / 2 for i, s in enumerate(halves))
+            x, power = known[key], powers[layer]
+            steps = [x.divided(s[key]).step(1 - i, levels_x) for i, s in enumerate(halves)]
+            of_x = sum(step.square() * (power * s[key].square()).sum() / 2 for step, s in zip(steps, halves, strict=True))
             of_rows = (2 * (w * whole[key][:, None].float()).amax((1, 2)) / (levels_w - 1)).square().sum()
             of_w = of_rows * (x.square / whole[key].square()).sum() * w.shape[2]
-            total += _ratio(of_x + of_w, 12 * (powers * x.square).sum())
+            total += _ratio(of_x + of_w, 12 * (power * x.square).sum())
         for key in site.factors:
-            x, power = known[key], known[key].divided(whole[key]).square.mean()
-            steps = torch.stack([x.step(1 - i, s[key], levels_x) for i, s in enumerate(halves)])
-            total += _ratio(steps.square().mean(), 12 * power)
+            x = known[key]
+            steps = [x.divided(s[key]).step(1 - i, levels_x) for i, s in enumerate(halves)]
+            total += _ratio(torch.stack(steps).square().mean(), 12 * x.divided(whole[key]).square.mean())
         return total
 
 
