@@ -24,8 +24,8 @@ from fxcompress.dataflow import is_read, is_zero, pair_of
 from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
 from fxcompress.measure import (
+    distances,
     filled,
-    greatest_distance,
     has_numbers,
     has_zeros,
     histograms,
@@ -33,6 +33,7 @@ from fxcompress.measure import (
     is_flat,
     relative_error,
     rounded,
+    slice_error,
     varied,
 )
 from fxcompress.numerics import noise
@@ -53,6 +54,8 @@ PRODUCTS: Mapping[Any, bool] = {  # ops that multiply their first two operands, 
 SPREAD = 1 << 16  # numbers that meet every code of a range
 OF_SUMS = 4  # times the rounding of a number is that of a sum of many
 DRAWS = 4  # how often operands are rounded at random
+Floors = tuple[Tensor, ...]  # per tensor of a value, and per number of it, the least scale that its error is beside; () for none
+_NO_FLOORS: Floors = ()
 
 
 @torch.no_grad()
@@ -150,7 +153,7 @@ class _Checker:
         before, env = self._changed(pair.old, pair.new), self._operands(pair)
         after = env[pair.new] if self.pairs.is_old(pair.new) else evaluate(pair.new, env, self.constants)
         bound = self.contract.bound(_leaves(before)[0], pair.new)
-        figure, floors = self._figure(before, after), (0.0,) * len(_leaves(after))
+        figure, floors = self._figure(before, after), _NO_FLOORS
         if self.is_thorough and isinstance(self.contract, Exact) and bound < figure < math.inf and bound > 0:
             floors = self._floors(pair, env, after, bound)
             figure = self._figure(before, after, floors)
@@ -160,6 +163,7 @@ class _Checker:
             partial(self._worst_block, pair, before, after),
             partial(self._off_grid, pair, env, before, after),
             partial(self._hidden, pair, bound),
+            partial(self._unread, pair, bound),
         )
         wrong = next((why for look in looks if (why := look())), "") if holds else ""
         spread = None if isinstance(self.contract, Exact) else histograms(before, after)
@@ -362,9 +366,23 @@ class _Checker:
         for other, where in self._others(pair):
             cone = self.pairs.cone(pair) if other else None
             found = self._from(pair, cone, other) if cone else None
-            if found and (figure := self._figure(*found)) > max(bound, HIDDEN):
+            if found and (figure := _worst_error(*found)) > max(bound, HIDDEN):
                 return f"{figure:.3g} at {pair.new.name} where its operands {where}"
         return ""
+
+    def _unread(self, pair: Pair, bound: float) -> str:
+        """How rows of a table that isn't on record differ where the probe doesn't read them, as a sentence: all of them are read once."""
+        new = pair.new
+        if new.target is not torch.ops.aten.embedding.default or not isinstance(self.contract, Exact):
+            return ""
+        table, index = new.args[:2]
+        if index not in pair.frontier or table in pair.frontier or self._is_recorded(table):  # type: ignore[arg-type]
+            return ""
+        ids = self.old[pair.frontier[index]]  # type: ignore[index]
+        every = torch.arange(table.meta["val"].shape[0], dtype=ids.dtype).reshape(*[1] * (ids.dim() - 1), -1)  # type: ignore[union-attr]
+        cone = self.pairs.cone(pair)
+        found = self._from(pair, cone, {pair.frontier[index]: every}) if cone else None  # type: ignore[index]
+        return f"{error:.3g} in a row that the probe doesn't read" if found and (error := self._figure(*found)) > bound else ""
 
     def _around(self, pair: Pair) -> list[fx.Node]:
         """The old values that the new node is computed from, but those that are 0 for every input."""
@@ -401,9 +419,7 @@ class _Checker:
         is_constant = pair.old.op == "get_attr" and isinstance(self.contract, Bounded)
         return self.contract.worst_block(before, after, pair.new) if is_constant else ""  # type: ignore[union-attr]
 
-    def _unseen(
-        self, pair: Pair, env: Mapping[fx.Node, Any], values: tuple[Any, Any], floors: Sequence[float], figure: float, bound: float
-    ) -> str:
+    def _unseen(self, pair: Pair, env: Mapping[fx.Node, Any], values: tuple[Any, Any], floors: Floors, figure: float, bound: float) -> str:
         """Why the comparison can't bite; "" if it can. Zeros that stay zeros have no sign; what they multiply is seen in its own record.
         values: the old one, and the new one if it is a product."""
         before, product = values
@@ -411,7 +427,7 @@ class _Checker:
             return ""
         zeros = {n.name for n in pair.new.all_input_nodes if is_zero(n)}
         spared = zeros | ({n.name for n in self.edit.changes if n.op == "get_attr"} if zeros else set())
-        is_seen = not any(floors) and not self.contract.holds(self.contract.negated(figure), bound)
+        is_seen = not floors and not self.contract.holds(self.contract.negated(figure), bound)
         is_signed = is_seen and _is_wide(before) and has_numbers(before)
         for operand, flipped in self._flips(pair.new, env, product, is_signed):
             if operand not in spared and self._is_alike(before, flipped, floors, bound) and not self._is_null(pair.new, operand):
@@ -442,21 +458,21 @@ class _Checker:
             value = change(value.to(torch.promote_types(value.dtype, torch.float64))).to(value.dtype) if wide else change(value)
         return value
 
-    def _figure(self, old: Any, new: Any, floors: Sequence[float] = ()) -> float:
-        """The worst figure over the tensors of a value; a value of another form is infinitely far. floors: least scales of an Exact one."""
+    def _figure(self, old: Any, new: Any, floors: Floors = _NO_FLOORS) -> float:
+        """The worst figure over the tensors of a value; a value of another form is infinitely far. floors: of an Exact one."""
         a, b = _leaves(old), _leaves(new)
         exact = isinstance(self.contract, Exact)
         if len(a) != len(b) or any((x.shape, x.dtype) != (y.shape, y.dtype) for x, y in zip(a, b, strict=True)):
             return math.inf if exact else -math.inf
-        if exact and any(floors):
-            return max(relative_error(x, y, floor) for x, y, floor in zip(a, b, floors, strict=True))
-        return (max if exact else min)(self.contract.figure(x, y) for x, y in zip(a, b, strict=True))
+        if floors:
+            return max(map(slice_error, a, b, floors))
+        return (max if exact else min)(map(self.contract.figure, a, b))
 
-    def _is_alike(self, old: Any, new: Any, floors: Sequence[float], bound: float) -> bool:
+    def _is_alike(self, old: Any, new: Any, floors: Floors, bound: float) -> bool:
         """Whether the contract holds between two values of one form."""
         a, b = _leaves(old), _leaves(new)
         if isinstance(self.contract, Exact):
-            return not any(is_beyond(x, y, bound, floor) for x, y, floor in zip(a, b, floors, strict=True))
+            return not any(map(is_beyond, a, b, repeat(bound), floors or repeat(None)))
         return not any(map(noise.is_far, a, b, repeat(bound))) and self.contract.holds(self._figure(old, new), bound)
 
     def _operands(self, pair: Pair) -> dict[fx.Node, Any]:
@@ -481,17 +497,17 @@ class _Checker:
                 elif not (is_signed and isinstance(added, float)):
                     yield n.name, 2 * added - product
 
-    def _floors(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any, bound: float) -> tuple[float, ...]:
-        """Per tensor of the value the scale below which it is rounding noise: where the bound allows what a few roundings of everything that it
-        is computed from do to it, the old way and the new. A sum of numbers that cancel isn't known any better."""
+    def _floors(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any, bound: float) -> Floors:
+        """Per number the scale below which it is rounding noise: where the bound allows what a few roundings of everything that it is computed
+        from do to it, the old way and the new. A sum of numbers that cancel isn't known any better."""
         if self.pairs.is_old(pair.new):
-            return (0.0,) * len(_leaves(after))
+            return _NO_FLOORS
         least = _noise(after, lambda rng: self._rounded(pair, env, rng))
         cone = self.pairs.cone(pair)
         if cone:
             old = _noise(self._changed(pair.old, pair.new), lambda rng: self._old_rounded(pair, cone, rng))
-            least = [min(a, b) for a, b in zip(least, old, strict=True)]
-        return tuple(ROUNDINGS * n / bound for n in least)
+            least = tuple(map(torch.minimum, least, old))
+        return tuple(n * (ROUNDINGS / bound) for n in least)
 
     def _rounded(self, pair: Pair, env: Mapping[fx.Node, Any], rng: torch.Generator) -> Any:
         """The new value from rounded ones."""
@@ -527,12 +543,13 @@ def _added(new: fx.Node, operand: fx.Node, env: Mapping[fx.Node, Any]) -> Tensor
     return added
 
 
-def _noise(exact: Any, again: Callable[[torch.Generator], Any]) -> list[float]:
-    """Per tensor of a value how far other roundings of it are off."""
-    values, farthest = _leaves(exact), [0.0] * len(_leaves(exact))
+def _noise(exact: Any, again: Callable[[torch.Generator], Any]) -> Floors:
+    """Per number of a value how far other roundings of it are off."""
+    values = _leaves(exact)
+    farthest = tuple(torch.zeros(x.shape, dtype=torch.float64) for x in values)
     for seed in range(DRAWS):
         others = _leaves(again(torch.Generator().manual_seed(seed)))
-        farthest = [max(n, greatest_distance(x, y)) for n, x, y in zip(farthest, values, others, strict=True)]
+        farthest = tuple(map(torch.maximum, farthest, map(distances, values, others)))
     return farthest
 
 

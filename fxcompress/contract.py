@@ -16,12 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from fxcompress.measure import Histograms, relative_error
+from fxcompress.measure import Histograms, relative_error, slice_error
 from fxcompress.numerics import formats, noise, ranges
 
 Verdict = Literal["held", "broken", "unverified"]
 MEASURED = "measured"
+LOSS = "loss"
 ROUNDINGS = 16  # how many roundings a value may be off by
+SEARCHED = 1.01  # times the squared error that a search found, summed in another order
 EXACT_LIMIT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -43,15 +45,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Exact:
-    """The same function up to floating-point noise: max |new - old| / rms(old) <= limit (by dtype if not given)."""
+    """The same function up to floating-point noise: max |new - old| / rms(old) <= limit (by dtype if not given), of the value and of each of
+    its channels and rows beside its own rms."""
 
     limit: float | None = None
     kind = "exact"
     unit = "relative error"
 
     def figure(self, old: Tensor, new: Tensor) -> float:
-        """max |new - old| / rms(old)."""
-        return relative_error(old, new)
+        """max |new - old| / rms(old), of the value or of a slice along one axis, whichever is more."""
+        return slice_error(old, new)
 
     def bound(self, old: Tensor, new: fx.Node) -> float:
         """The limit for this value."""
@@ -74,6 +77,7 @@ class Bounded:
     Of fewer than 32 entries every one may be half a step off by chance, 10 log10 3 = 4.8 dB beyond the mean: less 5 dB there, and on a
     measured range, whose numbers are held to half a step one by one, and which one number may fill, such as the background of an image.
     The measured range is the one a pass filed under meta[MEASURED] of the dequantize node, (lo, hi) from calibration; else that of the value.
+    A pass that searched for the scales of a constant files the squared error of each block that it found under meta[LOSS]: it must be that.
     limit: another bound in dB, from the recipe; blocks are then not looked at one by one.
     """
 
@@ -140,12 +144,11 @@ class Bounded:
             return ""
         _, _, zero_point, format_name, block = new.args
         format, sizes = formats.format_of(str(format_name)), tuple(block)  # type: ignore[arg-type]
-        excess = noise.excess(old, value, format, sizes, symmetric=zero_point is None)
-        worst = excess.argmax()
-        if float(excess.flatten()[worst]) <= 1:
-            return ""
-        at = [int(i) for i in torch.unravel_index(worst, excess.shape)]
-        return f"block {at} of {new.name} loses {float(excess.flatten()[worst]):.3g} times what rounding on its own range may lose"
+        if why := _worst_of(noise.excess(old, value, format, sizes, symmetric=zero_point is None), new):
+            return f"{why} what rounding on its own range may lose"
+        if LOSS in new.meta and (why := _worst_of(noise.beyond(old, value, SEARCHED * new.meta[LOSS], sizes), new)):
+            return f"{why} what the pass found that it loses"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,15 @@ class Lossy(Bounded):
     def worst_block(self, old: Tensor, value: Tensor, new: fx.Node) -> str:
         """No limit either."""
         return ""
+
+
+def _worst_of(excess: Tensor, new: fx.Node) -> str:
+    """Which block loses most beyond what it may, and how much; "" if none does."""
+    worst = excess.argmax()
+    if float(excess.flatten()[worst]) <= 1:
+        return ""
+    at = [int(i) for i in torch.unravel_index(worst, excess.shape)]
+    return f"block {at} of {new.name} loses {float(excess.flatten()[worst]):.3g} times"
 
 
 Contract = Exact | Bounded | Lossy

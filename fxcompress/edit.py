@@ -56,6 +56,7 @@ class Edit:
         self.sites: list[Site] = []
         self.before: list[Step] = []  # filled when the first site is opened
         self.constants_before: dict[str, Tensor] = {}
+        self.versions_before: dict[str, int] = {}  # of their numbers: one more for every write in place
         self.loose: dict[fx.Node, None] = {}  # old values that nothing is said about any more, and no site compares
         self.changes: dict[fx.Node, list[Callable[[Any], Any]]] = {}  # per old value what happens to it, one after the other; else nothing
         self.rewired: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}  # per reader what it was given in place of what, one after the other
@@ -72,6 +73,7 @@ class Edit:
         if not self.before:
             self.before = [Step(n, n.target, n.args, n.kwargs, tuple(n.all_input_nodes)) for n in self.graph.nodes]
             self.constants_before = dict(self.program.constants)
+            self.versions_before = {name: version(t) for name, t in self.constants_before.items()}
         self._open = Site(place_of(node), node.name, module_path(node), reason)
         self.sites.append(self._open)
         try:
@@ -229,6 +231,11 @@ class Edit:
         if self._open is None:
             raise ValueError("an edit changes the program only inside `with edit.site(node):`")
         return self._open
+
+
+def version(constant: Tensor) -> int:
+    """How often the numbers were written in place; 0 where torch doesn't count."""
+    return 0 if constant.is_inference() else constant._version
 
 
 def fake_value(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], like: fx.Node | None = None) -> Any:

@@ -13,6 +13,8 @@ from fxcompress.numerics.noise import power
 
 BINS, SAMPLE = 32, 1 << 14
 TILE = 1 << 18  # numbers that are read while they are in the cache
+LEAST = 4  # numbers of a slice
+_LEAST_RMS = 1e-15  # whose squares float32 still tells apart
 
 
 def relative_error(old: Tensor, new: Tensor, floor: float = 0.0) -> float:
@@ -45,14 +47,48 @@ def relative_error(old: Tensor, new: Tensor, floor: float = 0.0) -> float:
     return float(worst / scale) if scale > 0 else float(worst)
 
 
-def is_beyond(old: Tensor, new: Tensor, limit: float, floor: float = 0.0) -> bool:
-    """Whether `relative_error` is above the limit; of values far apart no more than a part is looked at."""
+def slice_error(old: Tensor, new: Tensor, noise: Tensor | None = None) -> float:
+    """The greatest `relative_error`: of the value, or of a slice at one place of one axis beside that slice's own rms, since an error in a
+    quiet channel or row drowns in loud ones. Slices of less than LEAST numbers may be small by chance, and aren't looked at; a slice of zeros
+    counts as one of the least normal number.
+
+    noise: how far rounding moves each number. Where `noise.max()` of a slice is more than its rms, that is taken in the place of the rms.
+    """
+    whole = relative_error(old, new, 0.0 if noise is None else float(noise.max()))
+    if not 0 < whole < math.inf:
+        return whole
+    if _is_plain(old, new) and math.isfinite((new - old).sum()):
+        sizes, off = old, (new - old).abs()
+    else:
+        wide = torch.complex128 if old.is_complex() else torch.float64
+        sizes, b = old.to(wide), new.to(wide)
+        off = torch.where((sizes == b) | (sizes.isnan() & b.isnan()), 0.0, (b - sizes).abs())
+        sizes = sizes.where(sizes.isfinite(), 0.0)
+    axes = [axis for axis, n in enumerate(old.shape) if n > 1 and old.numel() >= LEAST * n]
+    return max([whole, *(_worst_slice(sizes, off, noise, axis) for axis in axes)])
+
+
+def _worst_slice(sizes: Tensor, off: Tensor, noise: Tensor | None, axis: int) -> float:
+    """The greatest of off over the rms of sizes, among the slices at each place of an axis."""
+    others = [a for a in range(sizes.dim()) if a != axis]
+    count = sizes.numel() // sizes.shape[axis]
+    rms = torch.linalg.vector_norm(sizes, dim=others) / math.sqrt(count)
+    if not bool(((rms > _LEAST_RMS) & (rms < math.inf)).all()):  # their squares leave the range of the dtype
+        rms = torch.linalg.vector_norm(sizes, dim=others, dtype=torch.complex128 if sizes.is_complex() else torch.float64) / math.sqrt(count)
+    scale = rms.double().clamp(min=torch.finfo(torch.float32).tiny)
+    if noise is not None:
+        scale = torch.maximum(scale, noise.amax(others))
+    return float((off.amax(others) / scale).max())
+
+
+def is_beyond(old: Tensor, new: Tensor, limit: float, noise: Tensor | None = None) -> bool:
+    """Whether `slice_error` is above the limit; of values far apart no more than a part is looked at."""
     if old.shape == new.shape and _is_plain(old, new) and old.numel():
         first = old.reshape(-1)[:TILE], new.reshape(-1)[:TILE]
-        scale = max(floor, math.sqrt(power(old) / old.numel()))
+        scale = max(0.0 if noise is None else float(noise.max()), math.sqrt(power(old) / old.numel()))
         if 0 < scale < math.inf and limit * scale < _apart(*first)[0] < math.inf:
             return True
-    return not relative_error(old, new, floor) <= limit
+    return not slice_error(old, new, noise) <= limit
 
 
 def _is_plain(old: Tensor, new: Tensor) -> bool:
@@ -84,10 +120,11 @@ def rounded(value: Any, rng: torch.Generator) -> Any:
     return pytree.tree_map(leaf, value)
 
 
-def greatest_distance(a: Tensor, b: Tensor) -> float:
-    """max |a - b| where both are finite; 0 for what isn't floating point."""
-    both = a.isfinite() & b.isfinite() if a.is_floating_point() and a.shape == b.shape else torch.zeros(a.shape, dtype=torch.bool)
-    return float((a[both].double() - b[both].double()).abs().max()) if both.any() else 0.0
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| in float64 where both are finite; 0 elsewhere, and for what isn't floating point."""
+    if not a.is_floating_point() or a.shape != b.shape:
+        return torch.zeros(a.shape, dtype=torch.float64)
+    return torch.where(a.isfinite() & b.isfinite(), a.double() - b.double(), 0.0).abs()
 
 
 def has_zeros(value: Any) -> bool:

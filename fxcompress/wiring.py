@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from fxcompress.dataflow import ancestors
-from fxcompress.edit import Edit, Step
+from fxcompress.edit import Edit, Step, version
 from fxcompress.program import place_of
 
 
@@ -45,7 +45,11 @@ def _changed(edit: Edit, step: Step, known: Collection[str]) -> str:
     node, name = step.node, str(step.target)
     if node.target != step.target:
         return f"{node.name} is another op"
-    if node.op == "get_attr" and name not in known and edit.program.constants[name] is not edit.constants_before[name]:
+    if node.op != "get_attr":
+        return ""
+    if version(edit.constants_before[name]) != edit.versions_before[name]:
+        return f"{name} was written in place, which nothing can undo or compare: it has other numbers"
+    if name not in known and edit.program.constants[name] is not edit.constants_before[name]:
         return f"{name} has other numbers"
     return ""
 

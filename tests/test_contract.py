@@ -20,7 +20,7 @@ from fxcompress.checker import check
 from fxcompress.contract import Bounded, Contract, Exact, Lossy, Measured
 from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
-from fxcompress.measure import TILE, is_beyond, relative_error
+from fxcompress.measure import TILE, is_beyond, relative_error, slice_error
 from fxcompress.numerics import formats, noise
 from fxcompress.numerics.hadamard import randomised_hadamard
 from fxcompress.numerics.rotation import Rotation
@@ -820,18 +820,104 @@ def test_errors_are_those_of_the_definition(dtype: torch.dtype) -> None:
     assert relative_error(torch.zeros(3, dtype=dtype), torch.tensor([0.0, 2.0, 0.0], dtype=dtype), 4.0) == 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_slices_are_measured_beside_their_own_rms(dtype: torch.dtype) -> None:
+    a = seeded(6, 8).to(dtype)
+    a[:, 3] *= 1e-7
+    b = a.clone()
+    b[2, 3] = -b[2, 3]
+    assert relative_error(a, b) < 1e-5, "the value hides it"
+    wanted = float(2 * a[2, 3].abs() / a[:, 3].abs().double().square().mean().sqrt())
+    assert slice_error(a, b) == pytest.approx(wanted, rel=1e-5)
+    assert slice_error(a, b, torch.full(a.shape, 9.0)) == pytest.approx(float((a - b).abs().max() / 9), rel=1e-5)
+    assert slice_error(a, a.clone()) == 0
+
+
+def test_slices_too_quiet_for_squares_in_float32_and_masks_too_loud_for_them() -> None:
+    a = seeded(6, 8)
+    a[0], a[1, 2] = a[0] * 1e-25, torch.finfo(torch.float32).min
+    b = a.clone()
+    b[0, 1] *= 1.01
+    assert slice_error(a, b) == pytest.approx(float(0.01 * a[0, 1].double().abs() / a[0].double().square().mean().sqrt()), rel=1e-3)
+    a[1, 2] = b[1, 2] = -math.inf
+    assert slice_error(a, b) == pytest.approx(float(0.01 * a[0, 1].double().abs() / a[0].double().square().mean().sqrt()), rel=1e-3)
+
+
+def test_an_error_in_a_quiet_channel_is_seen() -> None:
+    """The gain of one channel is 1e-6 of the others'; what reads it may make it loud again."""
+    gain = torch.ones(8)
+    gain[3] = 1e-6
+    wrong = gain.clone()
+    wrong[3] *= -1
+    built = Builder(x=seeded(16, 8), gain=gain)
+    program = built.program(built.op(aten.mul.Tensor, built.x, built.gain))
+
+    def change(given: Tensor) -> Change:
+        return lambda edit, old: edit.insert(aten.mul.Tensor, old.args[0], edit.constant("new", given, like=old), like=old)
+
+    assert measured(program, change(wrong), Exact()).verdict == "broken"
+
+
+def test_a_constant_written_in_place_is_broken() -> None:
+    built = Builder(x=X)
+    kept, written = built.constant("kept", torch.ones(8)), built.constant("written", torch.ones(8))
+    program = built.program(built.op(aten.mul.Tensor, built.op(aten.mul.Tensor, built.x, kept), written))
+    (old,), edit = program.results(), Edit(program)
+    with edit.site(old):
+        edit.replace(old, edit.insert(aten.mul.Tensor, *old.args, like=old))
+        program.constants["written"][3] = 2
+    (found,) = (m for m in check(program, edit, Exact(), program.example) if m.verdict == "broken")
+    assert "written was written in place" in found.why
+
+
+@pytest.mark.parametrize(("row", "verdict"), [(2, "broken"), (7, "broken"), (None, "held")])
+def test_rows_of_a_table_that_the_probe_does_not_read_are_compared(row: int | None, verdict: str) -> None:
+    built = Builder(ids=torch.tensor([[1, 2], [3, 1]]))
+    program = built.program(built.op(aten.embedding.default, built.constant("table", seeded(9, 4)), built.ids))
+
+    def change(edit: Edit, old: fx.Node) -> fx.Node:
+        table = seeded(9, 4)
+        if row is not None:
+            table[row] *= -1
+        return edit.insert(aten.embedding.default, edit.constant("new", table, like=old), old.args[1], like=old)
+
+    found = measured(program, change, Exact())
+    assert (found.verdict, "doesn't read" in found.why) == (verdict, row == 7)
+
+
+def test_a_quiet_channel_of_rounding_noise_is_none() -> None:
+    """What is left of numbers that cancel differs with the order of the sums, and says nothing."""
+    weight = seeded(8, 64)
+    weight[3, 32:] = -weight[3, :32]
+    x = seeded(16, 32).repeat(1, 2)
+    built = Builder(x=x, w=weight)
+    program = built.program(built.op(aten.linear.default, built.x, built.w))
+
+    def halves(edit: Edit, old: fx.Node) -> fx.Node:
+        parts = [edit.insert(aten.slice.Tensor, n, 1, lo, lo + 16, like=old) for lo in (0, 16, 32, 48) for n in old.args]
+        sums = [edit.insert(aten.linear.default, a, w, like=old) for a, w in zip(parts[::2], parts[1::2], strict=True)]
+        first, second = (edit.insert(aten.add.Tensor, a, b, like=old) for a, b in (sums[:2], sums[2:]))
+        return edit.insert(aten.add.Tensor, first, second, like=old)
+
+    before = x @ weight.T
+    assert before[:, 3].abs().max() < 1e-4 * before.abs().max()
+    assert measured(program, halves, Exact()).verdict == "held"
+
+
 @pytest.mark.parametrize("at", [3, -1])  # in the part that is looked at first, and beyond it
 @pytest.mark.parametrize("found", [0.0, 1e-6, 1.0, math.inf, math.nan])
 @pytest.mark.parametrize("size", [0.0, 1.0, 1e-30, math.inf])
 @pytest.mark.parametrize("floor", [0.0, 1e3])
-def test_beyond_is_what_has_a_greater_error(at: int, found: float, size: float, floor: float) -> None:
-    a = seeded(TILE + 5)
-    a[7] = size
+@pytest.mark.parametrize("rows", [1, 3])
+def test_beyond_is_what_has_a_greater_error(at: int, found: float, size: float, floor: float, rows: int) -> None:
+    a = seeded(rows, TILE + 5)
+    a[0, 7] = size
     a *= 0 if size == 0.0 else 1
     b = a.clone()
-    b[at] += found
+    b[-1, at] += found
+    noise = torch.full(a.shape, floor) if floor else None
     for limit in (0.0, 1e-4, 0.5):
-        assert is_beyond(a, b, limit, floor) == (not relative_error(a, b, floor) <= limit)
+        assert is_beyond(a, b, limit, noise) == (not slice_error(a, b, noise) <= limit)
 
 
 @pytest.mark.parametrize(("sign", "verdict"), [(1.0, "held"), (-1.0, "broken")])

@@ -71,10 +71,16 @@ def excess(x: Tensor, approx: Tensor, format: Format, block: Sequence[int], symm
     rows = (~is_settled).reshape(len(x), -1).any(1) if block[:1] == (1,) else slice(None)  # those of channels that are cut are few
     x, approx, scale, zero = x[rows], approx[rows], scale[rows], None if zero is None else zero[rows]
     allowed = quantisation_error(x, scale, zero, format, block).double() * torch.where(is_near[rows], 2, 1.01)
-    squares, norm = _square_error(x, approx, block), _square_error(x, x.new_zeros(()).expand(x.shape), block)
-    lost = torch.where(squares == 0, 0, squares / (allowed.sqrt() + eps * norm.sqrt()).square())
+    lost = beyond(x, approx, allowed, block)
     ratio[rows] = torch.where(is_settled[rows], lost.clamp(max=1), lost)
     return ratio
+
+
+def beyond(x: Tensor, approx: Tensor, allowed: Tensor, block: Sequence[int]) -> Tensor:
+    """Per block the squared error of approx over the one it may have, and rounding to x's dtype on top. allowed: of scale_shape. float64."""
+    eps, zeros = torch.finfo(x.dtype).eps, x.new_zeros(()).expand(x.shape)
+    squares, norm = _square_error(x, approx, block), _square_error(x, zeros, block)
+    return torch.where(squares == 0, 0, squares / (allowed.double().sqrt() + eps * norm.sqrt()).square())
 
 
 def _greatest_step(format: Format) -> float:

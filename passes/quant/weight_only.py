@@ -16,13 +16,13 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, fx
 
-from fxcompress.contract import Bounded
+from fxcompress.contract import LOSS, Bounded
 from fxcompress.dataflow import WeightUse, contracts_unopened, weight_uses
 from fxcompress.edit import Edit
 from fxcompress.errors import RecipeError
 from fxcompress.numerics.blocks import Block, block_of
 from fxcompress.numerics.formats import Format, format_of
-from fxcompress.numerics.ranges import minmax_range, mse_range
+from fxcompress.numerics.ranges import minmax_range, mse_range, quantisation_error
 from fxcompress.passes.quant.grids import insert_pair
 from fxcompress.rewrite import Context, Match, Options, Reject, Rewrite
 
@@ -121,7 +121,10 @@ class WeightOnly(Rewrite):
             at = {"like": match.node, "before": min(leaf.users)}
             scale_node = edit.constant(f"{name}.scale", scale, **at)
             zero_node = None if zero is None else edit.constant(f"{name}.zero_point", zero, **at)
-            edit.replace(leaf, insert_pair(edit, leaf, scale_node, zero_node, match.format, match.block, **at))
+            pair = insert_pair(edit, leaf, scale_node, zero_node, match.format, match.block, **at)
+            if self.options.range == "mse":
+                pair.meta[LOSS] = quantisation_error(match.tensor, scale, zero, match.format, match.block)
+            edit.replace(leaf, pair)
 
 
 def parse(text: str) -> tuple[Format, str]:

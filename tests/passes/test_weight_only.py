@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxcompress.checker import check
+from fxcompress.contract import Bounded
+from fxcompress.edit import Edit
 from fxcompress.errors import ContractViolation, RecipeError
 from fxcompress.interpret import run as interpret
 from fxcompress.manager import Manager
@@ -25,6 +28,7 @@ from fxcompress.passes.quant import weight_only
 from fxcompress.program import Program
 from fxcompress.recipe import Step, build, load_recipe
 from fxcompress.report import PassReport
+from fxcompress.rewrite import Context
 from fxcompress.target import Target, WeightKernel
 from tests.passes.helpers import (
     captured,
@@ -429,6 +433,32 @@ def test_contract_bites_on_scales(monkeypatch: pytest.MonkeyPatch, fault: Callab
     monkeypatch.setattr(weight_only, "mse_range", fault)
     with pytest.raises(ContractViolation, match=r"breaks its bounded contract at 1 of 1 sites\n  where fc  \(linear\)"):
         run(captured(Square(), seeded(2, 16)), NAME)
+
+
+class Weight(nn.Module):
+    """x W^T."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+def test_contract_bites_on_scales_that_are_others_than_the_search_found() -> None:
+    """With its neighbour's scale each channel of a smooth weight still loses less than on its own range."""
+    weight = seeded(16, 64).clamp(-2, 2)
+    weight[:, 0] = 4 * torch.linspace(1, 1.02, 16)
+    program = captured(Weight(weight), seeded(2, 64))
+    edit, item = Edit(program), weight_only.WeightOnly(weight_only.WeightOnlyOptions(weights="int4"))
+    (leaf,) = program.graph.find_nodes(op="get_attr")
+    item.apply(item.match(leaf, Context(program, Target(name="test"))), edit)
+    assert {m.verdict for m in check(program, edit, Bounded(), program.example)} == {"held"}
+    (scale,) = (name for name in program.constants if name.endswith(".scale"))
+    program.constants[scale] = program.constants[scale].roll(1, 0)
+    (found,) = check(program, edit, Bounded(), program.example)
+    assert found.verdict == "broken" and found.why.endswith("what the pass found that it loses")
 
 
 def test_the_guilty_site_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
