@@ -23,7 +23,6 @@ Verdict = Literal["held", "broken", "unverified"]
 MEASURED = "measured"
 LOSS = "loss"
 ROUNDINGS = 16  # how many roundings a value may be off by
-SEARCHED = 1.01  # times the squared error that a search found, summed in another order
 EXACT_LIMIT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -146,7 +145,7 @@ class Bounded:
         format, sizes = formats.format_of(str(format_name)), tuple(block)  # type: ignore[arg-type]
         if why := _worst_of(noise.excess(old, value, format, sizes, symmetric=zero_point is None), new):
             return f"{why} what rounding on its own range may lose"
-        if LOSS in new.meta and (why := _worst_of(noise.beyond(old, value, SEARCHED * new.meta[LOSS], sizes), new)):
+        if LOSS in new.meta and (why := _worst_of(noise.beyond(old, value, new.meta[LOSS], sizes), new)):
             return f"{why} what the pass found that it loses"
         return ""
 

@@ -13,6 +13,7 @@ from fxcompress.numerics.formats import Format
 from fxcompress.numerics.ranges import extremes, quantisation_error, scale_from_range
 
 _TILE = 1 << 18
+_REORDERED = 1.01  # times a sum of squares in float32
 
 
 def sqnr(reference: Tensor, approx: Tensor) -> float:
@@ -71,16 +72,19 @@ def excess(x: Tensor, approx: Tensor, format: Format, block: Sequence[int], symm
     rows = (~is_settled).reshape(len(x), -1).any(1) if block[:1] == (1,) else slice(None)  # those of channels that are cut are few
     x, approx, scale, zero = x[rows], approx[rows], scale[rows], None if zero is None else zero[rows]
     allowed = quantisation_error(x, scale, zero, format, block).double() * torch.where(is_near[rows], 2, 1.01)
-    lost = beyond(x, approx, allowed, block)
+    squares, norm = _square_error(x, approx, block), _square_error(x, x.new_zeros(()).expand(x.shape), block)
+    lost = torch.where(squares == 0, 0, squares / (allowed.sqrt() + eps * norm.sqrt()).square())
     ratio[rows] = torch.where(is_settled[rows], lost.clamp(max=1), lost)
     return ratio
 
 
-def beyond(x: Tensor, approx: Tensor, allowed: Tensor, block: Sequence[int]) -> Tensor:
-    """Per block the squared error of approx over the one it may have, and rounding to x's dtype on top. allowed: of scale_shape. float64."""
-    eps, zeros = torch.finfo(x.dtype).eps, x.new_zeros(()).expand(x.shape)
-    squares, norm = _square_error(x, approx, block), _square_error(x, zeros, block)
-    return torch.where(squares == 0, 0, squares / (allowed.double().sqrt() + eps * norm.sqrt()).square())
+def beyond(x: Tensor, approx: Tensor, found: Tensor, block: Sequence[int]) -> Tensor:
+    """Per block the squared error of approx over another one of the same, summed in another order; what rounding to x's dtype may do to blocks
+    of at most the greatest value comes on top. found: of scale_shape. Returns float64 of it."""
+    greatest = float(max(map(abs, x.aminmax())))
+    rounding = torch.finfo(x.dtype).eps * greatest * block_sizes(x.shape, block).double().sqrt()
+    squares = _square_error(x, approx, block)
+    return torch.where(squares == 0, 0, squares / ((_REORDERED * found.double()).sqrt() + rounding).square())
 
 
 def _greatest_step(format: Format) -> float:
@@ -100,7 +104,7 @@ def _square_error(reference: Tensor, approx: Tensor, block: Sequence[int]) -> Te
     """Σ (reference - approx)² of each block, in float64."""
     squares = torch.zeros(scale_shape(reference.shape, block), dtype=torch.float64, device=reference.device)
     for (a, at), (b, _) in zip(walk(reference, block, _TILE // 4), walk(approx, block, _TILE // 4), strict=True):
-        squares[at] += (a - b).double().square_().sum(inside(a))
+        squares[at] += torch.linalg.vector_norm(a - b, dim=inside(a), dtype=torch.float64).square_()
     return squares
 
 
