@@ -75,6 +75,11 @@ class _Checker:
             if node.target is operator.getitem and node in self.pairs.steps:
                 made, place = self.pairs.steps[node].args
                 self.taken.setdefault(made, {})[place] = node
+        uses = [*((s.target, s.args, s.inputs) for s in edit.before), *((n.target, n.args, n.all_input_nodes) for n in program.graph.nodes)]
+        self.read: dict[fx.Node, set[Any]] = {}  # per value the parts that are taken of it; None: all
+        for target, args, inputs in uses:
+            for made in inputs:
+                self.read.setdefault(made, set()).add(args[1] if target is operator.getitem else None)
         self.old: dict[fx.Node, Any] = {}
         self.constants: Mapping[str, Tensor] = program.constants
         self.constants_before: Mapping[str, Tensor] = edit.constants_before
@@ -151,7 +156,7 @@ class _Checker:
 
     def _compared(self, pair: Pair) -> Measured:
         before, env = self._changed(pair.old, pair.new), self._operands(pair)
-        after = env[pair.new] if self.pairs.is_old(pair.new) else evaluate(pair.new, env, self.constants)
+        after = _like(before, env[pair.new] if self.pairs.is_old(pair.new) else evaluate(pair.new, env, self.constants))
         bound = self.contract.bound(_leaves(before)[0], pair.new)
         figure, floors = self._figure(before, after), _NO_FLOORS
         if self.is_thorough and isinstance(self.contract, Exact) and bound < figure < math.inf and bound > 0:
@@ -439,7 +444,8 @@ class _Checker:
         return any(n.name == operand and n.op == "get_attr" and not self.constants[str(n.target)].any() for n in new.all_input_nodes)
 
     def _changed(self, node: fx.Node, stand_in: fx.Node) -> Any:
-        """An old value under the change recorded for it, or for the new node that stands for it; a tuple under those of what is taken out."""
+        """An old value under the change recorded for it, or for the new node that stands for it; a tuple under those of what is taken out, with
+        None for what nobody takes where anything is."""
         value = self.old[node]
         if stand_in in self.edit.changes or (node in self.edit.changes and isinstance(value, Tensor)):
             carrier = stand_in if stand_in in self.edit.changes else node
@@ -449,7 +455,9 @@ class _Checker:
             return known[carrier][1]
         if isinstance(value, tuple | list):
             taken = self.taken.get(node, {})
-            return type(value)(self._applied(taken[i], v) if i in taken else v for i, v in enumerate(value))
+            read = self.read.get(node, set()) | self.read.get(stand_in, set()) or {None}
+            parts = [v if {i, None} & read else None for i, v in enumerate(value)]
+            return type(value)(self._applied(taken[i], v) if i in taken else v for i, v in enumerate(parts))
         return self._applied(node, value)
 
     def _applied(self, node: fx.Node, value: Any) -> Any:
@@ -460,7 +468,7 @@ class _Checker:
 
     def _figure(self, old: Any, new: Any, floors: Floors = _NO_FLOORS) -> float:
         """The worst figure over the tensors of a value; a value of another form is infinitely far. floors: of an Exact one."""
-        a, b = _leaves(old), _leaves(new)
+        a, b = _leaves(old), _leaves(_like(old, new))
         exact = isinstance(self.contract, Exact)
         if len(a) != len(b) or any((x.shape, x.dtype) != (y.shape, y.dtype) for x, y in zip(a, b, strict=True)):
             return math.inf if exact else -math.inf
@@ -470,7 +478,7 @@ class _Checker:
 
     def _is_alike(self, old: Any, new: Any, floors: Floors, bound: float) -> bool:
         """Whether the contract holds between two values of one form."""
-        a, b = _leaves(old), _leaves(new)
+        a, b = _leaves(old), _leaves(_like(old, new))
         if isinstance(self.contract, Exact):
             return not any(map(is_beyond, a, b, repeat(bound), floors or repeat(None)))
         return not any(map(noise.is_far, a, b, repeat(bound))) and self.contract.holds(self._figure(old, new), bound)
@@ -548,7 +556,7 @@ def _noise(exact: Any, again: Callable[[torch.Generator], Any]) -> Floors:
     values = _leaves(exact)
     farthest = tuple(torch.zeros(x.shape, dtype=torch.float64) for x in values)
     for seed in range(DRAWS):
-        others = _leaves(again(torch.Generator().manual_seed(seed)))
+        others = _leaves(_like(exact, again(torch.Generator().manual_seed(seed))))
         farthest = tuple(map(torch.maximum, farthest, map(distances, values, others)))
     return farthest
 
@@ -590,11 +598,17 @@ def _is_two_sided(value: Tensor, scale: Tensor) -> bool:
 
 
 def _worst_error(old: Any, new: Any) -> float:
-    return max(relative_error(x, y) for x, y in zip(_leaves(old), _leaves(new), strict=True))
+    return max(relative_error(x, y) for x, y in zip(_leaves(old), _leaves(_like(old, new)), strict=True))
 
 
 def _leaves(value: Any) -> list[Tensor]:
-    return [v if isinstance(v, Tensor) else torch.tensor(v) for v in pytree.tree_leaves(value)]
+    return [v if isinstance(v, Tensor) else torch.tensor(v) for v in pytree.tree_leaves(value) if v is not None]
+
+
+def _like(old: Any, new: Any) -> Any:
+    """A new value without the parts of a tuple that the old one lacks."""
+    is_tuple = isinstance(old, tuple | list) and isinstance(new, tuple | list) and len(old) == len(new)
+    return type(new)(b if a is not None else None for a, b in zip(old, new, strict=True)) if is_tuple else new
 
 
 def _is_wide(value: Any) -> bool:
@@ -602,7 +616,7 @@ def _is_wide(value: Any) -> bool:
 
 
 def _negated(value: Any) -> Any:
-    return pytree.tree_map(_negated_leaf, value)
+    return pytree.tree_map(lambda v: v if v is None else _negated_leaf(v), value)
 
 
 def _negated_leaf(v: Any) -> Any:

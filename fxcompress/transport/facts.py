@@ -18,6 +18,10 @@ KEEPING = (aten.expand.default, aten.expand_as.default, aten.clone.default, aten
 Dim = Any  # an int, or a sympy expression where dynamic
 Shape = tuple[Dim, ...]
 Groups = list[tuple[list[int], list[int]]]  # per group: axes before, axes after, of equal product
+SPLITS = (
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default),
+    *(aten.unsafe_chunk.default, aten.tensor_split.sections, aten.tensor_split.indices),
+)
 FILLED: dict[Any, float | None] = {  # ops that make a value of one number; None where an argument gives it
     **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0.0),
     **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1.0),

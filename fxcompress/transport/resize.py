@@ -13,14 +13,13 @@ from torch import Tensor, fx
 
 from fxcompress.edit import Edit
 from fxcompress.transport.change import Gathered
-from fxcompress.transport.facts import Facts, outputs
+from fxcompress.transport.facts import SPLITS, Facts, outputs
 
 aten = torch.ops.aten
 SIZED = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default, aten.broadcast_to.default),
     *(aten.zeros.default, aten.ones.default, aten.full.default, aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
 )
-SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
 
 
 class Resizer:

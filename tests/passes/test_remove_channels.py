@@ -192,6 +192,29 @@ def test_the_same_channels_go_from_heads_that_must_all_stay() -> None:
     assert error(before, after) < 1e-6
 
 
+PIECES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {  # both halves, taken from two ways of splitting
+    "chunk and split": lambda y: (y.chunk(2, -1)[0], y.split(4, -1)[1]),
+    "chunk and tensor_split": lambda y: (y.chunk(2, -1)[0], y.tensor_split((4,), -1)[1]),
+    "tensor_split and a slice": lambda y: (y.tensor_split(2, -1)[0], y[..., 4:]),
+    "sizes that differ": lambda y: (y.split([4, 4], -1)[0], y.split([2, 2, 4], -1)[2]),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_value_split_two_ways(name: str) -> None:
+    """What nobody takes of a tuple loses channels like the rest of it."""
+
+    def body(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        first, second = PIECES[name](nnf.linear(x, w))
+        return nnf.linear(first.sigmoid() * second, v)
+
+    before = function(body, X, w=W, v=seeded(5, 4, seed=3) * torch.tensor([1.0, 0, 1, 1]), dynamic=False)
+    after, report = run(before, RemoveChannels())
+    assert (report.fired, declined(report)) == (1, [])
+    assert (after.constants["w"].shape[0], after.constants["v"].shape[1]) == (6, 3)
+    assert error(before, after) < 1e-6
+
+
 def also_by_einsum(x: Tensor, w: Tensor, v: Tensor, t: Tensor) -> Any:
     y = nnf.linear(x, w)
     return nnf.linear(y, v), torch.einsum("bsc,kc->bsk", y, t)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from operator import getitem
 from typing import Any
 
 import hypothesis.strategies as st
@@ -394,3 +395,26 @@ def test_copies_around_a_value_change_as_it_does() -> None:
         plan = solve(program, kind, Seed(made, (1,)))
         assert (plan.count, plan.is_whole) == (4, True), plan.reason()
         assert proved(program, plan, vector_for(plan))["output"] < LIMIT
+
+
+UNREAD: dict[str, Any] = {  # a part of a tuple that nobody takes, and that changes like the others
+    "unbind": lambda b, x: b.op(getitem, b.op(aten.unbind.int, x, 0), 0),
+    "split": lambda b, x: b.op(getitem, b.op(aten.split.Tensor, x, 1, 1), 2),
+    "places of the greatest": lambda b, x: b.op(getitem, b.op(aten.topk.default, x, 2, 1), 0),
+    "variance": lambda b, x: b.op(getitem, b.op(aten.var_mean.correction, x, [1]), 1),
+}
+
+
+@pytest.mark.parametrize("kind", [k for k in Kind if k != Kind.REMOVE])
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_nobody_takes_of_a_tuple_is_not_compared(name: str, kind: Kind) -> None:
+    built = Builder(x=seeded(2, 3, WIDTH, dtype=F64))
+    w, v = (built.constant(n, seeded(WIDTH, WIDTH, seed=i, dtype=F64)) for i, n in enumerate("wv", 1))
+    value = built.op(aten.linear.default, built.x, w)
+    program = built.program(built.op(aten.linear.default, UNREAD[name](built, value), v))
+    plan = solve(program, kind, Seed(value))
+    assert plan.count == (0 if "greatest" in name and kind in (Kind.SIGN, Kind.ROTATE) else WIDTH)
+    if plan.count:
+        figures = proved(program, plan, vector_for(plan))
+        assert (figures["broken"], figures["unverified"]) == (0, 0)
+        assert max(figures["output"], figures["audit"]) < LIMIT

@@ -87,6 +87,7 @@ ROWS: dict[str, Row] = {
     "stack": Row(aten.stack.default, [X, Y], 1, lands=EVERY),
     "split": Row(aten.split.Tensor, X, 2, 2, lands=EVERY),
     "chunk": Row(aten.chunk.default, X, 2, 2, lands=EVERY),
+    "tensor_split at indices": Row(aten.tensor_split.indices, X, [1, 3], 2, lands=EVERY),
     "unbind": Row(aten.unbind.int, X, 1, lands=EVERY),
     "roll": Row(aten.roll.default, X, [1, 1], [1, 2], lands="scale sign shift permute rotate remove"),
     "flip": Row(aten.flip.default, X, [2], lands=EVERY),

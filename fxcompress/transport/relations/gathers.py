@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.transport.facts import outputs
+from fxcompress.transport.facts import SPLITS, outputs
 from fxcompress.transport.labels import UNSET, Index, Kind
 from fxcompress.transport.relations.views import mapped
 from fxcompress.transport.solver import Solver
@@ -367,7 +367,7 @@ TABLE: Mapping[Any, Any] = {
     aten.cat.default: cat,
     aten.concat.default: cat,
     aten.stack.default: stack,
-    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections), split),
+    **dict.fromkeys(SPLITS, split),
     aten.unbind.int: unbind,
     aten.roll.default: roll,
     aten.flip.default: flip,
