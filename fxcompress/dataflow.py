@@ -106,7 +106,7 @@ _LENDERS = {  # per op the place of the operand of which it takes only the form
     aten.sym_size: 0,
 }
 
-_UNOPENED = "einsum bilinear _trilinear tensordot lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell mv dot addbmm cdist"
+_UNOPENED = "einsum _trilinear tensordot lstm gru rnn_tanh rnn_relu mv dot addbmm cdist"
 UNOPENED = frozenset(_UNOPENED.split())  # ops that multiply by a weight in a way this table doesn't tell
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
+from fxcompress.composites import open_composites
 from fxcompress.errors import CaptureError
 from fxcompress.experts import open_experts
 from fxcompress.inplace import NotFunctional, functionalise
@@ -46,6 +47,7 @@ def flat_graph(exported: ExportedProgram, strip: str = "") -> tuple[fx.Graph, di
         if node.target is torch.ops.aten.empty.memory_format:
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "memory_format"}
         node.target = SPELLINGS.get(node.target, node.target)
+    open_composites(flattener.graph)
     merge_splits(flattener.graph)
     open_experts(flattener.graph, flattener.constants)
     drop_dead(flattener.graph)

@@ -23,6 +23,7 @@ from fxcompress.transport.facts import Facts, is_getitem
 from fxcompress.transport.labels import UNSET, canon
 from fxcompress.transport.relations import relate
 from fxcompress.transport.relations.contractions import einsum_products
+from fxcompress.transport.relations.reductions import POOLS
 from fxcompress.transport.solver import Solver
 
 Mask = npt.NDArray[np.bool_]
@@ -42,9 +43,10 @@ BIAS: Mapping[str, str] = {"addmm": "self", "baddbmm": "self", **dict.fromkeys((
 UNREADABLE = ("einsum", "mv", "dot", "outer", "addbmm")  # products that this table doesn't tell, but for einsums over one letter
 ZERO_AT_ZERO = (
     *("relu", "leaky_relu", "silu", "gelu", "tanh", "abs", "neg", "sin", "erf", "hardswish", "mish", "square", "sqrt", "relu6"),
+    *("elu", "selu", "celu", "prelu", "asin", "atan", "sinh", "expm1", "log1p", "floor", "ceil", "round", "sign", "roll", "flip"),
     *("to", "_to_copy", "clone", "contiguous", "alias", "dropout", "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze"),
-    *("squeeze", "permute", "transpose", "t", "expand", "slice", "select", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d"),
-    *("upsample_nearest2d", "mean", "sum", "repeat", "repeat_interleave", "pixel_shuffle"),
+    *("squeeze", "permute", "transpose", "t", "expand", "slice", "select", "mean", "sum", "repeat", "repeat_interleave"),
+    *("pixel_shuffle", "grid_sampler", *(str(op._schema.name).split("::")[1] for op in POOLS)),
 )
 PIECES = ("split", "split_with_sizes", "chunk", "unbind")
 
@@ -120,7 +122,7 @@ class Nulls:
             return _all_of([self._passed(term, node, node) for term in node.args[:2]])
         if name in ("cat", "stack"):
             return _all_of([self._passed(part, node, node, elsewhere=True) for part in source])  # type: ignore[union-attr]
-        if name == "getitem" and _name(source) in PIECES:  # type: ignore[arg-type]
+        if name == "getitem" and (_name(source) in PIECES or (source.target in POOLS and node.args[1] == 0)):  # type: ignore[arg-type, union-attr]
             return self._passed(source.args[0], source, node)  # type: ignore[union-attr]
         return self._passed(source, node, node) if name in ZERO_AT_ZERO else []
 

@@ -92,7 +92,7 @@ KNOWN: dict[Kind, set[str]] = {
     | {"clamp", "maximum of number"}  # symmetric bounds, fmod
     | {"layer_norm plain", "native_layer_norm plain", "native_group_norm plain"},  # a sign per token
     Kind.SHIFT: NORMS | {"index_add"},  # a shift per token; of the value added to
-    Kind.PERMUTE: {TWICE, "sdpa", "sdpa gqa", "adaptive_avg_pool2d"},  # tokens, pixels
+    Kind.PERMUTE: {TWICE, "sdpa", "sdpa gqa", "adaptive_avg_pool2d", "grid_sampler", "grid_sampler to the border"},  # tokens, pixels, images
     Kind.ROTATE: {"where zero", TWICE, "gather"},  # a mixture of examples
 }
 

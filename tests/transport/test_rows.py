@@ -64,6 +64,7 @@ class Row:
 
 X, Y = rand(2, 3, 4), rand(2, 3, 4, seed=1)
 IMAGE = rand(2, 4, 5, 5)
+GRID = rand(2, 3, 3, 2, seed=2) / 2
 EVERY = "scale sign shift permute rotate remove"
 DIAGONAL = "scale sign shift"
 MOVES = "permute remove"
@@ -205,6 +206,13 @@ ROWS: dict[str, Row] = {
     "max_pool2d": Row(aten.max_pool2d.default, IMAGE, [2, 2], lands="scale shift permute remove"),
     "adaptive_avg_pool2d": Row(aten.adaptive_avg_pool2d.default, IMAGE, [1, 1], lands=EVERY),
     "upsample": Row(aten.upsample_nearest2d.vec, IMAGE, None, [2.0, 2.0], lands=EVERY),
+    "upsample exactly": Row(aten._upsample_nearest_exact2d.vec, IMAGE, None, [2.0, 2.0], lands=EVERY),
+    "upsample to a size": Row(aten.upsample_nearest2d.default, IMAGE, [7, 7], lands=EVERY),
+    "upsample without aliases": Row(aten._upsample_bicubic2d_aa.vec, IMAGE, [3, 3], False, None, lands=EVERY),
+    "upsample a volume": Row(aten.upsample_trilinear3d.vec, rand(1, 4, 2, 2, 2), None, False, [2.0] * 3, lands=EVERY),
+    "adaptive_max_pool2d": Row(aten.adaptive_max_pool2d.default, IMAGE, [2, 2], lands="scale shift permute remove", first=True),
+    "grid_sampler": Row(aten.grid_sampler.default, IMAGE, GRID, 0, 0, False, lands="scale sign permute rotate remove"),
+    "grid_sampler to the border": Row(aten.grid_sampler.default, IMAGE, GRID, 2, 1, False, lands=EVERY),
     "layer_norm": Row(aten.layer_norm.default, X, [4], positive(4), rand(4), constants=(2, 3), lands="scale sign shift permute"),
     "layer_norm even": Row(
         aten.layer_norm.default, X, [4], torch.full((4,), 2.0, dtype=F64), rand(4), constants=(2, 3), lands="scale sign shift permute rotate"

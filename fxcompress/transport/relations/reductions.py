@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -130,18 +130,29 @@ def _varies(s: Solver, values: list[Any], axis: int) -> bool:
 
 
 def pool(s: Solver, node: fx.Node) -> None:
-    """Windows over trailing axes, all channels alike."""
-    x: Any = node.args[0]
-    window = POOLS[node.target]
-    reason = _pooled_wrong(s, node)
-    if reason:
-        return s.stop_all(node, [x, node], f"{node.name} {reason}")
-    for port, other in ((x, node), (node, x)):
+    """Windows over trailing axes, all channels alike; of a pair the second are places."""
+    x, window, results = node.args[0], POOLS[node.target], outputs(node) or {0: node}
+    if reason := _pooled_wrong(s, node):
+        return s.stop_all(node, [x, *results.values()], f"{node.name} {reason}")
+    _over(s, [x, *(r for number, r in results.items() if number == 0 or s.kind.is_mixing)], range(-window, 0))
+
+
+def _over(s: Solver, ports: list[Any], axes: Iterable[int]) -> None:
+    """What one carries, all carry; along these axes one parameter acts everywhere."""
+    for port in ports:
         for label in s.labels(port):
-            rank = label.index.ndim
-            index = s.coarsen(label.index, range(rank - window, rank))
-            s.put(port, index, label.power)
-            s.put(other, index, label.power)
+            index = s.coarsen(label.index, [a % label.index.ndim for a in axes])
+            for other in ports:
+                s.put(other, index, label.power)
+
+
+def grid_sampled(s: Solver, node: fx.Node) -> None:
+    """An image read at computed places, between its points; a shift would change zeros that are read outside it."""
+    x, grid, _, padding, *_ = node.args
+    s.stop_all(node, [grid], f"{node.name} uses the value as a position")
+    if s.kind == Kind.SHIFT and padding == 0:
+        return s.stop_all(node, [x, node], f"{node.name} reads zeros from outside the image")
+    _over(s, [x, node], [*range(2, len(s.shape(node))), *[0] * s.kind.is_mixing])
 
 
 def _pooled_wrong(s: Solver, node: fx.Node) -> str:
@@ -286,18 +297,23 @@ PAIRS = (aten.var_mean.correction, aten.std_mean.correction, aten.var_mean.dim, 
 SPREADS = (*PAIRS, aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim)
 SUMS = (aten.sum.dim_IntList, aten.sum.default)
 NORMS = (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
+ADAPTIVE = ("adaptive_avg_pool", "adaptive_max_pool")
+UPSAMPLES: Mapping[str, int] = {  # by name: how many trailing axes
+    **{f"{name}{n}d": n for name in ("upsample_nearest", "_upsample_nearest_exact") for n in (1, 2, 3)},
+    **{"upsample_linear1d": 1, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2, "upsample_trilinear3d": 3},
+    **{"_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2},
+}
 POOLS: Mapping[Any, int] = {
-    **dict.fromkeys((aten.avg_pool1d.default, aten.max_pool1d.default, aten.adaptive_avg_pool1d.default, aten.upsample_nearest1d.vec), 1),
-    **dict.fromkeys((aten.avg_pool2d.default, aten.max_pool2d.default, aten.adaptive_avg_pool2d.default, aten.upsample_nearest2d.vec), 2),
-    **dict.fromkeys((aten.avg_pool3d.default, aten.max_pool3d.default, aten.adaptive_avg_pool3d.default, aten.upsample_nearest3d.vec), 3),
-    **dict.fromkeys((aten.upsample_linear1d.vec,), 1),
-    **dict.fromkeys((aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec), 2),
+    **{getattr(aten, f"{name}{n}d").default: n for name in ("avg_pool", "max_pool", *ADAPTIVE) for n in (1, 2, 3)},
+    **{getattr(aten, f"max_pool{n}d_with_indices").default: n for n in (2, 3)},
+    **{op: n for name, n in UPSAMPLES.items() for op in (getattr(aten, name).default, getattr(aten, name).vec)},
 }
 TABLE: Mapping[Any, Any] = {
     **dict.fromkeys((aten.mean.dim, aten.mean.default, *SUMS, *NORMS), reduced),
     **dict.fromkeys(SPREADS, variance),
     **dict.fromkeys((aten.softmax.int, aten._softmax.default, aten.log_softmax.int), softmax),
     **dict.fromkeys(POOLS, pool),
+    **dict.fromkeys((aten.grid_sampler.default, aten.grid_sampler_2d.default, aten.grid_sampler_3d.default), grid_sampled),
     aten.cumsum.default: cumulated,
     **dict.fromkeys((aten.topk.default, aten.sort.default, aten.sort.stable, aten.max.dim, aten.min.dim), ordered),
     **dict.fromkeys((aten.amax.default, aten.amin.default), greatest),
