@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.dataflow import before_pair, is_move, pads_with_zeros, pair_of
-from fxcompress.errors import ContractViolation, InputError
+from fxcompress.errors import ContractViolation, FxcError, InputError, raised_at
 from fxcompress.interpret import run
 from fxcompress.program import Program
 from fxcompress.recipe import Recipe, Step, Where
@@ -77,8 +77,14 @@ def named_before(ranked: Mapping[str, float], reports: Sequence[PassReport]) -> 
 
 
 def measured(evaluate: Callable[[Model], Any], model: Model) -> float:
-    """The user's metric of a model. InputError where it isn't one number."""
-    value = evaluate(model)
+    """The user's metric of a model. InputError where it fails, or isn't one number."""
+    try:
+        value = evaluate(model)
+    except FxcError:
+        raise
+    except Exception as error:
+        do = "evaluate takes a compiled model, which is called as yours is and gives what yours gives, and returns one number"
+        raise InputError("the metric fails", where=raised_at(error), why=f"{type(error).__name__}: {error}", do=do) from error
     with contextlib.suppress(TypeError, ValueError, RuntimeError):
         if not isinstance(value, str):
             return float(value)

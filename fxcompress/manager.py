@@ -147,7 +147,8 @@ class Manager:
         assert isinstance(item, Transform)
         rejects = item.run(context, edit)
         nodes = {n.name: n for n in self.program.graph.nodes}
-        modules = {n: module_path(_place(nodes[n])) if n in nodes else "" for n in rejects}
+        places = {n: nodes.get(n.partition(".")[0]) for n in rejects}  # a part of a node, as norm.beta, is where the node is
+        modules = {n: "" if place is None else module_path(_place(place)) for n, place in places.items()}
         return Found(tuple(Declined(site=n, module=modules[n], reason=r.reason) for n, r in rejects.items()), 0)
 
     def _checked(self, step: Step, item: Pass, edit: Edit) -> list[Measured]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -53,7 +53,7 @@ class Step(BaseModel):
     use: str
     options: dict[str, Any] = Field(default_factory=dict)
     where: Where = Where()
-    limit: float | None = Field(default=None, allow_inf_nan=False)
+    limit: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     unverified: Literal["refuse", "allow"] = "refuse"
 
     @model_validator(mode="before")
@@ -182,14 +182,28 @@ def options_error(error: ValidationError, where: str, model: type[BaseModel]) ->
 
 
 def _from_pydantic(error: ValidationError, what: str, where: str, model: type[BaseModel]) -> RecipeError:
-    lines = []
+    lines, levels = [], dict[str, None]()
     for item in error.errors():
         place = ".".join(str(p) for p in item["loc"]) or "the whole"
+        level, known = _level(item["loc"], model)
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            text = f"unknown, {nearest(str(item['loc'][-1]), model.model_fields)}"
+            text = f"unknown, {nearest(str(item['loc'][-1]), known)}"
         lines.append(f"{place}: {text}")
-    return RecipeError(what, where=where, why="\n".join(lines), do=f"fields: {', '.join(model.model_fields) or 'none'}")
+        levels[f"fields{level}: {', '.join(known) or 'none'}"] = None
+    return RecipeError(what, where=where, why="\n".join(lines), do="\n".join(levels))
+
+
+def _level(place: Sequence[int | str], model: type[BaseModel]) -> tuple[str, list[str]]:
+    """Of which part of a model a place is a field, as " of that.part", and the fields that are known there."""
+    level = ""
+    for depth, part in enumerate(place[:-1], 1):
+        field = model.model_fields.get(str(part))
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        if inner := next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None):
+            number = place[depth : depth + 1] if isinstance(place[depth], int) else []
+            model, level = inner, " of " + ".".join(map(str, (*place[:depth], *number)))
+    return level, [*model.model_fields]
 
 
 def build(recipe: Recipe) -> list[tuple[Step, Pass]]:
@@ -205,6 +219,9 @@ def _built(step: Step, number: int) -> Pass:
         options = kind.Options.model_validate(step.options)
     except ValidationError as error:
         raise options_error(error, f"pass {number}, {step.use}", kind.Options) from None
+    if step.limit is not None and kind.contract.kind == "lossy":
+        why = f"what it loses is measured, and no limit of it enforced: {step.limit:g} would do nothing"
+        raise RecipeError("a lossy pass has no limit", where=f"pass {number}, {step.use}", why=why, do="leave out limit")
     item: Pass = kind(options)
     return item
 

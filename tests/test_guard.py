@@ -141,3 +141,23 @@ def test_an_attention_that_was_opened_to_be_quantised_goes_back_whole() -> None:
     first = next(p for p in kept.report.passes if p.name == "softmax.adaptive")
     assert first.fired == 2 - sum(name.startswith("scaled_dot") for name in report.given_back)
     assert report.float_metric - report.metric <= report.max_drop
+
+
+def test_a_metric_that_fails_is_told(model: Net) -> None:
+    """With the line of the user's code, and what it raised as the cause."""
+
+    def failing(compiled_model: Any) -> float:
+        return {"score": 1.0}["skore"]
+
+    with pytest.raises(fxc.InputError) as caught:
+        compiled(model, evaluate=failing, max_drop=0.1)
+    error = caught.value
+    assert (error.what, error.why) == ("the metric fails", "KeyError: 'skore'")
+    assert error.where.endswith('return {"score": 1.0}["skore"]')
+    assert "returns one number" in error.do
+    assert isinstance(error.__cause__, KeyError)
+
+
+def test_an_error_of_ours_inside_the_metric_stays(model: Net) -> None:
+    with pytest.raises(fxc.InputError, match="shape"):
+        compiled(model, evaluate=lambda m: m(torch.zeros(1, 3)), max_drop=0.1)

@@ -104,6 +104,23 @@ class Counting(Transform):
         return {n.name: Reject("{} is a constant", n) for n in on.program.graph.nodes if n.op == "get_attr"}
 
 
+class InParts(Transform):
+    """Declines a part of every linear layer."""
+
+    name = "test.in_parts"
+    contract = Exact()
+
+    def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
+        """Under the name of the part."""
+        linears = [n for n in on.program.graph.nodes if n.target is torch.ops.aten.linear.default]
+        return {f"{n.name}.bias": Reject("{} has none", n) for n in linears}
+
+
+def test_a_part_of_a_node_has_the_module_of_the_node() -> None:
+    _, report = run(chain(2), InParts())
+    assert [d.module for d in report.declined] == ["layer.0", "layer.1"]
+
+
 def positive_chain(layers: int = 4) -> Program:
     """A chain whose weights all start with a positive entry."""
     program = chain(layers)

@@ -196,3 +196,33 @@ def test_unknown_backend_and_its_option(program: fxc.Program) -> None:
 @pytest.mark.parametrize("limit", [".inf", "-.inf", ".nan"])
 def test_a_limit_is_a_number(limit: str) -> None:
     assert "passes.0.limit: Input should be a finite number" in message(f"passes: [{{quant.weight_only: {{limit: {limit}}}}}, quant.finalize]")
+
+
+def test_a_limit_is_not_negative() -> None:
+    assert message("passes: [{tidy.no_ops: {limit: -1}}]") == (
+        "the recipe doesn't fit its schema\n"
+        "  where mine.yaml\n"
+        "  why   passes.0.limit: Input should be greater than or equal to 0\n"
+        "  do    fields of passes.0: use, options, where, limit, unverified"
+    )
+
+
+def test_a_lossy_pass_has_no_limit() -> None:
+    assert message("passes: [quant.insert, {quant.reconstruct: {limit: 3}}, quant.finalize]") == (
+        "a lossy pass has no limit\n"
+        "  where pass 2, quant.reconstruct\n"
+        "  why   what it loses is measured, and no limit of it enforced: 3 would do nothing\n"
+        "  do    leave out limit"
+    )
+
+
+def test_unknown_fields_inside_a_recipe() -> None:
+    """Each with the fields of its own level."""
+    assert message("passes: [{tidy.no_ops: {where: {exlude: [a]}}}]\nbackend: {name: reference, option: {}}") == (
+        "the recipe doesn't fit its schema\n"
+        "  where mine.yaml\n"
+        "  why   passes.0.where.exlude: unknown, did you mean 'exclude'?\n"
+        "        backend.option: unknown, did you mean 'options'?\n"
+        "  do    fields of passes.0.where: include, exclude\n"
+        "        fields of backend: name, options"
+    )

@@ -25,8 +25,8 @@ aten = torch.ops.aten
 ATTENTIONS = (aten.scaled_dot_product_attention.default,)
 ON_SCORES = (  # what may stand between a product and its softmax, score by score
     *(aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.where.self, aten.where.ScalarOther, aten.tanh.default),
-    *(aten.masked_fill.Scalar, aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.reshape.default, aten.maximum.default),
-    *(aten.clamp.default, aten.clamp_min.default, aten.dropout.default),
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.ScalarSelf, aten._to_copy.default, aten.to.dtype, aten.clone.default),
+    *(aten.reshape.default, aten.maximum.default, aten.clamp.default, aten.clamp_min.default, aten.dropout.default),
 )
 
 

@@ -116,9 +116,36 @@ def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT).tanh() * 3).softmax(-1) @ v
 
 
+LATER = torch.ones(TOKENS, TOKENS).triu(1).bool()
+LOWEST = torch.finfo(torch.float32).min
+MASKED: dict[str, Callable[[Tensor], Tensor]] = {
+    "masked_fill": lambda scores: (scores / 2).masked_fill(LATER, -torch.inf),
+    "masked_fill by a tensor": lambda scores: scores.masked_fill(LATER, torch.tensor(-1e9)),
+    "where": lambda scores: torch.where(LATER, LOWEST, scores * 0.5),
+    "where, scores first": lambda scores: torch.where(~LATER, scores, torch.full((), LOWEST)),
+    "a row without a key": lambda scores: scores.masked_fill(LATER | (torch.arange(TOKENS) == 2)[:, None], LOWEST),
+    "two masks": lambda scores: (scores + torch.arange(TOKENS)).masked_fill(LATER, -1e9).masked_fill(LATER.mT & LATER, -1e8),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_centring_passes_masks_that_fill(name: str) -> None:
+    """Softmax gives 0 to what a mask has filled in, whatever the other scores are."""
+    program = attention(lambda q, k, v: MASKED[name](q @ k.mT).softmax(-1) @ v)
+    after, report = run(program, "signs.centre_keys")
+    assert (report.fired, declined(report)) == (1, [])
+    assert relative_error(outputs(program), outputs(after)) < 1e-5
+    assert spread(after) < 0.7 * spread(program)
+
+
 CENTRED: dict[str, tuple[Body, str]] = {
     "rotary": (rotary, "a factor that isn't one number"),
-    "soft cap": (capped, "varies with it"),
+    "soft cap": (capped, "tanh lies between matmul and a softmax, which then can't take off a shift of m_t"),
+    "a mask that hides nothing": (
+        lambda q, k, v: (q @ k.mT).masked_fill(LATER, 0.0).softmax(-1) @ v,
+        "masked_fill lies between matmul and a softmax",
+    ),
+    "a mask made smaller": (lambda q, k, v: (q @ k.mT).masked_fill(LATER, -1e9).mul(1e-9).softmax(-1) @ v, "mul lies between matmul and"),
     "keys are values too": (lambda q, k, v: F.scaled_dot_product_attention(q, k, k), "output of the program"),
 }
 

@@ -133,7 +133,7 @@ def test_keys(variant: str, kind: Kind, wanted: int) -> None:
 REASONS: dict[tuple[str, Kind], str] = {
     ("rope half", Kind.SHIFT): "mul_4: a shift times a factor that isn't one number would vary with it",
     ("layer norm", Kind.SIGN): "the statistics of layer_norm_1 would change",
-    ("soft cap", Kind.SHIFT): "matmul: a shift of transpose_3 times transpose varies with it",
+    ("soft cap", Kind.SHIFT): "tanh lies between matmul and a softmax, which then can't take off a shift of transpose_3",
     ("queries", Kind.SHIFT): "matmul: a shift of transpose_3 times transpose varies with it",
 }
 

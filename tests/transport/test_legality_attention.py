@@ -269,7 +269,7 @@ REFUSED: dict[tuple[str, Kind], tuple[str, str]] = {  # the op that stops, and w
     ("k is an output", Kind.SHIFT): ("output", "the value is an output of the program"),
     ("cache", Kind.SIGN): ("past", "past is an input of the program"),
     ("cache", Kind.SHIFT): ("past", "past is an input of the program"),
-    ("soft cap", Kind.SHIFT): ("matmul", "matmul: a shift of transpose_3 times transpose varies with it"),
+    ("soft cap", Kind.SHIFT): ("tanh", "tanh lies between matmul and a softmax, which then can't take off a shift of transpose_3"),
     ("sigmoid", Kind.SHIFT): ("matmul", "matmul: a shift of transpose_3 times transpose varies with it"),
     ("relu", Kind.SHIFT): ("matmul", "matmul: a shift of transpose_3 times transpose varies with it"),
     ("linear", Kind.SHIFT): ("matmul", "matmul: rows of transpose_2 aren't known to sum to one"),

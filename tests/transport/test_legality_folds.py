@@ -218,7 +218,7 @@ REFUSED: dict[str, tuple[str, str]] = {  # the op that stops, and why
     "15 rotation before rotary": ("mul_2", "mul_2 multiplies the channels by different factors, cos"),
     "16 keys, after rotary": ("mul_2", "mul_2: a shift times a factor that isn't one number would vary with it"),
     "16 keys, before rotary": ("mul_2", "mul_2: a shift times a factor that isn't one number would vary with it"),
-    "16 keys, capped scores": ("matmul", "matmul: a shift of transpose_3 times transpose varies with it"),
+    "16 keys, capped scores": ("tanh", "tanh lies between matmul and a softmax, which then can't take off a shift of transpose_3"),
     "17 the same, opened": ("matmul", "matmul: a scale per batch entry"),
     "18 latent kept": ("output", "the value is an output of the program"),
 }

@@ -8,7 +8,7 @@ A change of a summed letter is undone by the other operand; one of a free letter
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,8 +155,13 @@ def _shifted_input(s: Solver, product: Product, port: Port, partner: Port, label
     fixed = product.bias is None or product.bias.op == "get_attr"
     if s.facts.is_constant(partner.node) and product.bias_letters and fixed and not product.no_shift:
         return s.extra(node, "input", _moved(label.index, port, partner), label.power, partner)
-    if port is product.b and (scores := _until_softmax(s, node, product)):
-        return s.loosen(scores)
+    if port is product.b and product.is_result and product.out.letters[-1:] == ("out",):
+        scores, between = _until_softmax(s, node)
+        if between is None:
+            return s.loosen(scores)
+        if any(_is_over_rows(s, n) for n in _behind(between)):
+            why = f"{between.name} lies between {node.name} and a softmax, which then can't take off a shift of {port.node.name}"
+            return s.stop(between, label.index, why)
     return s.stop(node, label.index, product.no_shift or f"{node.name}: a shift of {port.node.name} times {partner.node.name} varies with it")
 
 
@@ -544,23 +549,27 @@ def _masked(s: Solver, node: fx.Node, mask: Any, query: Port) -> None:
         s.put(query.node, index, label.power)
 
 
-def _until_softmax(s: Solver, node: fx.Node, product: Product) -> list[fx.Node]:
-    """The scores, if they go nowhere but into a softmax over their last axis, on a way that keeps a shift of whole rows whole; else none."""
-    if not product.is_result or not product.out.letters or product.out.letters[-1] != "out":
-        return []
-    stack, scores = [node], [node]
+def _until_softmax(s: Solver, node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
+    """The scores on their way into softmaxes over their last axis, and the first reader that doesn't keep a shift of whole rows whole."""
+    stack, scores = [(node, False)], [node]
     while stack:
-        value = stack.pop()
+        value, is_filled = stack.pop()
         for user in value.users:
             if _is_over_rows(s, user):
                 continue
-            if not _keeps_rows(s, value, user):
-                return []
-            stack.append(user)
+            if not _keeps_rows(s, value, user, is_filled):
+                return scores, user
+            stack.append((user, is_filled or user.target in MASKS))
             scores.append(user)
-        if not value.users:
-            return []
-    return scores
+    return scores, None
+
+
+def _behind(node: fx.Node) -> Iterator[fx.Node]:
+    """What is computed from a node within a few steps, score by score as masks and caps do, and the node itself."""
+    near = {node: None}
+    for _ in range(STEPS):
+        near |= dict.fromkeys(u for n in near for u in n.users if n.target not in PRODUCTS)
+    yield from near
 
 
 def _is_over_rows(s: Solver, node: fx.Node) -> bool:
@@ -577,16 +586,21 @@ def _is_reshaped(s: Solver, node: fx.Node) -> bool:
     return tuple(ends) in s.facts.groups(node, node.args[0])  # type: ignore[arg-type]
 
 
-def _keeps_rows(s: Solver, value: fx.Node, user: fx.Node) -> bool:
+def _keeps_rows(s: Solver, value: fx.Node, user: fx.Node, is_filled: bool) -> bool:
+    """is_filled: whether a mask has put in scores that must stay as low as they are."""
     if _is_reshaped(s, user):
         return True
-    if len(s.shape(user)) != len(s.shape(value)):
+    if len(s.shape(user)) != len(s.shape(value)) or (is_filled and user.target not in (*COPIES, *MASKS)):
         return False
     if user.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
         other = user.args[1] if user.args[0] is value else user.args[0]
         return user.args[0] is value and (not isinstance(other, fx.Node) or (s.shape(other) or (1,))[-1] == 1)
     if user.target in (aten.add.Tensor, aten.sub.Tensor):
         return user.args[0] is value or user.target is aten.add.Tensor
+    if user.target in MASKS:  # what is filled in stays where it was: softmax must make 0 of it, whatever the scores are
+        scores, filling = (s.args(user)[name] for name in MASKS[user.target])
+        scores, filling = (scores, filling) if scores is value else (filling, scores)
+        return filling is not value and range_of(s.facts, filling)[1] <= HIDDEN
     return user.target in COPIES
 
 
@@ -626,6 +640,12 @@ def baddbmm(s: Solver, node: fx.Node) -> None:
     return spread_over(s, [given["self"], inner, node])
 
 
+STEPS = 6
+HIDDEN = -3 * COMPUTED  # a score that softmax makes 0 beside any that is computed
+MASKS: Mapping[Any, tuple[str, str]] = {  # per op that puts other scores in, the two that it chooses from
+    **dict.fromkeys((aten.masked_fill.Scalar, aten.masked_fill.Tensor), ("self", "value")),
+    **dict.fromkeys((aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf), ("self", "other")),
+}
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 COPIES = (aten.to.dtype, aten._to_copy.default, aten.clone.default, aten.contiguous.default, aten.dropout.default)
 RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int)
