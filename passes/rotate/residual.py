@@ -134,7 +134,7 @@ def _streams(on: Context) -> list[tuple[Norm, Plan]]:
     engine, seen, found = Transport(on.program), set[fx.Node](), []
     for norm in norms(on.program):
         if norm.x not in seen and TURNED not in norm.x.meta and _is_residual(norm.x) and on.admits(norm.node):
-            plan = engine.solve(Kind.ROTATE, Seed(norm.x))
+            plan = engine.solve(Kind.ROTATE, Seed(norm.x, (norm.axis,)))
             seen.update(plan.values)
             found.append((norm, plan))
     return found

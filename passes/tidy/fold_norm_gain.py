@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fxcompress.contract import Exact
 from fxcompress.edit import Edit
-from fxcompress.passes.norms import Norm, norms, tied_heads
+from fxcompress.passes.norms import WHOLE, Norm, norms, tied_heads
 from fxcompress.program import Program
 from fxcompress.rewrite import Context, Options, Reject, Transform
 from fxcompress.transport import Kind, Plan, Seed, Transport
@@ -100,8 +100,10 @@ def fold_beta(engine: Transport, norm: Norm, edit: Edit) -> Reject | None:
     if reason := refusal(plan, norm.bias, beta):
         return Reject("{}", reason)
     plan.apply(edit, factors(plan, norm.bias, beta), "shift folded into readers", {norm.bias: torch.zeros_like(beta)}, at=norm.node)
+    if not (whole := [reader for reader in norm.bias.users if reader.target in WHOLE]):
+        return None  # spelled out, x + 0 is for tidy.no_ops
     with edit.site(norm.node, "a shift of 0 dropped"):
-        for reader in list(norm.bias.users):
+        for reader in whole:
             args, kwargs = fx.node.map_arg((reader.args, reader.kwargs), lambda n: None if n is norm.bias else n)
             edit.update(reader, *args, **kwargs)
     return None

@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from fxcompress.capture import capture
 from fxcompress.errors import ContractViolation
 from fxcompress.passes.tidy import fold_norm_gain
 from fxcompress.passes.tidy.fold_norm_gain import FoldNormGain
 from fxcompress.program import Program
 from tests.passes.helpers import declined, error, function, lines, planted, run, seeded, text, zoo
+from tests.passes.spelled import CENTRED, ROOTS
+from tests.zoo import ENCODER, GROUPED, PROMPT, TEXT, transformers
 
 X, W, V = seeded(2, 3, 6), seeded(5, 6, seed=1), seeded(4, 6, seed=2)
 G, B, C = seeded(6, seed=3).abs() + 0.5, seeded(6, seed=4), seeded(5, seed=5)
@@ -95,6 +98,52 @@ def test_beta_moves_on() -> None:
     assert torch.allclose(after.constants["c"], C + W @ B, rtol=1e-5, atol=1e-6)
     assert torch.allclose(after.constants["linear_1.bias"], V @ B, rtol=1e-5, atol=1e-6)
     assert error(layer_norm(), after) < 1e-5
+
+
+@pytest.mark.parametrize("form", [pytest.param(f, id=i) for i, f in {**ROOTS, **CENTRED}.items()])
+@pytest.mark.parametrize("beta", [False, True])
+def test_spelled_out(form: Callable[[Tensor], Tensor], beta: bool) -> None:
+    """Gain and shift of whatever divides a length of x out of x, on either side of the shift."""
+    before = function(lambda x, g, b, w, c: nnf.linear(form(x) * g + b, w, c), X, g=SIGNED, b=B, w=W, c=C, dynamic=False)
+    after, report = run(before, folding(beta=beta))
+    assert text(after) == text(before)
+    assert declined(report) == []
+    assert torch.equal(after.constants["g"], torch.ones(6))
+    assert torch.allclose(after.constants["b"], torch.zeros(6) if beta else B / SIGNED, rtol=1e-6, atol=0)
+    assert torch.allclose(after.constants["w"], W * SIGNED, rtol=1e-6, atol=0)
+    assert error(before, after) < 1e-5
+    again, report = run(after, folding(beta=beta))
+    assert (report.fired, declined(report), text(again)) == (0, [], text(after))
+
+
+def test_channels_first() -> None:
+    """The norm of a convolutional network, over axis 1."""
+
+    def body(x: Tensor, g: Tensor, b: Tensor, w: Tensor) -> Tensor:
+        c = x - x.mean(1, keepdim=True)
+        y = c / torch.sqrt(c.pow(2).mean(1, keepdim=True) + 1e-6)
+        return nnf.conv2d(g[:, None, None] * y + b[:, None, None], w)
+
+    before = function(body, seeded(2, 6, 3, 4), g=G, b=B, w=W[..., None, None], dynamic=False)
+    after, report = run(before, folding())
+    assert (report.fired, declined(report)) == (1, [])
+    assert torch.equal(after.constants["g"], torch.ones(6))
+    assert error(before, after) < 1e-5
+
+
+NO_NORMS: dict[str, Callable[..., Tensor]] = {
+    "a gate": lambda x, g, w: nnf.linear(x * x.mean(-1, keepdim=True).sigmoid() * g, w),
+    "a length squared": lambda x, g, w: nnf.linear(x / (x * x).sum(-1, keepdim=True) * g, w),
+    "of another value": lambda x, g, w: nnf.linear(x * torch.rsqrt((x.sin() ** 2).mean(-1, keepdim=True) + 1e-6) * g, w),
+    "of all tokens": lambda x, g, w: nnf.linear(x * torch.rsqrt((x**2).mean((1, 2), keepdim=True)) * g, w),
+}
+
+
+@pytest.mark.parametrize("body", [pytest.param(b, id=i) for i, b in NO_NORMS.items()])
+def test_what_leaves_the_size_of_x_is_no_norm(body: Callable[..., Tensor]) -> None:
+    before = function(body, X, g=G, w=W, dynamic=False)
+    after, report = run(before, folding())
+    assert (report.fired, declined(report), text(after)) == (0, [], text(before))
 
 
 def tied(ids: Tensor, g: Tensor, w: Tensor) -> Tensor:
@@ -210,6 +259,39 @@ def test_real_model(name: str) -> None:
     after, report = run(before, folding())
     assert (report.fired, declined(report)) == SITES[name]
     assert error(before, after) < 1e-5
+
+
+SPELLERS = {
+    "llama4": transformers(
+        "Llama4ForCausalLM",
+        PROMPT,
+        **{**GROUPED, "head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 2, "moe_layers": [], "pad_token_id": 0},
+    ),
+    "cohere2": transformers(
+        "Cohere2ForCausalLM", PROMPT, **GROUPED, sliding_window=4, pad_token_id=0, eos_token_id=1, tie_word_embeddings=False
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "count"), [("llama4", 5), ("cohere2", 3)])
+def test_real_models_that_spell_their_norms_out(name: str, count: int) -> None:
+    """A cast between norm and gain, and layer norms without a shift; then their streams turn."""
+    before, _ = run(capture(*SPELLERS[name]()), "tidy.fold_constants")
+    after, report = run(before, folding())
+    assert (report.fired, declined(report)) == (count, [])
+    assert error(before, after) < 1e-5
+    turned, report = run(after, "rotate.residual")
+    assert (report.fired, declined(report)) == (3, [])
+    assert error(after, turned) < 1e-5
+
+
+def test_norms_after_the_sum_are_declined() -> None:
+    """I-BERT: the next norm's statistics see what comes out of a norm."""
+    before, _ = run(capture(*transformers("IBertModel", TEXT, **ENCODER)()), "tidy.fold_constants")
+    _, report = run(before, folding())
+    assert report.fired == 0
+    reasons = [reason.split(" ", maxsplit=1)[1] for _, reason in declined(report)]
+    assert reasons == ["sums over the channels that a scale would change"] * 4 + ["value is an output of the program"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "vit"])

@@ -25,6 +25,7 @@ from fxcompress.rewrite import Context
 from fxcompress.target import Target
 from fxcompress.transport import Plan
 from tests.held_out import CAUSAL_TEXT, ENCODED_TEXT
+from tests.passes import spelled as spelled_out
 from tests.passes.helpers import declined, error, function, lines, planted, run, seeded, text, zoo
 from tests.zoo import GROUPED, PROMPT, transformers
 
@@ -398,6 +399,23 @@ def test_a_stream_whose_mean_is_seen_turns_about_it(form: Callable[[Tensor, Tens
     wanted = {"e": E @ R, "w": R.T @ W1 @ R, "h": H @ R, "g": G @ R}
     assert all(torch.allclose(after.constants[n], w, atol=1e-5) for n, w in wanted.items())
     assert error(before, after) < 1e-5
+
+
+@pytest.mark.parametrize("form", [pytest.param(f, id=i) for i, f in {**spelled_out.ROOTS, **spelled_out.CENTRED}.items()])
+def test_a_stream_turns_whatever_its_norms_are_spelled_as(form: Callable[[Tensor], Tensor]) -> None:
+    before = function(lambda ids, e, w, h: nnf.linear(form(spelled_stream(ids, e, w, form)), h), IDS, e=E, w=W1, h=H, dynamic=False)
+    after, report = run(before, turning(seed=2))
+    R = randomised_hadamard(D, 2)
+    R = (mean_keeping(R) if form in spelled_out.CENTRED.values() else R).float()
+    assert text(after) == text(before)
+    assert (report.fired, declined(report)) == (1, [])
+    assert all(torch.allclose(after.constants[n], w, atol=1e-5) for n, w in {"e": E @ R, "w": R.T @ W1 @ R, "h": H @ R}.items())
+    assert error(before, after) < 1e-5
+
+
+def spelled_stream(ids: Tensor, e: Tensor, w: Tensor, form: Callable[[Tensor], Tensor]) -> Tensor:
+    x = nnf.embedding(ids, e)
+    return x + nnf.linear(form(x), w)
 
 
 def test_a_rotation_that_moves_the_mean_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:

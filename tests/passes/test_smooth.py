@@ -19,7 +19,8 @@ from fxcompress.program import Program
 from fxcompress.recipe import Step, Where
 from fxcompress.report import PassReport
 from fxcompress.target import Target
-from tests.passes.helpers import declined, error, named, run, seeded, zoo
+from tests.passes.helpers import declined, error, function, named, run, seeded, zoo
+from tests.passes.spelled import CENTRED, ROOTS
 
 WIDTH = 16
 
@@ -70,6 +71,16 @@ def test_both_inputs_are_balanced_and_the_function_stays(block: Program) -> None
     assert report.fired == 2  # the norm's result, read by two layers; the product, through the factor without silu
     assert error(block, after) < 1e-5
     assert quantised_error(after) < 0.75 * quantised_error(block)
+
+
+@pytest.mark.parametrize("form", [pytest.param(f, id=i) for i, f in {**ROOTS, **CENTRED}.items()])
+def test_the_gain_of_a_spelled_out_norm_takes_it(form: Any) -> None:
+    gain = torch.exp(seeded(WIDTH) * 1.5)
+    before = function(lambda x, g, w: nn.functional.linear(form(x) * g, w), seeded(6, 10, WIDTH, seed=2), g=gain, w=seeded(24, WIDTH, seed=3))
+    after, report = smoothed(before)
+    assert (report.fired, declined(report)) == (1, [])
+    assert [name for name, tensor in before.constants.items() if not torch.equal(tensor, after.constants[name])] == ["g", "w"]
+    assert error(before, after) < 1e-5
 
 
 class Even(nn.Module):

@@ -232,9 +232,9 @@ def _asked(which: str, program: Program, site: str) -> tuple[Kind, Seed]:
     if which == "tidy.fold_norm_gain":
         return Kind.SCALE, Seed(node)
     if which == "rotate.residual":
-        streams = {n.node: n.x for n in norms(program)}
+        streams = {n.node: Seed(n.x, (n.axis,)) for n in norms(program)}
         if node in streams:
-            return Kind.ROTATE, Seed(streams[node])
+            return Kind.ROTATE, streams[node]
         values = dict(weighings(Transport(program)))[node][0]
         return Kind.ROTATE, Seed(values.node, values.axes[-1:])
     place, axis, _ = LAYERS[node.target]

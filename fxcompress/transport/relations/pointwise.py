@@ -197,6 +197,11 @@ def _sums_over(s: Solver, user: fx.Node, label: Label) -> bool:
     return bool(set(label.slot) & axes)
 
 
+def square(s: Solver, node: fx.Node) -> None:
+    """The op that squares: a rotation as by any other product with itself, the rest by the table."""
+    return squared(s, node) if s.kind == Kind.ROTATE else unary(s, node)
+
+
 def powers(s: Solver, node: fx.Node) -> None:
     """x to a constant power."""
     x, exponent = node.args[0], node.args[1]
@@ -457,6 +462,7 @@ def _copied(s: Solver, node: fx.Node) -> None:
 Relation = Callable[[Solver, fx.Node], None]
 TABLE: Mapping[Any, Relation] = {
     **dict.fromkeys(UNARY, unary),
+    aten.square.default: square,
     **dict.fromkeys(_COPIES, cast),
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, *SUBTRACTIONS, *REVERSED), sums),
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, *QUOTIENTS), products),
