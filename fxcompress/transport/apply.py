@@ -32,7 +32,10 @@ WITH_TENSOR: dict[Any, Any] = {  # where an overload takes numbers only
     aten.mul.Scalar: aten.mul.Tensor,
     aten.div.Scalar: aten.div.Tensor,
 }
-GAIN_ARGUMENT: dict[Any, int] = {aten.layer_norm.default: 2, aten.rms_norm.default: 2, aten.group_norm.default: 2}
+GAIN_ARGUMENT: dict[Any, int] = {
+    **dict.fromkeys((aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default), 2),
+    aten.batch_norm.default: 1,
+}
 
 
 class Applied:

@@ -21,6 +21,7 @@ X, E, IMAGE = rand(2, 3, C, seed=1), rand(2, N, seed=2), rand(2, C, 5, 5, seed=3
 WEIGHTS = {n: rand(C, C, seed=i) for i, n in enumerate("abcd")} | {
     "g": rand(C, seed=10).abs() + 1,
     "h": rand(C, seed=11),
+    "spread": rand(C, seed=24).abs() + 0.5,
     "k": rand(C, C, 3, 3, seed=12),
     "j": rand(C, C, 3, 3, seed=13),
     "wide": rand(2 * C, C, seed=14),
@@ -68,6 +69,12 @@ def embedded(x: Tensor, e: Tensor, w: dict[str, Tensor], norm: bool = False) -> 
     """An image with the time added, both from layers."""
     y = nnf.conv2d(x, w["k"]) + nnf.linear(e, w["time"], w["h"])[:, :, None, None]
     return nnf.conv2d(mark(nnf.group_norm(y, 2) if norm else y.relu()), w["j"])
+
+
+def normed(x: Tensor, w: dict[str, Tensor], plain: bool = False) -> Tensor:
+    """A batch norm in eval mode."""
+    gain, bias = (None, None) if plain else (w["g"], w["step"].reshape(-1))
+    return nnf.batch_norm(x, w["h"], w["spread"], gain, bias, eps=0.1)
 
 
 Body = Callable[[Tensor, Tensor, dict[str, Tensor]], Any]
@@ -144,6 +151,18 @@ ROWS: dict[str, tuple[Tensor, tuple[int, ...], Body, int | None]] = {
         lambda x, e, w: nnf.conv2d(nnf.conv2d(mark(nnf.conv2d(x, w["flat"])), w["taps"], groups=C), w["j"]),
         C,
     ),
+    "batch norm": (IMAGE, (1,), lambda x, e, w: nnf.conv2d(mark(normed(nnf.conv2d(x, w["k"]), w)), w["j"]), C),
+    "batch norm after": (IMAGE, (1,), lambda x, e, w: normed(mark(nnf.conv2d(x, w["k"]).relu()), w).sigmoid(), C),
+    "batch norm without gain": (IMAGE, (1,), lambda x, e, w: normed(mark(nnf.conv2d(x, w["k"])), w, plain=True).sigmoid(), C),
+    "batch norm of vectors": (E, (-1,), lambda x, e, w: normed(mark(nnf.linear(x, w["time"])), w).sigmoid(), C),
+    "batch norm beside a layer": (
+        IMAGE,
+        (1,),
+        lambda x, e, w: [normed(y := mark(nnf.conv2d(x, w["k"])), w).relu(), nnf.conv2d(y, w["j"])],
+        C,
+    ),
+    "batch norm in a residual": (IMAGE, (1,), lambda x, e, w: nnf.conv2d((y := mark(nnf.conv2d(x, w["k"]))) + normed(y, w), w["j"]), C),
+    "batch norm in training": (IMAGE, (1,), lambda x, e, w: nnf.batch_norm(mark(nnf.conv2d(x, w["k"])), None, None, training=True), None),
     "pixel shuffle": (IMAGE, (1,), lambda x, e, w: nnf.conv2d(nnf.pixel_shuffle(mark(nnf.conv2d(x, w["k"])), 2), w["mixed"]), 2),
     "one weight twice": (X, (-1,), lambda x, e, w: nnf.linear(nnf.linear(mark(nnf.linear(x, w["b"])), w["a"]).relu(), w["a"]), None),
 }
@@ -157,6 +176,7 @@ REFUSED: dict[str, tuple[str, str]] = {  # the op that stops, and why
     "scale and shift read elsewhere": ("silu", "silu (silu) doesn't commute with a scale"),
     "layer norm after": ("layer_norm", "the statistics of layer_norm would change"),
     "open residual": ("x", "x is an input of the program"),
+    "batch norm in training": ("batch_norm", "batch_norm uses the statistics of the batch"),
     "one weight twice": ("output", "the value is an output of the program"),
 }
 

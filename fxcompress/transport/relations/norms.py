@@ -13,7 +13,7 @@ from fxcompress.transport.facts import outputs
 from fxcompress.transport.labels import Index, Kind, aligned
 from fxcompress.transport.relations.pointwise import is_uniform, spread_over, triple, vectors
 from fxcompress.transport.relations.reductions import keep_rows
-from fxcompress.transport.solver import Solver
+from fxcompress.transport.solver import Inner, Solver
 
 aten = torch.ops.aten
 
@@ -201,26 +201,40 @@ def batch_norm(s: Solver, node: fx.Node) -> None:
     if s.kind.is_mixing:
         spread_over(s, [x, node])
         return vectors(s, node, [p for p in (weight, bias, mean, var) if p is not None])
-    _normed_input(s, node, x, mean, var)
-    if weight is None or (bias is None and s.kind == Kind.SHIFT):
-        return s.stop_all(node, [node], f"{node.name} has no gain and bias")
-    if s.kind == Kind.SHIFT:
-        s.stop_all(node, [weight], f"{node.name} has a gain, which a shift of would act on every input differently")
-        return vectors(s, node, [bias])
-    return vectors(s, node, [p for p in (weight, bias) if p is not None])
-
-
-def _normed_input(s: Solver, node: fx.Node, x: Any, mean: Any, var: Any) -> None:
-    """A shift of the input is one of the mean. A scale would be one of the variance, but for the eps added to it; so is a sign of both."""
+    s.stop_all(node, [var], f"{node.name} adds eps to it and divides by the root, which no {s.kind} of it is")
+    _with_mean(s, x, mean)
     if s.kind != Kind.SHIFT:
-        return s.stop_all(node, [x, mean, var], f"{node.name} adds eps to the variance, which a {s.kind} of its input would have to change")
-    s.stop_all(node, [var], f"{node.name} divides by it")
+        return _factored(s, node, x, weight, bias)
+    if bias is None:
+        return s.stop_all(node, [node, weight], f"{node.name} has no bias")
+    s.stop_all(node, [weight], f"{node.name} has a gain, which a shift of would act on every input differently")
+    return vectors(s, node, [bias])
+
+
+def _with_mean(s: Solver, x: Any, mean: Any) -> None:
+    """x - mean: what the input carries, the stored mean carries."""
     for label in s.labels(x):
         index = s.coarsen(label.index, [a for a in label.slot if a != 1])
         s.put(x, index, label.power)
         s.put(mean, index.reshape(-1), label.power)
     for label in s.labels(mean):
         s.put(x, label.index.reshape(1, -1, *(1,) * (len(s.shape(x)) - 2)), label.power)
+
+
+def _factored(s: Solver, node: fx.Node, x: Any, weight: Any, bias: Any) -> None:
+    """y - b = w (x - mean) / std: a product of gain and input. The gain, which is made if there is none, takes what either side carries."""
+    gain = Inner(node, 0, (1, s.shape(node)[1], *(1,) * (len(s.shape(node)) - 2)))
+    for label in s.labels(weight):
+        s.put(gain, label.index.reshape(gain.sizes), label.power)
+    if s.labels(x) or s.labels(node) or s.labels(gain):
+        s.choices.setdefault(node, "a-b" if s.labels(x) else "b-out")
+        triple(s, node, (x, gain), (1.0, 1.0))
+    for label in s.labels(gain):
+        if weight is not None:
+            s.put(weight, label.index.reshape(-1), label.power)
+        else:
+            s.extra(node, "gain", label.index.reshape(-1), label.power)
+    vectors(s, node, [] if bias is None else [bias])
 
 
 MAKE = (aten.layer_norm.default, aten.group_norm.default)  # what a gain or bias can be made for
