@@ -71,11 +71,20 @@ def norms(program: Program) -> Iterator[Norm]:
             yield Norm(node, given["input"], given["weight"], given.get("bias"))
         elif (found := _normed(node)) is not None:
             x, axis = found
-            gained: list[tuple[fx.Node, fx.Node | None]] = [(u, g) for u in _readers(node) if (g := _vector(u, PRODUCTS, axis)) is not None]
+            gained: list[tuple[fx.Node, fx.Node | None]] = [(u, g) for u in _readers(node) if (g := vector(u, PRODUCTS, axis)) is not None]
             for product, gain in gained or [(node, None)]:
-                shifted: list[tuple[fx.Node, fx.Node | None]] = [(u, b) for u in _readers(product) if (b := _vector(u, ADDS, axis)) is not None]
+                shifted: list[tuple[fx.Node, fx.Node | None]] = [(u, b) for u in _readers(product) if (b := vector(u, ADDS, axis)) is not None]
                 last, bias = shifted[0] if len(shifted) == 1 else (product, None)  # with two there is no one result
                 yield Norm(last, x, gain, bias, axis)
+
+
+def branch_scales(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(product, vector) wherever a value is multiplied by a constant vector before it goes into a sum, each once."""
+    terms = (before(a, *CASTS, *ARRANGED, aten.dropout.default) for n in program.graph.nodes if n.target in ADDS for a in n.args)
+    for term in dict.fromkeys(t for t in terms if isinstance(t, fx.Node) and t.target in PRODUCTS):
+        found = (vector(term, PRODUCTS, -axis) for axis in range(1, term.meta["val"].dim() + 1))
+        if constant := next((v for v in found if v is not None and v.op == "get_attr"), None):
+            yield term, constant
 
 
 def tied_heads(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -177,7 +186,7 @@ def _is_number(value: Any) -> bool:
     return _is_fixed(value) and (not isinstance(value, fx.Node) or value.meta["val"].numel() == 1)
 
 
-def _vector(node: fx.Node, ops: tuple[Any, ...], axis: int) -> fx.Node | None:
+def vector(node: fx.Node, ops: tuple[Any, ...], axis: int) -> fx.Node | None:
     """The operand of one of these ops that varies along an axis only: the constant that it is a view of, else itself."""
     for operand in node.args[:2] if node.target in ops else ():
         if (

@@ -9,8 +9,8 @@ R is a randomised Hadamard matrix: +-1 signs times a matrix of entries of about 
 layers touch the stream, all found from the dataflow; declined with the op that doesn't commute: run tidy.fold_norm_gain before, since a gain is
 no rotation. A stream with layer norms turns about its mean, R 1 = 1: then (x R - mean) / std = (x - mean) / std R, and the norms stay as they
 are, where SliceGPT takes the mean out of the stream and root mean square norms in their place. A head tied to the embedding can't take the last
-gain: `keep_tied` puts one linear layer [d, d] before the head, R^T diag(g) R, and keeps the table shared. Exact but for rounding. Costs nothing
-else at run time.
+gain: `keep_tied` puts one linear layer [d, d] before the head, R^T diag(g) R, and keeps the table shared. A vector that a branch is multiplied by
+(LayerScale) goes into what makes the branch first. Exact but for rounding. Costs nothing else at run time.
 Source: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406), SliceGPT (arXiv 2401.15024).
 """
 
@@ -25,9 +25,9 @@ from torch import Tensor, fx
 from fxcompress.contract import Exact
 from fxcompress.edit import Edit
 from fxcompress.numerics.hadamard import mean_keeping, randomised_hadamard
-from fxcompress.passes.norms import CASTS, Norm, norms, tied_heads
+from fxcompress.passes.norms import CASTS, Norm, branch_scales, norms, tied_heads
 from fxcompress.passes.rotate.values import weighings
-from fxcompress.passes.tidy.fold_norm_gain import fold_gain, is_gain_free
+from fxcompress.passes.tidy.fold_norm_gain import fold_gain, fold_vector, is_gain_free
 from fxcompress.program import Program
 from fxcompress.rewrite import Context, Options, Reject, Transform
 from fxcompress.transport import Kind, Plan, Seed, Transport
@@ -58,15 +58,7 @@ class Residual(Transform):
     def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
         """One site per stream, at its first norm; two more for a tied head; one per op that weighs values."""
         declined: dict[str, Reject] = {}
-        streams = _streams(on)
-        if self.options.keep_tied and _stuck(streams) and free_tied_heads(on.program, edit):
-            freed = _streams(on)
-            if _stuck(freed) < _stuck(streams):
-                streams = freed
-            else:  # a layer more for nothing; what still stops is the better reason
-                edit.rollback()
-                streams = [old if old[1].is_whole else new for old, new in zip(streams, freed, strict=True)]
-        for norm, plan in streams:
+        for norm, plan in self._freed(on, edit):
             read = [n.node for n in norms(on.program) if n.x in plan.values]
             _turn(plan, norm.node, read, edit, declined, self.options.seed)
         if self.options.values:
@@ -74,12 +66,40 @@ class Residual(Transform):
                 _turn(plan, product, read, edit, declined, self.options.seed)
         return declined
 
+    def _freed(self, on: Context, edit: Edit) -> list[tuple[Norm, Plan]]:
+        """Every stream, after the least of STEPS that frees most of them: what is done for nothing is taken back."""
+        streams, kept, done = _streams(on), 0, 0
+        while _stuck(streams) and done < len(STEPS) - (not self.options.keep_tied):
+            done += 1
+            edit.rollback()
+            if [step(on.program, edit) for step in STEPS[:done]][-1]:
+                freed = _streams(on)
+                if _stuck(freed) < _stuck(streams):
+                    streams, kept = freed, done
+                else:  # what still stops is the better reason
+                    streams = [old if old[1].is_whole else new for old, new in zip(streams, freed, strict=True)]
+        if kept < done:
+            edit.rollback()
+            for step in STEPS[:kept]:
+                step(on.program, edit)
+        return streams
+
 
 def rotations(plan: Plan, seed: int) -> dict[int, Tensor]:
     """One matrix per block, each with signs of its own; blocks count in the order of their first channel."""
     blocks = plan.blocks.tolist()
     matrices = {b: randomised_hadamard(blocks.count(b), seed + number) for number, b in enumerate(dict.fromkeys(blocks))}
     return {b: mean_keeping(matrix) if b in plan.steady else matrix for b, matrix in matrices.items()}
+
+
+def fold_scales(program: Program, edit: Edit) -> bool:
+    """Vectors that a branch is multiplied by before it joins a stream go into what makes it, g (W x) = (diag(g) W) x. Returns whether any did."""
+    engine, before = Transport(program), len(edit.sites)
+    for product, scale in branch_scales(program):
+        fold_vector(engine, product, scale, edit, {product: "a-b"})
+    for site in edit.sites[before:]:
+        site.places = []  # it is there for the streams
+    return len(edit.sites) > before
 
 
 def free_tied_heads(program: Program, edit: Edit) -> bool:
@@ -97,6 +117,9 @@ def free_tied_heads(program: Program, edit: Edit) -> bool:
             if layer.args[1] in plan.values:
                 fold_gain(engine, norm, edit)
     return bool(heads)
+
+
+STEPS = (fold_scales, free_tied_heads)  # what may free a stream, in the order of their costs
 
 
 def _turn(plan: Plan, site: fx.Node, read: list[fx.Node], edit: Edit, declined: dict[str, Reject], seed: int) -> None:

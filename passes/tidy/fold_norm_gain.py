@@ -63,22 +63,29 @@ def owners(on: Context, part: str) -> Iterator[Norm]:
 def fold_gain(engine: Transport, norm: Norm, edit: Edit) -> Reject | None:
     """Set one gain to 1. Returns why it can't be."""
     assert norm.gain is not None
-    gain = edit.program.constant(norm.gain)
-    if gain is None:
+    if edit.program.constant(norm.gain) is None:
         return Reject("{} has a gain that is computed, {}", norm.node, norm.gain)
-    if bool((gain == 1).all()):
+    return fold_vector(engine, norm.node, norm.gain, edit)
+
+
+def fold_vector(engine: Transport, at: fx.Node, leaf: fx.Node, edit: Edit, choices: Mapping[fx.Node, str] | None = None) -> Reject | None:
+    """Set a constant vector that scales the channels of a value to 1, and let others take it. Returns why it can't be. choices: for the engine."""
+    vector = edit.program.constants[str(leaf.target)]
+    if bool((vector == 1).all()):
         return None
-    if not gain.isfinite().all() or not gain.all():
-        return Reject("{} has a gain that is 0 or not finite, {}", norm.node, norm.gain)
-    plans = {Kind.SCALE: gain.abs(), Kind.SIGN: gain.sign()}
+    if not vector.isfinite().all() or not vector.all():
+        return Reject("{} has a gain that is 0 or not finite, {}", at, leaf)
+    plans = {Kind.SCALE: vector.abs(), Kind.SIGN: vector.sign()}
     wanted = [kind for kind, part in plans.items() if not (part == 1).all()]
-    solved = [(engine.solve(kind, Seed(norm.gain, tuple(range(gain.dim())), power=-1)), plans[kind]) for kind in wanted]
+    seed = Seed(leaf, tuple(range(vector.dim())), power=-1)
+    solved = [(engine.solve(kind, seed, choices=choices), plans[kind]) for kind in wanted]
     for plan, part in solved:
-        if reason := refusal(plan, norm.gain, part):
+        if reason := refusal(plan, leaf, part):
             return tied_reject(edit.program, plan, reason) or Reject("{}", reason)
+    to = "what it multiplies" if choices else "readers"
     for number, (plan, part) in enumerate(solved):
-        last = {norm.gain: torch.ones_like(gain)} if number == len(solved) - 1 else {}
-        plan.apply(edit, factors(plan, norm.gain, part), "gain folded into readers", last, at=norm.node)
+        last = {leaf: torch.ones_like(vector)} if number == len(solved) - 1 else {}
+        plan.apply(edit, factors(plan, leaf, part), f"gain folded into {to}", last, at=at)
     return None
 
 

@@ -27,7 +27,7 @@ from fxcompress.transport import Plan
 from tests.held_out import CAUSAL_TEXT, ENCODED_TEXT
 from tests.passes import spelled as spelled_out
 from tests.passes.helpers import declined, error, function, lines, planted, run, seeded, text, zoo
-from tests.zoo import GROUPED, PROMPT, transformers
+from tests.zoo import GROUPED, IMAGE, PIXELS, PROMPT, transformers
 
 IDS = torch.tensor([[1, 2, 4], [3, 3, 0]])
 D, HEADS = 12, 3
@@ -242,6 +242,47 @@ def test_no_layer_is_left_where_the_stream_stays() -> None:
     assert (report.fired, declined(report)) == (0, [("rms_norm", "the value is an output of the program")])
 
 
+SCALED: dict[str, Callable[..., Tensor]] = {
+    "at once": lambda y, w, s: nnf.linear(y, w) * s,
+    "through dropout": lambda y, w, s: s * nnf.dropout(nnf.linear(y, w), 0.1, training=False),
+    "a product": lambda y, w, s: s[None, None] * (y @ w.T),
+    "of two layers": lambda y, w, s: (nnf.linear(y, w) + nnf.linear(y * 0.5, w)) * s,
+}
+
+
+@pytest.mark.parametrize("head", ["tied", "own"])
+@pytest.mark.parametrize("branch", [pytest.param(b, id=i) for i, b in SCALED.items()])
+def test_a_scaled_branch_takes_its_scale_first(branch: Callable[..., Tensor], head: str) -> None:
+    """What a LayerScale multiplies is made by a layer, whose rows it goes into."""
+
+    def body(ids: Tensor, e: Tensor, w: Tensor, v: Tensor, s: Tensor, h: Tensor, g: Tensor) -> Tensor:
+        x = nnf.embedding(ids, e)
+        x = x + nnf.linear(norm(x), w)
+        x = x + branch(norm(x), v, s)
+        return nnf.linear(norm(x, g), e) if head == "tied" else nnf.linear(norm(x), h)
+
+    before = function(body, IDS, e=E, w=W1, v=W2, s=seeded(D, seed=11), h=H, g=G, dynamic=False)
+    before, _ = run(before, "tidy.fold_constants")
+    after, report = run(before, turning())
+    assert declined(report) == []
+    assert "turned in 1 blocks" in [s.reason for s in report.changes]
+    assert any(torch.equal(t.flatten(), torch.ones(D)) for t in after.constants.values())
+    assert error(before, after) < 1e-5
+    twice, report = run(after, turning(seed=1))
+    assert (report.fired, declined(report), text(twice)) == (0, [], text(after))
+
+
+def test_a_scale_stays_where_the_stream_stays() -> None:
+    def body(ids: Tensor, e: Tensor, w: Tensor, s: Tensor) -> Tensor:
+        x = nnf.embedding(ids, e)
+        return x + nnf.linear(norm(x), w) * s
+
+    before = function(body, IDS, e=E, w=W1, s=G, dynamic=False)
+    after, report = run(before, turning())
+    assert (report.fired, declined(report)) == (0, [("rms_norm", "the value is an output of the program")])
+    assert all(torch.equal(after.constants[n], t) for n, t in before.constants.items())
+
+
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "a gain": (lambda x, w, g: nnf.linear(norm(x, g), w), "rms_norm_1 scales the channels by different gains, g"),
     "a spelled-out gain": (lambda x, w, g: nnf.linear(norm(x) * g, w), "mul multiplies the channels by different factors, g"),
@@ -355,6 +396,15 @@ def test_real_model_with_layer_norms(name: str) -> None:
     assert "turned in 1 blocks" in [s.reason for s in report.changes]
     assert error(folded(name), after) < 1e-5
     assert error(zoo(name), after) < 1e-5
+
+
+def test_real_model_whose_branches_are_scaled() -> None:
+    before = capture(*transformers("Dinov2ForImageClassification", PIXELS, **IMAGE, num_labels=10)())
+    program, _ = run(run(before, "tidy.fold_constants")[0], FoldNormGain())
+    after, report = run(program, turning())
+    assert declined(report) == []
+    assert "turned in 1 blocks" in [s.reason for s in report.changes]
+    assert error(before, after) < 1e-5
 
 
 def test_torchs_own_attention() -> None:
