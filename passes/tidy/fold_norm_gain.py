@@ -4,24 +4,27 @@
 
 A site is the gain of a layer norm or root mean square norm, kept whole or spelled out. Legal where every reader takes a factor per channel,
 found from the dataflow: linear layers, convolutions, through slices, casts and whatever else commutes; declined with the op that doesn't. The
-gain is set to 1, not divided by itself. A beta stays in its norm, divided by the gain, unless `beta` asks for it to move on and go; readers
-without a bias then get one. Exact but for rounding. Costs nothing; it is what rotations of the residual stream need first.
+gain is set to 1, not divided by itself; where it is 0, readers get zeros. Different gains with a common reader stay. A beta stays in its norm,
+divided by the gain, unless `beta` asks for it to move on and go; readers without a bias then get one. Exact but for rounding. Costs nothing; it
+is what rotations of the residual stream need first.
 Source: SliceGPT (arXiv 2401.15024), section 3; QuaRot (arXiv 2404.00456), stage 1a.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from fxcompress.contract import Exact
+from fxcompress.dataflow import is_constant
 from fxcompress.edit import Edit
 from fxcompress.passes.norms import WHOLE, Norm, norms, tied_heads
 from fxcompress.program import Program
 from fxcompress.rewrite import Context, Options, Reject, Transform
 from fxcompress.transport import Kind, Plan, Seed, Transport
+from fxcompress.transport.labels import Label, as_tensor
 
 
 class FoldNormGainOptions(Options):
@@ -61,32 +64,94 @@ def owners(on: Context, part: str) -> Iterator[Norm]:
 
 
 def fold_gain(engine: Transport, norm: Norm, edit: Edit) -> Reject | None:
-    """Set one gain to 1. Returns why it can't be."""
+    """Set one gain to 1, and those that equal it and share its readers. Returns why it can't be."""
     assert norm.gain is not None
     if edit.program.constant(norm.gain) is None:
-        return Reject("{} has a gain that is computed, {}", norm.node, norm.gain)
-    return fold_vector(engine, norm.node, norm.gain, edit)
+        return computed(norm, "gain", norm.gain)
+    return fold_vector(engine, norm.node, norm.gain, edit, gains={n.gain for n in norms(edit.program) if n.gain is not None})
 
 
-def fold_vector(engine: Transport, at: fx.Node, leaf: fx.Node, edit: Edit, choices: Mapping[fx.Node, str] | None = None) -> Reject | None:
-    """Set a constant vector that scales the channels of a value to 1, and let others take it. Returns why it can't be. choices: for the engine."""
+def computed(norm: Norm, part: str, value: fx.Node) -> Reject:
+    """The refusal of a gain or shift that is no constant, or none yet."""
+    after = ": tidy.fold_constants makes a constant of it" if is_constant(value) else ""
+    return Reject("{} has a {} that is computed, {}{}", norm.node, part, value, after)
+
+
+def fold_vector(
+    engine: Transport,
+    at: fx.Node,
+    leaf: fx.Node,
+    edit: Edit,
+    choices: Mapping[fx.Node, str] | None = None,
+    gains: Container[fx.Node] = frozenset(),
+) -> Reject | None:
+    """Set a constant vector that scales channels to 1, and let others take it. Returns why it can't be.
+
+    choices: for the engine. gains: vectors that take nothing, since they are to be 1 too.
+    """
     vector = edit.program.constants[str(leaf.target)]
     if bool((vector == 1).all()):
         return None
-    if not vector.isfinite().all() or not vector.all():
-        return Reject("{} has a gain that is 0 or not finite, {}", at, leaf)
-    plans = {Kind.SCALE: vector.abs(), Kind.SIGN: vector.sign()}
-    wanted = [kind for kind, part in plans.items() if not (part == 1).all()]
+    if not vector.isfinite().all():
+        return Reject("{} has a gain that isn't finite, {}", at, leaf)
+    dead = vector == 0
+    plans = {Kind.SCALE: vector.abs() + dead, Kind.SIGN: vector.sign() + dead}
+    wanted = [kind for kind, part in plans.items() if not (part == 1).all() or (dead.any() and kind == Kind.SCALE)]
     seed = Seed(leaf, tuple(range(vector.dim())), power=-1)
     solved = [(engine.solve(kind, seed, choices=choices), plans[kind]) for kind in wanted]
+    others = dict.fromkeys(n for plan, _ in solved for n in plan.leaves if n in gains and n is not leaf)
     for plan, part in solved:
-        if reason := refusal(plan, leaf, part):
+        if reason := refusal(plan, leaf, part) or unequal(plan, leaf, others) or (undead(plan, leaf, dead) if plan.kind == Kind.SCALE else ""):
             return tied_reject(edit.program, plan, reason) or Reject("{}", reason)
     to = "what it multiplies" if choices else "readers"
     for number, (plan, part) in enumerate(solved):
-        last = {leaf: torch.ones_like(vector)} if number == len(solved) - 1 else {}
+        last = {n: torch.ones_like(vector) for n in (leaf, *others)} if number == len(solved) - 1 else {}
         plan.apply(edit, factors(plan, leaf, part), f"gain folded into {to}", last, at=at)
+    if dead.any():
+        leave_unread(solved[0][0], (leaf, *others), dead, edit, at)
     return None
+
+
+def unequal(plan: Plan, leaf: fx.Node, others: Iterable[fx.Node]) -> str:
+    """Why gains with common readers can't all be 1; "" if they can."""
+    held = plan.facts.program.constants
+    other = next((n for n in others if not torch.equal(held[str(n.target)], held[str(leaf.target)])), None)
+    return f"{leaf.name} and {other.name} are different gains of what one layer reads" if other is not None else ""
+
+
+def undead(plan: Plan, leaf: fx.Node, dead: Tensor) -> str:
+    """Why nobody may stop reading channels of gain 0 instead: something else is in them. "" if there is nothing, or no such channel."""
+    if not dead.any():
+        return ""
+    if refusal(plan, leaf, dead.double()):
+        return f"{leaf.name} is 0 where a reader can't tell channels apart"
+    if extra := next(iter(plan.extras), None):
+        return f"{leaf.name} is 0 for channels to which {extra.node.name} gives something else"
+    for node, labels in plan.leaves.items():
+        tensor = plan.facts.program.constants[str(node.target)]
+        if node is not leaf and any(label.power != 1 and (tensor * _dead_in(plan, leaf, dead, label)).any() for label in labels):
+            return f"{leaf.name} is 0 for channels to which {node.name} gives something else"
+    return ""
+
+
+def leave_unread(plan: Plan, gains: Sequence[fx.Node], dead: Tensor, edit: Edit, at: fx.Node) -> None:
+    """W g n = W n with W = 0 in the channels where g was 0; what is in them on the way is seen by nobody."""
+    with edit.site(at, f"{int(dead.sum())} channels of gain 0 are read no more"):
+        edit.loosen(n for n in plan.values if n.op != "get_attr")
+        for gain in gains:
+            edit.carry(gain, dead.to(edit.program.constants[str(gain.target)]).add)
+            edit.fold(gain, torch.ones_like(edit.program.constants[str(gain.target)]))
+        for node, labels in plan.leaves.items():
+            for label in labels if node not in gains else ():
+                if label.power == 1:
+                    keep = ~_dead_in(plan, gains[0], dead, label)
+                    edit.carry(node, keep.mul)
+                    edit.fold(node, edit.program.constants[str(node.target)] * keep)
+
+
+def _dead_in(plan: Plan, leaf: fx.Node, dead: Tensor, label: Label) -> Tensor:
+    """Which positions of a label are those channels."""
+    return torch.cat([plan.gather({leaf: dead.double()}) > 0, torch.tensor([False])])[as_tensor(plan.class_of(label.index))]
 
 
 def tied_reject(program: Program, plan: Plan, reason: str) -> Reject | None:
@@ -100,7 +165,7 @@ def fold_beta(engine: Transport, norm: Norm, edit: Edit) -> Reject | None:
     assert norm.bias is not None
     beta = edit.program.constant(norm.bias)
     if beta is None:
-        return Reject("{} has a shift that is computed, {}", norm.node, norm.bias)
+        return computed(norm, "shift", norm.bias)
     if not beta.any():
         return None
     plan = engine.solve(Kind.SHIFT, Seed(norm.bias, tuple(range(beta.dim())), power=-1))

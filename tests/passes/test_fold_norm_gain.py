@@ -168,7 +168,19 @@ REFUSED: dict[str, tuple[Callable[..., Any], Any, Tensor, str]] = {
         G,
         "linear is tied, its weight w is the embedding's too, and so the statistics of rms_norm would change",
     ),
-    "0": (lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g), w), X, G * (G[1] != G), "rms_norm has a gain that is 0 or not finite, g"),
+    "not finite": (lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g), w), X, G / (G[1] != G), "rms_norm has a gain that isn't finite, g"),
+    "computed from constants": (
+        lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), 1 + g), w),
+        X,
+        G,
+        "rms_norm has a gain that is computed, add: tidy.fold_constants makes a constant of it",
+    ),
+    "0 where one channel can't be left alone": (
+        lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g).unflatten(-1, (3, 2)), w[:, :2]),
+        X,
+        torch.tensor([1.0, 1, 0, 1, 1, 1]),
+        "g is 0 where a reader can't tell channels apart",
+    ),
     "computed": (lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g + x[0, 0]), w), X, G, "rms_norm has a gain that is computed, add"),
     "the gain read elsewhere": (
         lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g), w) + g.sigmoid().sum(),
@@ -204,6 +216,68 @@ def test_refuses_a_shift_that_padding_would_see() -> None:
     after, report = run(before, folding(beta=True))
     assert text(after) == text(before)
     assert declined(report) == [("layer_norm.beta", "conv1d pads with zeros, which a shift would have to change")]
+
+
+DEAD = torch.where(torch.arange(6) == 1, 0.0, SIGNED)
+WITH_DEAD: dict[str, Callable[..., Tensor]] = {
+    **{name: NORMS[name] for name in ("whole", "gain first", "layer norm")},
+    "behind an activation": lambda x, g, w: nnf.linear((rms(x) * g.abs()).relu(), w),
+    "a product of two values": lambda x, g, w: nnf.rms_norm(x, (6,), g) @ nnf.linear(x, w.T @ w, w[0]).transpose(1, 2),
+    "a shift elsewhere": lambda x, g, w: nnf.linear(nnf.layer_norm(x, (6,), g, DEAD_SHIFT), w),
+    "two alike": lambda x, g, w: nnf.linear(nnf.rms_norm(x, (6,), g), w) * nnf.linear(nnf.rms_norm(x.sin(), (6,), g.clone()), w),
+}
+DEAD_SHIFT = torch.where(torch.arange(6) == 1, 0.0, B)
+
+
+@pytest.mark.parametrize("body", [pytest.param(b, id=i) for i, b in WITH_DEAD.items()])
+def test_channels_of_gain_0_are_read_no_more(body: Callable[..., Tensor]) -> None:
+    before, _ = run(function(body, X, g=DEAD, w=W, dynamic=False), "tidy.fold_constants")
+    after, report = run(before, folding())
+    assert declined(report) == []
+    assert text(after) == text(before)
+    gains = [n for n, t in before.constants.items() if t.shape == (6,) and (torch.equal(t, DEAD) or torch.equal(t, DEAD.abs()))]
+    assert gains
+    assert all(torch.equal(after.constants[n], torch.ones(6)) for n in gains)
+    assert error(before, after) < 1e-5
+    assert [s.reason for s in report.changes][-1] == "1 channels of gain 0 are read no more"
+    again, report = run(after, folding())
+    assert (report.fired, declined(report), text(again)) == (0, [], text(after))
+
+
+def test_a_dead_channel_that_a_shift_keeps_alive_stays() -> None:
+    before = function(lambda x, g, b, w: nnf.linear(nnf.layer_norm(x, (6,), g, b), w), X, g=DEAD, b=B, w=W, dynamic=False)
+    after, report = run(before, folding())
+    assert (report.fired, declined(report)) == (0, [("layer_norm", "g is 0 for channels to which b gives something else")])
+    assert all(torch.equal(after.constants[n], t) for n, t in before.constants.items())
+
+
+def test_the_contract_sees_a_dead_channel_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted(monkeypatch, fold_norm_gain, "_dead_in", torch.zeros_like)
+    with pytest.raises(ContractViolation, match=r"tidy\.fold_norm_gain breaks its exact contract"):
+        run(function(NORMS["whole"], X, g=DEAD, w=W, dynamic=False), folding())
+
+
+def read_together(x: Tensor, g: Tensor, h: Tensor, w: Tensor) -> Tensor:
+    return nnf.linear(nnf.rms_norm(x, (6,), g), w) * nnf.linear(nnf.rms_norm(x.sin(), (6,), h), w)
+
+
+def test_different_gains_of_one_layer_stay() -> None:
+    """Either would only go into the other, and back in the next run."""
+    before = function(read_together, X, g=G, h=G.flip(0), w=W, dynamic=False)
+    after, report = run(before, folding())
+    why = "{} and {} are different gains of what one layer reads"
+    assert (report.fired, declined(report)) == (0, [("rms_norm", why.format("g", "h")), ("rms_norm_1", why.format("h", "g"))])
+    assert all(torch.equal(after.constants[n], t) for n, t in before.constants.items())
+
+
+def test_equal_gains_of_one_layer_fold_at_once() -> None:
+    before = function(read_together, X, g=SIGNED, h=SIGNED.clone(), w=W, dynamic=False)
+    after, report = run(before, folding())
+    assert (report.fired, declined(report)) == (2, [])
+    assert all(torch.equal(after.constants[n], torch.ones(6)) for n in "gh")
+    assert error(before, after) < 1e-5
+    _, report = run(after, folding())
+    assert (report.fired, declined(report)) == (0, [])
 
 
 def test_a_gain_shared_by_two_norms_folds_once() -> None:

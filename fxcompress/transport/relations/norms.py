@@ -11,7 +11,7 @@ from torch import fx
 
 from fxcompress.transport.facts import outputs
 from fxcompress.transport.labels import Index, Kind, aligned
-from fxcompress.transport.relations.pointwise import is_uniform, spread_over, triple, vectors
+from fxcompress.transport.relations.pointwise import described, is_uniform, spread_over, triple, vectors
 from fxcompress.transport.relations.reductions import keep_rows
 from fxcompress.transport.solver import Inner, Solver
 
@@ -91,7 +91,7 @@ def _rotated(s: Solver, node: fx.Node, out: fx.Node, x: fx.Node, weight: Any, bi
         if label.index.ndim - 1 not in label.slot:
             s.stop(node, label.index, f"{node.name} norms other channels than the rotated ones")
         elif weight is not None and not is_uniform(s, weight, label.index):
-            s.stop(node, label.index, f"{node.name} scales the channels by different gains, {weight.name}")
+            s.stop(node, label.index, f"{node.name} scales the channels by different gains, {described(weight)}")
     spread_over(s, [x, out, *([] if bias is None else [bias])])
 
 

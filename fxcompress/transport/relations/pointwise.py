@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxcompress.dataflow import is_constant
 from fxcompress.transport.facts import FILLED, filling
 from fxcompress.transport.labels import KINDS, Index, Kind, Label
 from fxcompress.transport.policy import rank
@@ -152,7 +153,7 @@ def _rotated_product(s: Solver, node: fx.Node, a: Any, b: Any) -> None:
                 if s.is_flat_in_rows((node, other), other, label.index) or is_uniform(s, other, label.index):
                     s.put(x, label.index, label.power)
                 elif port is not node or x is _carrier(s, (a, b), label.index):
-                    s.stop(node, label.index, f"{node.name} multiplies the channels by different factors, {_described(other)}")
+                    s.stop(node, label.index, f"{node.name} multiplies the channels by different factors, {described(other)}")
 
 
 def _carrier(s: Solver, factors: tuple[Any, Any], index: Index) -> Any:
@@ -175,8 +176,11 @@ def is_uniform(s: Solver, value: Any, index: Index) -> bool:
     return bool(((tensor - first).abs() <= 1e-9 * first.abs()).all()) if axes else True
 
 
-def _described(value: Any) -> str:
-    return value.name if isinstance(value, fx.Node) else str(value)
+def described(value: Any) -> str:
+    """A factor as reasons name it, with what would tell its numbers."""
+    if not isinstance(value, fx.Node):
+        return str(value)
+    return f"{value.name}, made in the graph: fold constants first" if value.op != "get_attr" and is_constant(value) else value.name
 
 
 def squared(s: Solver, node: fx.Node) -> None:
