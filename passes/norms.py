@@ -46,9 +46,7 @@ POWERS: Mapping[Any, float] = {  # f(c x) = c^n f(x) for c > 0
     **dict.fromkeys((aten.mean.dim, aten.sum.dim_IntList, aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim, aten.amax.default), 1.0),
     **dict.fromkeys((aten.std.correction, aten.std.dim), 1.0),
     **dict.fromkeys((aten.square.default, aten.var.correction, aten.var.dim), 2.0),
-    aten.sqrt.default: 0.5,
-    aten.rsqrt.default: -0.5,
-    aten.reciprocal.default: -1.0,
+    **{aten.sqrt.default: 0.5, aten.rsqrt.default: -0.5, aten.reciprocal.default: -1.0},
 }
 
 
@@ -88,11 +86,17 @@ def branch_scales(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 
 def tied_heads(program: Program) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """(head, table) per layer whose weight is an embedding's table too, perhaps transposed."""
+    """(head, table) per layer whose weight is an embedding's table too, perhaps transposed or cast."""
     for leaf in program.graph.find_nodes(op="get_attr"):
-        readers = [r for u in leaf.users for r in (u.users if u.target in TURNS else (u,))]
+        readers = list(_after(leaf, *TURNS, *CASTS))
         if any(r.target is aten.embedding.default for r in readers):
             yield from ((r, leaf) for r in readers if r.target in (aten.linear.default, aten.matmul.default, aten.mm.default))
+
+
+def _after(value: fx.Node, *ops: Any) -> Iterator[fx.Node]:
+    """The readers of a value, with those of these ops in place of them."""
+    for user in value.users:
+        yield from _after(user, *ops) if user.target in ops else (user,)
 
 
 def before(value: Any, *ops: Any) -> Any:

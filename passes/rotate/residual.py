@@ -9,8 +9,8 @@ R is a randomised Hadamard matrix: +-1 signs times a matrix of entries of about 
 layers touch the stream, all found from the dataflow; declined with the op that doesn't commute: run tidy.fold_norm_gain before, since a gain is
 no rotation. A stream with layer norms turns about its mean, R 1 = 1: then (x R - mean) / std = (x - mean) / std R, and the norms stay as they
 are, where SliceGPT takes the mean out of the stream and root mean square norms in their place. A head tied to the embedding can't take the last
-gain: `keep_tied` puts one linear layer [d, d] before the head, R^T diag(g) R, and keeps the table shared. A vector that a branch is multiplied by
-(LayerScale) goes into what makes the branch first. Exact but for rounding. Costs nothing else at run time.
+gain: `keep_tied` puts one linear layer [d, d] before the head, R^T diag(g) R, and keeps the table shared. A vector that a branch is multiplied
+by (LayerScale) goes into what makes the branch first. Exact but for rounding. Costs nothing else at run time.
 Source: QuaRot (arXiv 2404.00456), SpinQuant (arXiv 2405.16406), SliceGPT (arXiv 2401.15024).
 """
 
@@ -93,7 +93,7 @@ def rotations(plan: Plan, seed: int) -> dict[int, Tensor]:
 
 
 def fold_scales(program: Program, edit: Edit) -> bool:
-    """Vectors that a branch is multiplied by before it joins a stream go into what makes it, g (W x) = (diag(g) W) x. Returns whether any did."""
+    """Vectors that multiply branches of streams go into what makes the branch, g (W x) = (diag(g) W) x. Returns whether any did."""
     engine, before = Transport(program), len(edit.sites)
     for product, scale in branch_scales(program):
         fold_vector(engine, product, scale, edit, {product: "a-b"})
@@ -133,9 +133,11 @@ def _turn(plan: Plan, site: fx.Node, read: list[fx.Node], edit: Edit, declined: 
 
 def _refused(plan: Plan) -> Reject:
     """Why a stream stays; a gain that a tied head keeps from being folded is told as such."""
-    stop = next(iter(plan.pinned))
-    for head, table in tied_heads(plan.facts.program):
-        if _source(head.args[0]) is _source(stop.node):
+    stop, program = next(iter(plan.pinned)), plan.facts.program
+    read = {n.gain: n.node for n in norms(program) if n.gain is not None and program.constant(n.gain) is not None}
+    gained = [_source(node) for gain, node in read.items() if gain in stop.node.all_input_nodes]
+    for head, table in tied_heads(program):
+        if _source(head.args[0]) in gained:
             return Reject("{}, and {} can't take it: its weight {} is the embedding's too", stop.reason, head, table)
     return Reject("{}", stop.reason)
 

@@ -250,9 +250,10 @@ SCALED: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("zeros", [0, 2])
 @pytest.mark.parametrize("head", ["tied", "own"])
 @pytest.mark.parametrize("branch", [pytest.param(b, id=i) for i, b in SCALED.items()])
-def test_a_scaled_branch_takes_its_scale_first(branch: Callable[..., Tensor], head: str) -> None:
+def test_a_scaled_branch_takes_its_scale_first(branch: Callable[..., Tensor], head: str, zeros: int) -> None:
     """What a LayerScale multiplies is made by a layer, whose rows it goes into."""
 
     def body(ids: Tensor, e: Tensor, w: Tensor, v: Tensor, s: Tensor, h: Tensor, g: Tensor) -> Tensor:
@@ -261,7 +262,8 @@ def test_a_scaled_branch_takes_its_scale_first(branch: Callable[..., Tensor], he
         x = x + branch(norm(x), v, s)
         return nnf.linear(norm(x, g), e) if head == "tied" else nnf.linear(norm(x), h)
 
-    before = function(body, IDS, e=E, w=W1, v=W2, s=seeded(D, seed=11), h=H, g=G, dynamic=False)
+    scale = seeded(D, seed=11) * (torch.arange(D) >= zeros)
+    before = function(body, IDS, e=E, w=W1, v=W2, s=scale, h=H, g=G, dynamic=False)
     before, _ = run(before, "tidy.fold_constants")
     after, report = run(before, turning())
     assert declined(report) == []
@@ -298,6 +300,36 @@ def test_refuses(tail: Callable[..., Any], reason: str) -> None:
     after, report = run(before, turning())
     assert text(after) == text(before)
     assert (report.fired, declined(report)) == (0, [("rms_norm", reason)])
+
+
+OF_TIED: dict[str, tuple[Callable[..., Tensor], dict[str, bool], str]] = {
+    "a gain": (
+        lambda x, e, g: nnf.linear(x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * g, e),
+        {"keep_tied": False},
+        "mul multiplies the channels by different factors, g, and linear_1 can't take it: its weight e is the embedding's too",
+    ),
+    "computed": (
+        lambda x, e, g: nnf.linear(norm(x, 1 + g), e),
+        {},
+        "rms_norm_1 scales the channels by different gains, add_1, made in the graph: fold constants first",
+    ),
+    "an activation": (lambda x, e, g: nnf.linear(norm(x).relu(), e), {}, "relu (relu) doesn't commute with a rotate"),
+}
+
+
+@pytest.mark.parametrize("name", list(OF_TIED))
+def test_a_tied_head_is_named_where_it_is_why(name: str) -> None:
+    tail, options, reason = OF_TIED[name]
+    before = function(lambda ids, e, w, g: tail(stream(ids, e, w), e, g), IDS, e=E, w=W1, g=G, dynamic=False)
+    after, report = run(before, turning(**options))
+    assert (report.fired, declined(report), text(after)) == (0, [("rms_norm", reason)], text(before))
+
+
+def test_a_tied_head_may_cast_its_table() -> None:
+    before = function(lambda ids, e, w, g: nnf.linear(norm(stream(ids, e, w), g).double(), e.double()), IDS, e=E, w=W1, g=G, dynamic=False)
+    after, report = run(before, turning())
+    assert declined(report) == []
+    assert error(before, after) < 1e-5
 
 
 def test_refuses_a_tied_head_if_no_layer_may_be_added() -> None:
