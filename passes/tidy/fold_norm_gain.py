@@ -4,7 +4,7 @@
 
 A site is the gain of a layer norm or root mean square norm, kept whole or spelled out. Legal where every reader takes a factor per channel,
 found from the dataflow: linear layers, convolutions, through slices, casts and whatever else commutes; declined with the op that doesn't. The
-gain is set to 1, not divided by itself; where it is 0, readers get zeros. Different gains with a common reader stay. A beta stays in its norm,
+gain is set to 1, not divided by itself; where it is 0, readers get zeros. Gains that would go into each other stay. A beta stays in its norm,
 divided by the gain, unless `beta` asks for it to move on and go; readers without a bias then get one. Exact but for rounding. Costs nothing; it
 is what rotations of the residual stream need first.
 Source: SliceGPT (arXiv 2401.15024), section 3; QuaRot (arXiv 2404.00456), stage 1a.
@@ -113,10 +113,12 @@ def fold_vector(
 
 
 def unequal(plan: Plan, leaf: fx.Node, others: Iterable[fx.Node]) -> str:
-    """Why gains with common readers can't all be 1; "" if they can."""
-    held = plan.facts.program.constants
-    other = next((n for n in others if not torch.equal(held[str(n.target)], held[str(leaf.target)])), None)
-    return f"{leaf.name} and {other.name} are different gains of what one layer reads" if other is not None else ""
+    """Why gains that change together can't all become 1; "" if they can: they are equal, and divided by the same."""
+    held, powers = plan.facts.program.constants, {label.power for label in plan.leaves[leaf]}
+    for other in others:
+        if not torch.equal(held[str(other.target)], held[str(leaf.target)]) or {label.power for label in plan.leaves[other]} != powers:
+            return f"{leaf.name} and {other.name} are gains of two norms, and one would go into the other"
+    return ""
 
 
 def undead(plan: Plan, leaf: fx.Node, dead: Tensor) -> str:

@@ -265,8 +265,20 @@ def test_different_gains_of_one_layer_stay() -> None:
     """Either would only go into the other, and back in the next run."""
     before = function(read_together, X, g=G, h=G.flip(0), w=W, dynamic=False)
     after, report = run(before, folding())
-    why = "{} and {} are different gains of what one layer reads"
+    why = "{} and {} are gains of two norms, and one would go into the other"
     assert (report.fired, declined(report)) == (0, [("rms_norm", why.format("g", "h")), ("rms_norm_1", why.format("h", "g"))])
+    assert all(torch.equal(after.constants[n], t) for n, t in before.constants.items())
+
+
+@pytest.mark.parametrize("other", [G, G.flip(0)], ids=["equal", "different"])
+def test_gains_of_two_factors_stay(other: Tensor) -> None:
+    """Of queries and keys that are normed: one is multiplied by what the other is divided by."""
+    before = function(
+        lambda x, g, h: nnf.rms_norm(x, (6,), g) @ nnf.rms_norm(x.sin(), (6,), h).transpose(1, 2), X, g=G, h=other.clone(), dynamic=False
+    )
+    after, report = run(before, folding())
+    assert report.fired == 0
+    assert {reason.split(" are ")[1] for _, reason in declined(report)} == {"gains of two norms, and one would go into the other"}
     assert all(torch.equal(after.constants[n], t) for n, t in before.constants.items())
 
 

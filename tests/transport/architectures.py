@@ -48,6 +48,7 @@ LIMIT, OUTLIER = 1e-5, 20.0
 READ = (
     "is read by some layer",
     "reads the channels too, without a weight",
+    "are gains of two norms, and one would go into the other",
 )  # reasons that lie in the numbers, of which the oracle knows nothing
 SMALL = {**UNET, "block_out_channels": (16, 32), "norm_num_groups": 4, "sample_size": 8}  # the oracle's time goes into convolutions
 BUILDERS: Mapping[str, Builder] = {
