@@ -18,6 +18,7 @@ from fxcompress.composites import open_composites
 from fxcompress.errors import CaptureError
 from fxcompress.experts import open_experts
 from fxcompress.inplace import NotFunctional, functionalise
+from fxcompress.layouts import keep_apart
 from fxcompress.program import place_name
 
 ASSERTS = ("_assert", "sym_constrain", "_check")
@@ -48,6 +49,7 @@ def flat_graph(exported: ExportedProgram, strip: str = "") -> tuple[fx.Graph, di
             node.kwargs = {name: value for name, value in node.kwargs.items() if name != "memory_format"}
         node.target = SPELLINGS.get(node.target, node.target)
     open_composites(flattener.graph)
+    keep_apart(flattener.graph)
     merge_splits(flattener.graph)
     open_experts(flattener.graph, flattener.constants)
     drop_dead(flattener.graph)

@@ -56,7 +56,7 @@ class Facts:
             value = self.value(node)
             if not isinstance(value, Tensor):
                 return None
-            self._shapes[node] = tuple(_dim(d) for d in value.shape)
+            self._shapes[node] = sizes(value)
         return self._shapes[node]
 
     def distinct(self, node: fx.Node) -> Shape | None:
@@ -127,6 +127,11 @@ def is_getitem(node: fx.Node) -> bool:
 def outputs(node: fx.Node) -> dict[int, fx.Node]:
     """The nodes that take tensors out of a tuple, by position."""
     return {int(u.args[1]): u for u in node.users if is_getitem(u)}  # type: ignore[arg-type]
+
+
+def sizes(value: Tensor) -> Shape:
+    """The sizes of a fake value: ints, expressions where dynamic."""
+    return tuple(_dim(d) for d in value.shape)
 
 
 def _dim(size: Any) -> Dim:

@@ -77,7 +77,20 @@ class Resizer:
             return self._convolved(node)
         if target in (aten.roll.default, aten.index_select.default, aten.index.Tensor, aten.slice_scatter.default, aten.select_scatter.default):
             return self._refused(node)
-        return {"output_size": None} if target is aten.repeat_interleave.self_int and node.kwargs.get("output_size") else None
+        return self._repeated(node) if target is aten.repeat_interleave.self_int else None
+
+    def _repeated(self, node: fx.Node) -> Any:
+        """As often as positions are left for each; how many that makes isn't said again."""
+        given = self.facts.arguments(node)
+        if given["dim"] is None:
+            return {"output_size": None} if given["output_size"] else None
+        axis = given["dim"] % len(self.facts.shape(node))  # type: ignore[arg-type]
+        made, source = self._sizes(node).get(axis), given["self"]
+        before: Any = self.facts.shape(source)
+        if made is None:
+            return None
+        repeats = made // self._sizes(source).get(axis, before[axis])
+        return {"repeats": repeats, **({"output_size": None} if given["output_size"] else {})}
 
     def _sized(self, node: fx.Node) -> Any:
         new = self._sizes(node)
@@ -149,21 +162,18 @@ class Resizer:
         groups, weight = given["groups"], given["weight"]
         if groups == 1:
             return None
-        shape, sizes = self.facts.shape(given["input"]), self._sizes(given["input"])
-        channels = len(shape) - len(self.facts.shape(weight)) + 1  # type: ignore[arg-type]
-        new = sizes.get(channels)
-        each = shape[channels] // groups  # type: ignore[index]
-        if new is None:
-            return None
-        rest = set(self._per_group(given["input"], channels, each))
-        if rest <= {0, each}:
-            return {"groups": new // each}
-        return None if len(rest) == 1 else self._refuse(node)
+        axis = len(self.facts.shape(given["input"])) - len(self.facts.shape(weight)) + 1  # type: ignore[arg-type]
+        read, made = (self._per_group(x, axis, groups) for x in (given["input"], node))
+        alive = (read > 0) & (made > 0)
+        if any(len(set(counts[alive])) > 1 for counts in (read, made)) or read[~alive].any() or made[~alive].any():
+            self._refuse(node)
+        return None if alive.all() else {"groups": int(alive.sum())}
 
-    def _per_group(self, x: Any, axis: int, each: int) -> list[int]:
+    def _per_group(self, x: Any, axis: int, groups: int) -> Any:
+        """How many channels stay in each."""
         kept = self._kept_along(x, axis)
-        counts: list[int] = kept.reshape(-1, each).sum(-1).tolist()
-        return counts
+        size: Any = self.facts.shape(x)[axis]  # type: ignore[index]
+        return np.full(groups, size // groups) if kept is None else kept.reshape(len(kept), groups, -1).sum(-1).max(0)
 
     def _refused(self, node: fx.Node) -> Any:
         given = self.facts.arguments(node)

@@ -46,7 +46,7 @@ ZERO_AT_ZERO = (
     *("elu", "selu", "celu", "prelu", "asin", "atan", "sinh", "expm1", "log1p", "floor", "ceil", "round", "sign", "roll", "flip"),
     *("to", "_to_copy", "clone", "contiguous", "alias", "dropout", "view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze"),
     *("squeeze", "permute", "transpose", "t", "expand", "slice", "select", "mean", "sum", "repeat", "repeat_interleave"),
-    *("pixel_shuffle", "grid_sampler", *(str(op._schema.name).split("::")[1] for op in POOLS)),
+    *("pixel_shuffle", "grid_sampler", "index", "index_select", "embedding", *(str(op._schema.name).split("::")[1] for op in POOLS)),
 )
 PIECES = ("split", "split_with_sizes", "chunk", "unbind")
 
@@ -120,6 +120,8 @@ class Nulls:
             return [m for factor in node.args[: 2 if name == "mul" else 1] for m in self._passed(factor, node, node)]
         if name in ("add", "sub"):
             return _all_of([self._passed(term, node, node) for term in node.args[:2]])
+        if name == "batch_norm" and node.args[1] is not None:
+            return _all_of([self._passed(vector, node, node) for vector in node.args[1:3]])
         if name in ("cat", "stack"):
             return _all_of([self._passed(part, node, node, elsewhere=True) for part in source])  # type: ignore[union-attr]
         if name == "getitem" and (_name(source) in PIECES or (source.target in POOLS and node.args[1] == 0)):  # type: ignore[arg-type, union-attr]

@@ -15,15 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from torch import Tensor, fx
+import numpy as np
+import torch
+from torch import Tensor
 
 from fxcompress.contract import Exact
-from fxcompress.dataflow import WeightUse, weight_uses
 from fxcompress.edit import Edit
 from fxcompress.passes.sparsity.nulls import Nulls
-from fxcompress.program import Program
+from fxcompress.passes.sparsity.zeros import Zeroed, zeroed
 from fxcompress.rewrite import Context, Reject, Transform
-from fxcompress.transport import Kind, Seed, Transport
+from fxcompress.transport import Kind, Plan, Seed, Transport
+from fxcompress.transport.labels import UNSET
+
+aten = torch.ops.aten
+ROUTES = ("entries", "copies", "channels", "each")
 
 
 class RemoveChannels(Transform):
@@ -36,53 +41,61 @@ class RemoveChannels(Transform):
     def run(self, on: Context, edit: Edit) -> Mapping[str, Reject]:
         """One site per group of coupled channels, at the first layer that reads or makes it."""
         declined: dict[str, Reject] = {}
-        for use, side in list(zeroed_layers(on.program)):
-            if not on.admits(use.node) or not is_zeroed(on.program, use, side):  # an earlier site may have done this one
-                continue
-            if reject := remove(Transport(on.program), use, side, edit):
-                declined.setdefault(use.node.name, reject)
+        engine = Transport(on.program)
+        for node in [n for n in on.program.graph.nodes if n.op == "call_function" and on.admits(n)]:
+            asked = set[Seed]()
+            while zeros := next((z for z in zeroed(engine.facts, node) if z.seed not in asked), None):
+                asked.add(zeros.seed)
+                if reject := remove(engine, zeros, edit):
+                    declined.setdefault(node.name, reject)
+                else:
+                    engine = Transport(on.program)
         return declined
 
 
-def zeroed_layers(program: Program) -> Iterator[tuple[WeightUse, str]]:
-    """Linear layers and convolutions with input channels ("in") or rows ("out") of zeros."""
-    for leaf in program.graph.find_nodes(op="get_attr"):
-        tensor = program.constants[str(leaf.target)]
-        if tensor.is_floating_point() and tensor.dim() > 1:
-            layers = [u for u in weight_uses(leaf, tensor)[0] if u.family != "embedding"]
-            yield from ((u, side) for side in ("in", "out") for u in layers if _zeros(tensor, u, side).any())
-
-
-def is_zeroed(program: Program, use: WeightUse, side: str) -> bool:
-    """Whether the layer still has input channels or rows of zeros."""
-    leaf = _leaf(program, use.node)
-    return leaf is not None and bool(_zeros(program.constants[str(leaf.target)], use, side).any())
-
-
-def remove(engine: Transport, use: WeightUse, side: str, edit: Edit) -> Reject | None:
-    """Remove what nobody reads among the layer's input channels, or its own. Returns why nothing can go."""
-    x = use.node if side == "out" else next((n for n in use.node.all_input_nodes if not engine.facts.is_constant(n)), None)
-    if x is None:
-        return Reject("{} reads constants only", use.node)
-    plan = engine.solve(Kind.REMOVE, Seed(x, (-1 if use.family == "linear" else 1,)))
-    if not plan.count:
-        return Reject("{}", plan.reason())
-    nulls = Nulls(plan, edit.program)
-    if product := nulls.unreadable():
-        return Reject("{} reads the channels too, in a way this pass can't tell", product)
-    keep = kept(nulls)
-    if keep.all():
-        product = nulls.weightless()
-        return Reject("{} reads the channels too, without a weight", product) if product else Reject("every channel is read by some layer")
-    if not keep.any():
-        return Reject("no channel would be left")
-    edit.nulls.update(nulls.values())  # what reads them may have weights there
-    try:
-        site = plan.apply(edit, keep.numpy(), f"{int((~keep).sum())} of {len(keep)} channels are read by nobody", at=use.node)
+def remove(engine: Transport, zeros: Zeroed, edit: Edit) -> Reject | None:
+    """Remove what nobody reads among the channels that meet zeros, by the first route that lets some go. Returns why nothing can."""
+    rejects = []
+    for route, plan in plans(engine, zeros.seed):
+        nulls = Nulls(plan, edit.program)
+        keep = kept(nulls) if plan.count else None
+        if keep is not None and route == "each":
+            keep = even(plan, keep)
+        if reject := _refused(zeros, plan, nulls, keep):
+            rejects.append(reject)
+            continue
+        assert keep is not None
+        edit.nulls.update(nulls.values())  # what reads them may have weights there
+        try:
+            site = plan.apply(edit, keep.numpy(), f"{int((~keep).sum())} of {len(keep)} channels are read by nobody", at=zeros.node)
+        except ValueError as error:  # the form without them can't be written down
+            rejects.append(Reject("{}", error))
+            continue
         site.places = []  # every layer that shares the channels would do it
-    except ValueError as error:  # the form without them can't be written down
-        return Reject("{}", error)
-    return None
+        return None
+    return rejects[0]
+
+
+def plans(engine: Transport, seed: Seed) -> Iterator[tuple[str, Plan]]:
+    """Ways to remove channels. Where there are heads, groups or experts: these as a whole, with all that share keys and values; of each that
+    share them the same one; the same channels of each; equally many of each."""
+    plan = engine.solve(Kind.REMOVE, seed)
+    parted = [n for n, route in plan.choices.items() if route in ROUTES]
+    if not parted:
+        yield "", plan
+    for route in ROUTES if parted else ():
+        yield route, engine.solve(Kind.REMOVE, seed, choices=dict.fromkeys(parted, route))
+        if route == ROUTES[0] and any(plan.choices[n] != route for n in parted):
+            yield "", plan
+
+
+def even(plan: Plan, keep: Tensor) -> Tensor:
+    """Where channels lie in rows that must lose equally many, no more go from any than from the one that loses fewest."""
+    for label in (label for labels in plan.values.values() for label in labels if len(label.slot) > 1):
+        rows = plan.class_of(label.index).reshape(-1, label.index.shape[label.slot[-1]])
+        gone = (rows != UNSET) & ~keep.numpy()[rows]
+        keep[rows[gone & (gone.cumsum(-1) > gone.sum(-1).min())]] = True
+    return keep
 
 
 def kept(nulls: Nulls) -> Tensor:
@@ -90,12 +103,23 @@ def kept(nulls: Nulls) -> Tensor:
     return nulls.kept()
 
 
-def _zeros(tensor: Tensor, use: WeightUse, side: str) -> Tensor:
-    axis = use.contraction if side == "in" else use.channel
-    return ~tensor.movedim(axis, 0).flatten(1).any(1)
-
-
-def _leaf(program: Program, node: fx.Node) -> fx.Node | None:
-    """The weight of a layer, the constant of most axes it reads."""
-    leaves = [n for n in node.all_input_nodes if n.op == "get_attr"]
-    return max(leaves, key=lambda n: program.constants[str(n.target)].dim(), default=None)
+def _refused(zeros: Zeroed, plan: Plan, nulls: Nulls, keep: Tensor | None) -> Reject | None:
+    """Why no channel can go by this plan, if none can."""
+    if keep is None:
+        return Reject("{}", plan.reason())
+    if product := nulls.unreadable():
+        return Reject("{} reads the channels too, in a way this pass can't tell", product)
+    if not keep.any():
+        return Reject("no channel would be left")
+    if not keep.all():
+        return None
+    index, dead = plan.seeds[0][1].ravel(), zeros.zeros.numpy().ravel()
+    classes = plan.class_of(index)
+    if (classes[dead] == UNSET).all():
+        return Reject("{}", next(stop.reason for stop, parameters in plan.pinned.items() if np.isin(index[dead], parameters).any()))
+    if np.isin(classes[dead], classes[~dead]).all():
+        return Reject("the channels that {} has zeros for go only together with others", zeros.node)
+    if zeros.node.target is aten.batch_norm.default:
+        return Reject("{} makes channels whose gain is 0 its bias, {}, which is read", zeros.node, zeros.node.args[2])
+    product = nulls.weightless()
+    return Reject("{} reads the channels too, without a weight", product) if product else Reject("every channel is read by some layer")

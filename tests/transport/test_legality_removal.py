@@ -35,6 +35,7 @@ WEIGHTS = {n: rand(C, C, seed=i) for i, n in enumerate("abd")} | {
     "groups": rand(C, C // 2, 1, 1, seed=18),
     "flat": rand(C, C * 4, seed=19) * ALIVE.repeat_interleave(4),
     "halves": rand(C, C, 1, 1, seed=20) * HALF.view(1, -1, 1, 1),
+    "quarter": rand(C, C, 1, 1, seed=23) * (torch.arange(C) > 1).double().view(1, -1, 1, 1),
     "row": rand(C, C, seed=21) * ALIVE[:, None],
     "rowk": rand(C, C, 3, 3, seed=22) * ALIVE.view(-1, 1, 1, 1),
 }
@@ -104,9 +105,13 @@ ROWS: dict[str, tuple[Body, tuple[str, tuple[int, ...]] | tuple[str, str]]] = {
         lambda x, y, w: nnf.conv2d(nnf.conv2d(nnf.conv2d(y, w["k"]), w["groups"], groups=2), w["halves"]),
         ("groups", (4, 4, 1, 1)),
     ),
-    "part of a group": (
+    "as many of each group": (
         lambda x, y, w: nnf.conv2d(nnf.conv2d(nnf.conv2d(y, w["k"]), w["groups"], groups=2), w["j"]),
-        ("conv2d_2", "every channel is read by some layer"),
+        ("groups", (6, 4, 1, 1)),
+    ),
+    "part of a group": (
+        lambda x, y, w: nnf.conv2d(nnf.conv2d(nnf.conv2d(y, w["k"]), w["groups"], groups=2), w["quarter"]),
+        ("conv2d_2", "the channels that conv2d_2 has zeros for go only together with others"),
     ),
 }
 

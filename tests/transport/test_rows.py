@@ -213,15 +213,13 @@ ROWS: dict[str, Row] = {
     "adaptive_max_pool2d": Row(aten.adaptive_max_pool2d.default, IMAGE, [2, 2], lands="scale shift permute remove", first=True),
     "grid_sampler": Row(aten.grid_sampler.default, IMAGE, GRID, 0, 0, False, lands="scale sign permute rotate remove"),
     "grid_sampler to the border": Row(aten.grid_sampler.default, IMAGE, GRID, 2, 1, False, lands=EVERY),
-    "layer_norm": Row(aten.layer_norm.default, X, [4], positive(4), rand(4), constants=(2, 3), lands="scale sign shift permute"),
-    "layer_norm even": Row(
-        aten.layer_norm.default, X, [4], torch.full((4,), 2.0, dtype=F64), rand(4), constants=(2, 3), lands="scale sign shift permute rotate"
-    ),
-    "layer_norm plain": Row(aten.layer_norm.default, X, [4], lands="scale sign shift permute rotate"),
+    "layer_norm": Row(aten.layer_norm.default, X, [4], positive(4), rand(4), constants=(2, 3), lands=f"{DIAGONAL} {MOVES}"),
+    "layer_norm even": Row(aten.layer_norm.default, X, [4], torch.full((4,), 2.0, dtype=F64), rand(4), constants=(2, 3), lands=EVERY),
+    "layer_norm plain": Row(aten.layer_norm.default, X, [4], lands=EVERY),
     "native_layer_norm": Row(
-        aten.native_layer_norm.default, X, [4], positive(4), rand(4), 1e-5, constants=(2, 3), first=True, lands="scale sign shift permute"
+        aten.native_layer_norm.default, X, [4], positive(4), rand(4), 1e-5, constants=(2, 3), first=True, lands=f"{DIAGONAL} {MOVES}"
     ),
-    "native_layer_norm plain": Row(aten.native_layer_norm.default, X, [4], None, None, 1e-5, first=True, lands="permute rotate"),
+    "native_layer_norm plain": Row(aten.native_layer_norm.default, X, [4], None, None, 1e-5, first=True, lands=f"{MOVES} rotate"),
     "native_group_norm": Row(
         aten.native_group_norm.default,
         IMAGE,
@@ -241,8 +239,8 @@ ROWS: dict[str, Row] = {
     "var all": Row(aten.var.correction, X, None, correction=0, lands="permute rotate"),
     "std": Row(aten.std.correction, X, [1], correction=1, lands=EVERY),
     "var_mean": Row(aten.var_mean.correction, X, [-1], correction=0, keepdim=True, lands=EVERY),
-    "rms_norm": Row(aten.rms_norm.default, X, [4], positive(4), 1e-6, constants=(2,), lands="scale sign permute"),
-    "rms_norm plain": Row(aten.rms_norm.default, X, [4], None, 1e-6, lands="scale sign permute rotate"),
+    "rms_norm": Row(aten.rms_norm.default, X, [4], positive(4), 1e-6, constants=(2,), lands=f"scale sign {MOVES}"),
+    "rms_norm plain": Row(aten.rms_norm.default, X, [4], None, 1e-6, lands=f"scale sign {MOVES} rotate"),
     "group_norm": Row(aten.group_norm.default, IMAGE, 2, positive(4), rand(4), constants=(2, 3), lands="scale sign shift permute"),
     "batch_norm": Row(
         aten.batch_norm.default,

@@ -21,6 +21,7 @@ from fxcompress.transport.facts import KEEPING, Facts
 from fxcompress.transport.labels import Index, Kind, Label, canon
 from fxcompress.transport.ranges import COMPUTED, range_of
 from fxcompress.transport.relations.pointwise import is_flat, spread_over, triple
+from fxcompress.transport.relations.views import parted
 from fxcompress.transport.solver import Inner, Solver
 
 aten = torch.ops.aten
@@ -119,7 +120,7 @@ def contract(s: Solver, product: Product) -> None:
 def _operand(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
     letters = _letters(port, label.index)
     summed, free, batch = product.roles["summed"], product.free(port), product.roles["batch"]
-    if s.kind == Kind.REMOVE and letters & batch:
+    if s.kind == Kind.REMOVE and letters & batch and not _each_apart(s, product.node):
         if _by_entry(s, product.node, letters - batch):
             return _whole_entries(s, product, port, partner, label)
         letters, batch = letters - batch, frozenset()
@@ -175,7 +176,7 @@ def _averaged(s: Solver, product: Product, port: Port, partner: Port, label: Lab
 def _result(s: Solver, product: Product, label: Label) -> None:
     out, batch = product.out, product.roles["batch"]
     letters = _letters(out, label.index)
-    if s.kind == Kind.REMOVE and letters & batch:
+    if s.kind == Kind.REMOVE and letters & batch and not _each_apart(s, product.node):
         if _by_entry(s, product.node, letters - batch):
             _put_bias(s, product, label)
             return _whole_entries(s, product, out, out, label)
@@ -265,13 +266,22 @@ def _batched(s: Solver, product: Product, port: Port, partner: Port, label: Labe
 def _whole_entries(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
     """A batch entry (a head, a group) goes from all three or from none."""
     index = _only(s, port, label.index, product.roles["batch"])
+    shared = [x for p in (product.a, product.b) for x, n in zip(p.letters, p.sizes(s), strict=True) if n == 1 and x in product.roles["batch"]]
+    copied = [a for a, x in enumerate(port.letters) if x in shared and index.shape[a] > 1]
+    of_copies = parted(s, product.node, index, copied)
+    index = s.coarsen(index, copied) if of_copies is None else of_copies
     port.put(s, index, label.power)
     _batched(s, product, port, partner, Label(index, label.power))
 
 
 def _by_entry(s: Solver, node: fx.Node, others: frozenset[str]) -> bool:
     """Whether batch entries (heads, groups) go as a whole: else the same channels go from each."""
-    return not others or s.choices.setdefault(node, "entries") == "entries"
+    return not others or s.choices.setdefault(node, "entries") != "channels"
+
+
+def _each_apart(s: Solver, node: fx.Node) -> bool:
+    """Whether every batch entry may lose channels of its own, if each loses equally many."""
+    return s.choices.get(node) == "each"
 
 
 def _batched_shift(s: Solver, product: Product, port: Port, partner: Port, label: Label) -> None:
@@ -482,7 +492,7 @@ def _attended(s: Solver, node: fx.Node, port: Port, partner: Port, own: str, lab
     letters = _letters(port, index)
     if not letters:
         return
-    if s.kind == Kind.REMOVE and len(letters) > 1:
+    if s.kind == Kind.REMOVE and len(letters) > 1 and not _each_apart(s, node):
         index = _only(s, port, index, lead if _by_entry(s, node, letters & {own}) else (own,))
         port.put(s, index, label.power)
         letters = _letters(port, index)
@@ -513,12 +523,26 @@ def _per_head(s: Solver, node: fx.Node, port: Port, partner: Port, label: Label,
             return s.stop(node, label.index, reason)
         power = -label.power if port.letters[-1] == "in" else label.power
         return partner.put(s, _moved(label.index, port, partner), power)
+    if s.kind == Kind.REMOVE and (of_copies := _of_copies(s, node, port, label.index, ports)) is not None:
+        port.put(s, of_copies, label.power)
+        label = Label(of_copies, label.power)
+        ports = [p for p in ports if p.repeat is None]
     for other in ports:
         if other is not port:
             other.put(s, _moved(label.index, port, other), label.power)
     if mask is not None and not is_flat(s, mask, label.index):
         s.put(mask, label.index, label.power)
     return None
+
+
+def _of_copies(s: Solver, node: fx.Node, port: Port, index: Index, ports: list[Port]) -> Index | None:
+    """Of an index over heads, some of which share keys and values, the part that is one of every group's, if these are what goes."""
+    axis, times = next((p.repeat for p in ports if p.repeat), (0, 1))
+    if times == 1 or port.repeat or index.shape[axis] == 1:
+        return None
+    groups = index.reshape(*index.shape[:axis], -1, times, *index.shape[axis + 1 :])
+    part = parted(s, node, groups, [a for a in (axis + 1,) if groups.shape[axis] > 1])
+    return None if part is None else np.broadcast_to(part, groups.shape).reshape(index.shape)
 
 
 def _may_hide_rows(s: Solver, node: fx.Node, mask: Any) -> str:

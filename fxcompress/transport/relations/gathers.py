@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from fxcompress.transport.facts import SPLITS, outputs
-from fxcompress.transport.labels import UNSET, Index, Kind
-from fxcompress.transport.relations.views import mapped
+from fxcompress.transport.labels import UNSET, Index, Kind, Label
+from fxcompress.transport.relations.views import mapped, parted
 from fxcompress.transport.solver import Solver
 
 aten = torch.ops.aten
@@ -261,7 +261,21 @@ def repeat_interleave(s: Solver, node: fx.Node) -> None:
     given = s.args(node)
     repeats, dim = given["repeats"], given["dim"]
     known = isinstance(repeats, int) and dim is not None
+    if known and s.kind == Kind.REMOVE and any(_copies_gone(s, node, label, dim % label.index.ndim, repeats) for label in s.labels(node)):
+        return None
     _one_axis(s, node, given["self"], {dim: lambda n: np.arange(n).repeat(repeats)} if known else None)
+
+
+def _copies_gone(s: Solver, node: fx.Node, label: Label, axis: int, times: int) -> bool:
+    """Whether copies go, of every position the same."""
+    if label.index.shape[axis] == 1:
+        return False
+    shape = label.index.shape
+    copies = label.index.reshape(*shape[:axis], -1, times, *shape[axis + 1 :])
+    part = parted(s, node, copies, [axis + 1])
+    if part is not None:
+        s.put(node, np.broadcast_to(part, copies.shape).reshape(shape), label.power)
+    return part is not None
 
 
 def repeat(s: Solver, node: fx.Node) -> None:

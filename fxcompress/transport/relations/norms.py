@@ -49,9 +49,23 @@ def _layer_norm(s: Solver, node: fx.Node, out: fx.Node, x: Any, weight: Any, bia
                 s.keep_mean((node, value), label.index)
         s.stop_all(node, [weight], f"{node.name} has a gain that a rotation would mix")
         _rotated(s, node, out, x, weight, bias)
+    elif s.kind == Kind.REMOVE:
+        _rows_gone(s, node, out, x, [weight, bias], depth)
     else:
         _stop_statistics(s, node, x)
         _affine(s, node, out, weight, bias, depth)
+
+
+def _rows_gone(s: Solver, node: fx.Node, out: fx.Node, x: Any, operands: list[Any], depth: int) -> None:
+    """What is normed together goes together, as heads with a norm each do."""
+    for port in (x, out):
+        for label in s.labels(port):
+            index = s.coarsen(label.index, range(label.index.ndim - depth, label.index.ndim))
+            if index.size == 1:
+                s.stop(node, index, f"{node.name} norms over the channels that a {s.kind} would change")
+            for other in (x, out):
+                s.put(other, index, label.power)
+    s.stop_all(node, operands, f"{node.name} norms over the channels that a {s.kind} would change")
 
 
 def _permuted(s: Solver, node: fx.Node, out: fx.Node, x: Any, operands: list[Any], depth: int) -> None:
@@ -71,6 +85,8 @@ def rms_norm(s: Solver, node: fx.Node) -> None:
         _rotated(s, node, node, x, weight, None)
     elif s.kind == Kind.SIGN:
         _signed(s, node, x, weight)
+    elif s.kind == Kind.REMOVE:
+        _rows_gone(s, node, node, x, [weight], depth)
     else:
         _stop_statistics(s, node, x)
         _affine(s, node, node, weight, None, depth)
@@ -107,9 +123,7 @@ def _affine(s: Solver, node: fx.Node, out: fx.Node, weight: Any, bias: Any, dept
         index = s.coarsen(label.index, outside)
         s.put(out, index, label.power)
         index = index.reshape(index.shape[index.ndim - depth :])
-        if s.kind == Kind.REMOVE:
-            s.stop(node, label.index, f"{node.name} norms over the channels that a {s.kind} would change")
-        elif s.kind == Kind.SHIFT:
+        if s.kind == Kind.SHIFT:
             _shifted(s, node, bias, index, label.power)
         else:
             _gained(s, node, weight, bias, index, label.power)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -75,14 +75,29 @@ def reshaped(s: Solver, index: Index, groups: Any, before: Any, after: Any) -> I
 
 
 def expand(s: Solver, node: fx.Node) -> None:
-    """Repetition along axes of size 1: the value knows one parameter for all copies."""
+    """Repetition along axes of size 1: the value knows one parameter for all copies, and nothing of copies that go."""
     x: Any = node.args[0]
     _lent(s, node)
     for label in s.labels(x):
         s.put(node, label.index, label.power)
     for label in s.labels(node):
+        if s.kind == Kind.REMOVE:
+            shape = s.shape(x)
+            copied = [a for a in label.slot if a < label.index.ndim - len(shape) or shape[a - label.index.ndim] == 1]
+            if (index := parted(s, node, label.index, copied)) is not None:
+                s.put(node, index, label.power)
+                continue
         if not s.is_unmoved(node, x, label.index):
             s.put(x, label.index, label.power)
+
+
+def parted(s: Solver, node: fx.Node, index: Index, copied: Collection[int]) -> Index | None:
+    """Of an index over originals and the axes of their copies the part over the copies, if these are what goes; None if all copies go with
+    their original."""
+    others = [a for a, n in enumerate(index.shape) if n > 1 and a not in copied]
+    if not copied or (others and s.choices.setdefault(node, "entries") != "copies"):
+        return None
+    return s.coarsen(index, others)
 
 
 def shuffle(s: Solver, node: fx.Node) -> None:
