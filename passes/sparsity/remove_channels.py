@@ -3,11 +3,12 @@
     W2 f(W1 x),    W2[:, i] = 0,  or  W1[i] = 0 and b1[i] = 0 and f(0) = 0  ->  row i of W1 and column i of W2 go
     W_o concat_h(softmax(Q_h K_h^T) V_h),    all columns of W_o, or all rows of W_v, for head h are 0  ->  its rows and columns go from all four
 
-A site is a linear layer or convolution with input channels or rows that are all 0, as structured pruning leaves them. Which weights share the
-channel is found from the dataflow, through activations, norms per channel, products, attention and layouts; it goes only if every layer that
-reads it has zeros there or is given zeros (`nulls`). Heads go whole, with those that share keys and values; sizes written in views are
-rewritten, and the scale of attention stays. Legal where no op sees the channels as a set; declined with the op that does. Exact: what goes was
-added as 0. Saves the rows, the columns and their arithmetic.
+A site is a product with input channels or rows of a weight that are all 0, as structured pruning leaves them, or a batch norm whose gain and
+bias are (`zeros`). Which weights share the channel is found from the dataflow, through activations, norms per channel or head, products,
+attention and layouts; it goes only if every layer that reads it has zeros there or is given zeros (`nulls`). Heads and experts go whole, heads
+with those that share their keys and values, or else one of each that share; or equally many channels of each (`plans`). Sizes written in views
+are rewritten, and the scale of attention stays. Legal where no op sees the channels as a set; declined with the op that does. Exact: what goes
+was added as 0. Saves the rows, the columns and their arithmetic.
 Source: structured pruning as in DepGraph (arXiv 2301.12900), by one change of channels instead of a table of layers.
 """
 
