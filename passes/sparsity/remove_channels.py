@@ -44,12 +44,12 @@ class RemoveChannels(Transform):
         declined: dict[str, Reject] = {}
         engine = Transport(on.program)
         for node in [n for n in on.program.graph.nodes if n.op == "call_function" and on.admits(n)]:
-            asked = set[Seed]()
-            while zeros := next((z for z in zeroed(engine.facts, node) if z.seed not in asked), None):
-                asked.add(zeros.seed)
+            stuck = set[Seed]()
+            while zeros := next((z for z in zeroed(engine.facts, node) if z.seed not in stuck), None):
                 if reject := remove(engine, zeros, edit):
                     declined.setdefault(node.name, reject)
-                else:
+                    stuck.add(zeros.seed)
+                else:  # some went, by one route; others may by another
                     engine = Transport(on.program)
         return declined
 

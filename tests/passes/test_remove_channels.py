@@ -522,3 +522,13 @@ def test_channels_of_experts(name: str, where: str, dead: str) -> None:
     assert bool(report.fired) == goes
     assert not goes or all(8 not in t.shape for t in after.constants.values())
     assert error(before, after) < 1e-5
+
+
+def test_what_one_route_leaves_another_takes() -> None:
+    """A dead head goes whole, then a dead channel of each of the others."""
+    alive = torch.tensor([0.0, 0, 0, 1, 1, 0])
+    before = function(attention, X, **ATTENTION | {"wo": ATTENTION["wo"] * alive}, dynamic=False)
+    after, report = run(before, RemoveChannels())
+    assert (report.fired, declined(report)) == (2, [])
+    assert {n: t.shape[0] for n, t in after.constants.items()} == {"wq": 4, "wk": 4, "wv": 2, "wo": 6, "bv": 2}
+    assert error(before, after) < 1e-5
