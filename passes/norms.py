@@ -199,6 +199,8 @@ def vector(node: fx.Node, ops: tuple[Any, ...], axis: int) -> fx.Node | None:
             and operand.meta["val"].shape[axis] == operand.meta["val"].numel()
         ):
             constant = before(operand, *CASTS, *ARRANGED)
+            if not constant.meta["val"].is_floating_point():  # a mask
+                continue
             if constant.op == "get_attr" and constant.meta["val"].numel() > 1:
                 return constant  # type: ignore[no-any-return]
             if operand.meta["val"].dim() == 1:

@@ -292,6 +292,14 @@ def test_equal_gains_of_one_layer_fold_at_once() -> None:
     assert (report.fired, declined(report)) == (0, [])
 
 
+@pytest.mark.parametrize("mask", [torch.arange(6) > 1, (torch.arange(6) > 1).long()], ids=["bool", "int"])
+def test_a_mask_is_no_gain(mask: Tensor) -> None:
+    before = function(lambda x, mask, w: nnf.linear(rms(x) * mask, w), X, mask=mask, w=W, dynamic=False)
+    after, report = run(before, folding())
+    assert all(after.constants[name] is before.constants[name] for name in before.constants)
+    assert (report.fired, declined(report)) == (0, [])
+
+
 def test_a_gain_shared_by_two_norms_folds_once() -> None:
     before = function(shared_by_two, X, g=G, w=W, dynamic=False)
     after, report = run(before, folding())
