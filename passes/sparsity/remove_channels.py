@@ -29,6 +29,7 @@ from fxcompress.transport import Kind, Plan, Seed, Transport
 from fxcompress.transport.labels import UNSET
 
 aten = torch.ops.aten
+COUPLED = "the channels that {} has zeros for go only together with others"
 ROUTES = ("entries", "copies", "channels", "each")
 
 
@@ -56,25 +57,28 @@ class RemoveChannels(Transform):
 
 def remove(engine: Transport, zeros: Zeroed, edit: Edit) -> Reject | None:
     """Remove what nobody reads among the channels that meet zeros, by the first route that lets some go. Returns why nothing can."""
-    rejects = []
+    rejects = dict[str, Reject]()
     for route, plan in plans(engine, zeros.seed):
         nulls = Nulls(plan, edit.program)
         keep = kept(nulls) if plan.count else None
         if keep is not None and route == "each":
             keep = even(plan, keep)
         if reject := _refused(zeros, plan, nulls, keep):
-            rejects.append(reject)
+            rejects[route] = reject
             continue
         assert keep is not None
         edit.nulls.update(nulls.values())  # what reads them may have weights there
         try:
             site = plan.apply(edit, keep.numpy(), f"{int((~keep).sum())} of {len(keep)} channels are read by nobody", at=zeros.node)
         except ValueError as error:  # the form without them can't be written down
-            rejects.append(Reject("{}", error))
+            rejects[route] = Reject("{}", error)
             continue
         site.places = []  # every layer that shares the channels would do it
         return None
-    return rejects[0]
+    whole, alike = (rejects.get(route) for route in ("entries", "channels"))
+    if whole and alike and alike.sentence != COUPLED and alike.reason != whole.reason:
+        return Reject("{}; of all heads alike, {}", whole.reason, alike.reason)
+    return next(iter(rejects.values()))
 
 
 def plans(engine: Transport, seed: Seed) -> Iterator[tuple[str, Plan]]:
@@ -119,7 +123,7 @@ def _refused(zeros: Zeroed, plan: Plan, nulls: Nulls, keep: Tensor | None) -> Re
     if (classes[dead] == UNSET).all():
         return Reject("{}", next(stop.reason for stop, parameters in plan.pinned.items() if np.isin(index[dead], parameters).any()))
     if np.isin(classes[dead], classes[~dead]).all():
-        return Reject("the channels that {} has zeros for go only together with others", zeros.node)
+        return Reject(COUPLED, zeros.node)
     if zeros.node.target is aten.batch_norm.default:
         return Reject("{} makes channels whose gain is 0 its bias, {}, which is read", zeros.node, zeros.node.args[2])
     product = nulls.weightless()

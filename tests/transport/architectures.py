@@ -47,6 +47,7 @@ NAMES = (
 LIMIT, OUTLIER = 1e-5, 20.0
 READ = (
     "is read by some layer",
+    "go only together with others",
     "reads the channels too, without a weight",
     "are gains of two norms, and one would go into the other",
 )  # reasons that lie in the numbers, of which the oracle knows nothing
