@@ -12,7 +12,7 @@ from fxcompress.checker import check
 from fxcompress.contract import Exact
 from fxcompress.edit import Edit
 from fxcompress.interpret import run
-from fxcompress.measure import relative_error
+from fxcompress.measure import slice_error
 from fxcompress.program import Program
 from fxcompress.rows import LEAST, ROWS
 from fxcompress.transport.change import Elementwise
@@ -82,7 +82,7 @@ def verdict(program: Program, change: Callable[[Edit, fx.Node], fx.Node]) -> str
 def compared(program: Program, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
     """The shape of what is compared first when the result is computed as it was."""
     seen: list[tuple[int, ...]] = []
-    monkeypatch.setattr("fxcompress.contract.relative_error", lambda old, new: seen.append(tuple(old.shape)) or relative_error(old, new))
+    monkeypatch.setattr("fxcompress.contract.slice_error", lambda old, new: seen.append(tuple(old.shape)) or slice_error(old, new))
     assert verdict(program, again) == "held"
     return seen[-1]
 
