@@ -468,7 +468,7 @@ class _Checker:
 
     def _figure(self, old: Any, new: Any, floors: Floors = _NO_FLOORS) -> float:
         """The worst figure over the tensors of a value; a value of another form is infinitely far. floors: of an Exact one."""
-        a, b = _leaves(old), _leaves(_like(old, new))
+        a, b = _both(old, new)
         exact = isinstance(self.contract, Exact)
         if len(a) != len(b) or any((x.shape, x.dtype) != (y.shape, y.dtype) for x, y in zip(a, b, strict=True)):
             return math.inf if exact else -math.inf
@@ -478,7 +478,7 @@ class _Checker:
 
     def _is_alike(self, old: Any, new: Any, floors: Floors, bound: float) -> bool:
         """Whether the contract holds between two values of one form."""
-        a, b = _leaves(old), _leaves(_like(old, new))
+        a, b = _both(old, new)
         if isinstance(self.contract, Exact):
             return not any(map(is_beyond, a, b, repeat(bound), floors or repeat(None)))
         return not any(map(noise.is_far, a, b, repeat(bound))) and self.contract.holds(self._figure(old, new), bound)
@@ -553,11 +553,9 @@ def _added(new: fx.Node, operand: fx.Node, env: Mapping[fx.Node, Any]) -> Tensor
 
 def _noise(exact: Any, again: Callable[[torch.Generator], Any]) -> Floors:
     """Per number of a value how far other roundings of it are off."""
-    values = _leaves(exact)
-    farthest = tuple(torch.zeros(x.shape, dtype=torch.float64) for x in values)
+    farthest = tuple(torch.zeros(x.shape, dtype=torch.float64) for x in _leaves(exact))
     for seed in range(DRAWS):
-        others = _leaves(_like(exact, again(torch.Generator().manual_seed(seed))))
-        farthest = tuple(map(torch.maximum, farthest, map(distances, values, others)))
+        farthest = tuple(map(torch.maximum, farthest, map(distances, *_both(exact, again(torch.Generator().manual_seed(seed))))))
     return farthest
 
 
@@ -598,11 +596,16 @@ def _is_two_sided(value: Tensor, scale: Tensor) -> bool:
 
 
 def _worst_error(old: Any, new: Any) -> float:
-    return max(relative_error(x, y) for x, y in zip(_leaves(old), _leaves(_like(old, new)), strict=True))
+    return max(relative_error(x, y) for x, y in zip(*_both(old, new), strict=True))
 
 
 def _leaves(value: Any) -> list[Tensor]:
     return [v if isinstance(v, Tensor) else torch.tensor(v) for v in pytree.tree_leaves(value) if v is not None]
+
+
+def _both(old: Any, new: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of two values that are compared."""
+    return _leaves(old), _leaves(_like(old, new))
 
 
 def _like(old: Any, new: Any) -> Any:
@@ -616,14 +619,14 @@ def _is_wide(value: Any) -> bool:
 
 
 def _negated(value: Any) -> Any:
-    return pytree.tree_map(lambda v: v if v is None else _negated_leaf(v), value)
+    return pytree.tree_map(_negated_leaf, value)
 
 
 def _negated_leaf(v: Any) -> Any:
     """-v; for integers -v - 1, so that zeros change too, and for booleans the opposite."""
     if isinstance(v, Tensor):
         return -v if v.is_floating_point() or v.is_complex() else ~v
-    return -v - 1
+    return None if v is None else -v - 1
 
 
 def _evaluate(step: Step, values: Mapping[fx.Node, Any], constants: Mapping[str, Tensor]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcompress.edit import fake_value
+from fxcompress.edit import op_node
 
 aten = torch.ops.aten
 Op = Callable[..., Any]
@@ -26,19 +26,13 @@ def open_composites(graph: fx.Graph) -> None:
         if node.target not in COMPOSITES:
             continue
         with graph.inserting_before(node):
-            written = COMPOSITES[node.target](partial(_insert, graph, node), *node.args, **node.kwargs)
+            written = COMPOSITES[node.target](partial(op_node, graph, node), *node.args, **node.kwargs)
         if isinstance(written, fx.Node):
             node.replace_all_uses_with(written)
         for part in list(node.users):
             part.replace_all_uses_with(written[part.args[1]])
             graph.erase_node(part)
         graph.erase_node(node)
-
-
-def _insert(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    new = graph.call_function(target, args)
-    new.meta = {**like.meta, "val": fake_value(target, args, {}, like.all_input_nodes[0])}
-    return new
 
 
 def _rank(x: fx.Node) -> int:

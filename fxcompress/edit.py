@@ -251,6 +251,13 @@ def fake_value(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str
         return target(*values[0], **values[1])
 
 
+def op_node(graph: fx.Graph, like: fx.Node, target: Callable[..., Any], *args: Any) -> fx.Node:
+    """A new op where the graph inserts, outside any edit; module path and source come from `like`, an op."""
+    node = graph.call_function(target, args)
+    node.meta = {**like.meta, "val": fake_value(target, args, {}, like.all_input_nodes[0])}
+    return node
+
+
 def _faked(value: Any, mode: Any) -> Any:
     return mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) and not hasattr(value, "fake_mode") else value
 

@@ -8,13 +8,13 @@ that passes and backends see linears. Costs every expert on every row: a flat gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxcompress.edit import fake_value
+from fxcompress.edit import fake_value, op_node
 
 aten = torch.ops.aten
 OPS = ("transformers.grouped_mm_fallback.default", "aten._grouped_mm.default")
@@ -33,11 +33,7 @@ def _open(graph: fx.Graph, constants: dict[str, Tensor], node: fx.Node) -> None:
     if leaf is None:
         return
 
-    def op(target: Callable[..., Any], *args: Any) -> fx.Node:
-        new = graph.call_function(target, args)
-        new.meta = {**node.meta, "val": fake_value(target, args, {}, x)}
-        return new
-
+    op = partial(op_node, graph, node)
     with graph.inserting_before(node):
         rows = op(aten.sym_size.int, x, 0)
         number = op(aten.arange.default, rows)

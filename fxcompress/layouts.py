@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxcompress.edit import fake_value
+from fxcompress.edit import op_node
 from fxcompress.transport.facts import Groups, Shape, grouped, sizes
 
 aten = torch.ops.aten
@@ -59,13 +59,7 @@ def _rewrite(graph: fx.Graph, node: fx.Node, source: Any, order: list[int], part
     written: Any = node.args[1]
     laid = [axis for merged in range(len(order)) for axis in parts[order.index(merged)]]
     with graph.inserting_before(node):
-        apart = _insert(graph, node, aten.reshape.default, source, [written[a] for a in laid])
-        moved = _insert(graph, node, aten.permute.default, apart, [laid.index(a) for a in range(len(laid))])
+        apart = op_node(graph, node, aten.reshape.default, source, [written[a] for a in laid])
+        moved = op_node(graph, node, aten.permute.default, apart, [laid.index(a) for a in range(len(laid))])
     node.replace_all_uses_with(moved)
     graph.erase_node(node)
-
-
-def _insert(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    new = graph.call_function(target, args)
-    new.meta = {**like.meta, "val": fake_value(target, args, {}, like)}
-    return new

@@ -89,8 +89,9 @@ def plans(engine: Transport, seed: Seed) -> Iterator[tuple[str, Plan]]:
     if not parted:
         yield "", plan
     for route in ROUTES if parted else ():
-        yield route, engine.solve(Kind.REMOVE, seed, choices=dict.fromkeys(parted, route))
-        if route == ROUTES[0] and any(plan.choices[n] != route for n in parted):
+        is_chosen = all(plan.choices[n] == route for n in parted)
+        yield route, plan if is_chosen else engine.solve(Kind.REMOVE, seed, choices=dict.fromkeys(parted, route))
+        if route == ROUTES[0] and not is_chosen:
             yield "", plan
 
 
