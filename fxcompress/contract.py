@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from fxcompress.measure import Histograms, relative_error, slice_error
 from fxcompress.numerics import formats, noise, ranges
+from fxcompress.numerics.deviation import Deviation
 
 Verdict = Literal["held", "broken", "unverified"]
 MEASURED = "measured"
@@ -71,7 +72,7 @@ class Exact:
 @dataclass(frozen=True)
 class Bounded:
     """May lose what the number format must lose: SQNR >= that of an ideal quantiser of its width on the measured range, less 3 dB; and in a
-    constant without a measured range no block loses more than rounding on its own range may (`noise.excess`).
+    constant without a measured range no block loses more than rounding on its own range may (`Deviation.excess`).
 
     Of fewer than 32 entries every one may be half a step off by chance, 10 log10 3 = 4.8 dB beyond the mean: less 5 dB there, and on a
     measured range, whose numbers are held to half a step one by one, and which one number may fill, such as the background of an image.
@@ -102,15 +103,32 @@ class Bounded:
             return self.limit
         if new.target is not torch.ops.fxc.dequantize.default:
             raise ValueError(f"{new.name} is no dequantize: a Bounded pass that inserts other ops states its limit")
-        _, _, zero_point, format_name, block = new.args
-        format, symmetric = formats.format_of(str(format_name)), zero_point is None
+        format, block, symmetric = _grid(new)
         if format.kind == "log":
             raise ValueError(f"{new.name} is {format}, which has no ideal: a Bounded pass that inserts it states its limit")
-        margin = self.margin if old.numel() >= self.few else self.margin_of_few
         if MEASURED in new.meta:
             lo, hi = new.meta[MEASURED]
             return noise.static_sqnr(old, format, lo, hi, symmetric) - self.margin_of_few
-        return noise.ideal_sqnr(old, format, tuple(block), symmetric) - margin  # type: ignore[arg-type]
+        return noise.ideal_sqnr(old, format, block, symmetric) - self._margin(old)
+
+    def judge(self, old: Tensor, value: Tensor, new: fx.Node, is_constant: bool) -> tuple[float, float, str]:
+        """(figure, bound, which block of a constant loses more than it may, as a sentence or ""), from one look at tensors of blocks."""
+        seen = self._deviation(old, value, new)
+        if seen is None:
+            return self.figure(old, value), self.bound(old, new), ""
+        format, _, symmetric = _grid(new)
+        bound = seen.ideal_sqnr(format, symmetric) - self._margin(old)
+        return seen.sqnr, bound, _worst_block(seen, new) if is_constant else ""
+
+    def _deviation(self, old: Tensor, value: Tensor, new: fx.Node) -> Deviation | None:
+        """What blocks on their own ranges lose; None where they aren't looked at one by one, or a number isn't finite."""
+        if self.limit is not None or MEASURED in new.meta or new.target is not torch.ops.fxc.dequantize.default or not old.numel():
+            return None
+        format, block, _ = _grid(new)
+        return None if format.kind == "log" else Deviation.of(old, value, block)
+
+    def _margin(self, old: Tensor) -> float:
+        return self.margin if old.numel() >= self.few else self.margin_of_few
 
     def is_half_step(self, new: fx.Node) -> bool:
         """Whether the node's grid of integers may move no number of its range by more than half a step; another limit leaves that open."""
@@ -120,9 +138,8 @@ class Bounded:
     def longer(self, old: Tensor, scale: Tensor, new: fx.Node) -> float:
         """How many times as long the steps of the node's grid are at most as the measured range needs them; of a block's own range they may be
         max|x| / qmax, as many make them."""
-        _, _, zero_point, format_name, block = new.args
-        format, symmetric = formats.format_of(str(format_name)), zero_point is None
-        lo, hi = new.meta[MEASURED] if MEASURED in new.meta else ranges.extremes(old, tuple(block))  # type: ignore[arg-type]
+        format, block, symmetric = _grid(new)
+        lo, hi = new.meta[MEASURED] if MEASURED in new.meta else ranges.extremes(old, block)
         least, _ = ranges.scale_from_range(lo, hi, format, symmetric)
         if MEASURED not in new.meta and symmetric:
             least = torch.maximum(least, torch.maximum(hi, -lo) / format.qmax)
@@ -136,18 +153,6 @@ class Bounded:
     def holds(self, figure: float, bound: float) -> bool:
         """Whether the figure reaches the bound; NaN never does."""
         return figure >= bound
-
-    def worst_block(self, old: Tensor, value: Tensor, new: fx.Node) -> str:
-        """The block of a constant that loses most beyond what it may (`noise.excess`), as a sentence; "" if none does."""
-        if self.limit is not None or MEASURED in new.meta or new.target is not torch.ops.fxc.dequantize.default:
-            return ""
-        _, _, zero_point, format_name, block = new.args
-        format, sizes = formats.format_of(str(format_name)), tuple(block)  # type: ignore[arg-type]
-        if why := _worst_of(noise.excess(old, value, format, sizes, symmetric=zero_point is None), new):
-            return f"{why} what rounding on its own range may lose"
-        if LOSS in new.meta and (why := _worst_of(noise.beyond(old, value, new.meta[LOSS], sizes), new)):
-            return f"{why} what the pass found that it loses"
-        return ""
 
 
 @dataclass(frozen=True)
@@ -164,9 +169,25 @@ class Lossy(Bounded):
         """No limit."""
         return False
 
-    def worst_block(self, old: Tensor, value: Tensor, new: fx.Node) -> str:
+    def _deviation(self, old: Tensor, value: Tensor, new: fx.Node) -> Deviation | None:
         """No limit either."""
-        return ""
+        return None
+
+
+def _grid(new: fx.Node) -> tuple[formats.Format, tuple[int, ...], bool]:
+    """Format and block of a dequantize, and whether it has no zero point."""
+    _, _, zero_point, format_name, block = new.args
+    return formats.format_of(str(format_name)), tuple(block), zero_point is None  # type: ignore[arg-type]
+
+
+def _worst_block(seen: Deviation, new: fx.Node) -> str:
+    """The block of a constant that loses most beyond what it may, as a sentence; "" if none does."""
+    format, _, symmetric = _grid(new)
+    if why := _worst_of(seen.excess(format, symmetric), new):
+        return f"{why} what rounding on its own range may lose"
+    if LOSS in new.meta and (why := _worst_of(seen.beyond(new.meta[LOSS]), new)):
+        return f"{why} what the pass found that it loses"
+    return ""
 
 
 def _worst_of(excess: Tensor, new: fx.Node) -> str:

@@ -233,6 +233,12 @@ class Edit:
         return self._open
 
 
+def mixed_axes(changes: Iterable[Callable[[Any], Any]]) -> set[int] | None:
+    """The axes, counted from the end, along which recorded changes sum the numbers of a value; None where one doesn't say."""
+    mixed = [getattr(change, "mixed", None) for change in changes]
+    return None if None in mixed else set[int]().union(*mixed)  # type: ignore[arg-type]
+
+
 def version(constant: Tensor) -> int:
     """How often the numbers were written in place; 0 where torch doesn't count."""
     return 0 if constant.is_inference() else constant._version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fxcompress.numerics.noise import power
 
-BINS, SAMPLE = 32, 1 << 14
+BINS, SAMPLE, LINE = 32, 1 << 14, 16
 TILE = 1 << 18  # numbers that are read while they are in the cache
 LEAST = 4  # numbers of a slice
 _LEAST_RMS = 1e-15  # whose squares float32 still tells apart
@@ -81,6 +82,40 @@ def _worst_slice(sizes: Tensor, off: Tensor, noise: Tensor | None, axis: int) ->
     return float((off.amax(others) / scale).max())
 
 
+def error_along(old: Tensor, new: Tensor, axes: Collection[int]) -> float:
+    """The greatest of |new - old| beside the rms of old along these axes, in their place; beside |old| along none. What is less than the least
+    normal number counts as that. Positions where both are the same count 0; inf if a NaN or shape differs, or an integer."""
+    if old.shape != new.shape or not (old.is_floating_point() or old.is_complex()) or not old.numel():
+        return relative_error(old, new)
+    if not axes and _is_plain(old, new) and (worst := _apart_by_number(old, new)) < math.inf:
+        return worst
+    if torch.equal(old, new):
+        return 0.0
+    least = torch.finfo(old.dtype).tiny
+    if old.itemsize < 4:
+        old, new = old.float(), new.float()
+    off = torch.where((old == new) | (old.isnan() & new.isnan()), 0.0, (new - old).abs())
+    sizes = old.abs() if not axes else _rms(torch.where(old.isfinite(), old, 0.0), list(axes))
+    worst = float((off / sizes.clamp_(min=least)).max())
+    return worst if worst < math.inf else math.inf  # also of NaN
+
+
+def _apart_by_number(old: Tensor, new: Tensor) -> float:
+    """The greatest |new - old| / |old|; NaN where one isn't finite."""
+    least = torch.finfo(old.dtype).tiny
+    tiles = zip(torch.split(old.reshape(-1), TILE), torch.split(new.reshape(-1), TILE), strict=True)
+    worst = [float((b - a).abs_().div_(a.abs().clamp_(min=least)).max()) for a, b in tiles]
+    return max(worst) if all(map(math.isfinite, worst)) else math.nan
+
+
+def _rms(x: Tensor, axes: list[int]) -> Tensor:
+    """Along axes, each of which keeps one place; in float64."""
+    count = math.prod(x.shape[a] for a in axes)
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=wide)
+    return norm / math.sqrt(count)
+
+
 def is_beyond(old: Tensor, new: Tensor, limit: float, noise: Tensor | None = None) -> bool:
     """Whether `slice_error` is above the limit; of values far apart no more than a part is looked at."""
     if old.shape == new.shape and _is_plain(old, new) and old.numel():
@@ -112,7 +147,7 @@ def rounded(value: Any, rng: torch.Generator) -> Any:
     """Every float moved by one rounding, up or down at random."""
 
     def leaf(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.itemsize == 1:
+        if not is_wide(x):
             return x
         sign = torch.randint(0, 2, x.shape, generator=rng).to(x.device, x.dtype) * 2 - 1
         return x * (1 + sign * torch.finfo(x.dtype).eps)
@@ -127,14 +162,20 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a.isfinite() & b.isfinite(), a.double() - b.double(), 0.0).abs()
 
 
+def is_wide(value: Any) -> bool:
+    """Whether a value is a tensor of floats that an op computes with, not of codes."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize > 1
+
+
 def has_zeros(value: Any) -> bool:
     """Whether a value is a tensor of floats with a 0 in it."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize > 1 and not bool(value.all())
+    return is_wide(value) and not bool(value.all())
 
 
 def has_numbers(x: Tensor) -> bool:
     """Whether anything but zeros is in it; no more of it is read than that takes."""
-    return any(bool(part.any()) for part in torch.split(x.reshape(-1), TILE))
+    flat = x.reshape(-1)
+    return bool(flat[:SAMPLE].any()) or any(bool(part.any()) for part in torch.split(flat, TILE))
 
 
 def filled(x: Tensor) -> Tensor:
@@ -146,7 +187,7 @@ def filled(x: Tensor) -> Tensor:
 def is_flat(value: Any) -> bool:
     """Whether a value is a tensor of floats that doesn't change along one of its axes: what averages it there gives it back, whatever the
     weights."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.itemsize == 1 or not value.numel():
+    if not is_wide(value) or not value.numel():
         return False
     return any(n > 1 and bool((value == value.narrow(axis, 0, 1)).all()) for axis, n in enumerate(value.shape))
 
@@ -172,12 +213,20 @@ class Histograms(NamedTuple):
     after: tuple[int, ...]
 
 
+def _sample(flat: Tensor) -> Tensor:
+    """At most SAMPLE of the numbers or a few more, from all over, in runs of a line of the cache."""
+    if len(flat) <= SAMPLE:
+        return flat
+    runs = flat[: len(flat) // LINE * LINE].view(-1, LINE)
+    return runs[:: max(1, len(runs) * LINE // SAMPLE) | 1].reshape(-1)
+
+
 def histograms(old: Any, new: Any) -> Histograms | None:
     """The histograms of a floating-point value before and after, of at most SAMPLE of its entries; None for anything else, and where one
     isn't finite."""
-    if not all(isinstance(v, Tensor) and v.is_floating_point() and v.itemsize > 1 and v.numel() for v in (old, new)):
+    if not all(is_wide(v) and v.numel() for v in (old, new)):
         return None
-    flat = [v.detach().reshape(-1)[:: max(1, v.numel() // SAMPLE) | 1].float() for v in (old, new)]
+    flat = [_sample(v.detach().reshape(-1)).float() for v in (old, new)]
     low, high = min(float(v.min()) for v in flat), max(float(v.max()) for v in flat)
     if not math.isfinite(high - low):
         return None

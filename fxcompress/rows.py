@@ -14,7 +14,6 @@ aten = torch.ops.aten
 LINEAR, ATTENTION = aten.linear.default, aten.scaled_dot_product_attention.default
 NORMS, MEANS = (aten.layer_norm.default, aten.rms_norm.default), (aten.mean.dim, aten.sum.dim_IntList)
 ROWS, LEAST = 16, 8  # how many rows tell one op, and how many stay along the axis that is thinned
-SUMS = 8  # of a weight's rows
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,11 @@ class Operands:
     whole: tuple[fx.Node, ...] = ()
     axes: tuple[int, ...] | None = None
     last: int = 1  # how many axes are one row
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the rows are those of every op before and behind it."""
+        return self.axes is None and self.last == 1
 
 
 def operands(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operands | None:
@@ -46,9 +50,44 @@ def operands(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Ope
     return Operands(_present(nodes)) if is_elementwise else None
 
 
-def part_of(result: Tensor, of: Operands, fixed: Collection[int]) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Reads:
+    """What a value is computed from: `along` and `whole` as in Operands, by old values; constants that every row reads, and those that lend
+    rows of their own."""
+
+    along: set[fx.Node]
+    whole: set[fx.Node]
+    weights: tuple[fx.Node, ...]
+    fixed: tuple[fx.Node, ...]
+    of: Operands
+
+
+def reads(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], frontier: Mapping[fx.Node, fx.Node] | None = None) -> Reads | None:
+    """None for an op that may not do the same to every row. frontier: the values that a new op and what was inserted before it are computed
+    from, each with the old value it stands for; None: of an old op."""
+    of = operands(target, args, kwargs)
+    if of is None:
+        return None
+    along, fixed, roots = set[fx.Node](), [], {} if frontier is None else frontier
+    for node in of.along:
+        if node.op == "get_attr":
+            fixed.append(node)
+        elif frontier is None or node in roots:
+            along.add(roots.get(node, node))
+        elif (inner := reads(node.target, node.args, node.kwargs, frontier)) and not inner.whole and inner.of.is_plain:
+            along |= inner.along
+            fixed += inner.fixed
+        else:
+            return None
+    values = [n for n in of.whole if n.op != "get_attr"]
+    if frontier is not None and not roots.keys() >= set(values):
+        return None
+    return Reads(along, {roots.get(n, n) for n in values}, tuple(n for n in of.whole if n.op == "get_attr"), tuple(fixed), of)
+
+
+def part_of(result: Tensor, reads: Reads, fixed: Collection[int]) -> tuple[int, int]:
     """(an axis, counted from the end; n): every n-th place along it is enough. n is 1 where there are few rows. fixed: axes left whole."""
-    axes = of.axes or range(-of.last - 1, -result.dim() - 1, -1)
+    axes = reads.of.axes or range(-reads.of.last - 1, -result.dim() - 1, -1)
     axis = max((a for a in axes if a not in fixed and -a <= result.dim()), key=lambda a: result.shape[a], default=0)
     if not axis:
         return -1, 1
@@ -63,22 +102,6 @@ def length(value: Any, axis: int) -> int:
 def every(value: Any, axis: int, n: int) -> Any:
     """Every n-th place along the axis; all of a value that is the same along it."""
     return value if length(value, axis) == 1 else value.movedim(axis, 0)[::n].movedim(0, axis)
-
-
-def sums(weight: Tensor, axis: int) -> Tensor:
-    """SUMS random sums of all places along an axis, in their place; the same ones every time."""
-    factors = torch.randn(SUMS, weight.shape[axis], generator=torch.Generator().manual_seed(0)).to(weight)
-    summed: Tensor = torch.tensordot(factors, weight, dims=([1], [axis]))
-    return summed.movedim(0, axis)
-
-
-def summed_axis(weight: Tensor, changes: Iterable[Any]) -> int | None:
-    """The longer end of a weight along which no recorded change mixes or moves places, and all are linear in the others; None if there is none,
-    or it is short. Sums along an axis between others would copy the weight."""
-    fixed = {axis for c in changes for axis in (c.axes if getattr(c, "is_linear", False) else range(-weight.dim(), 0))}
-    last = next((axis for axis in range(-1, -weight.dim(), -1) if weight.shape[axis] > 1), -1)
-    ends = {axis for axis in (-weight.dim(), last) if weight.dim() > 1 and axis not in fixed and weight.shape[axis] > 4 * SUMS}
-    return max(ends, key=lambda axis: weight.shape[axis], default=None)
 
 
 def _present(nodes: Iterable[fx.Node | None]) -> tuple[fx.Node, ...]:

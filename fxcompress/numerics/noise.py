@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import floor, inf, isnan, log2, log10, nan
+from math import inf, isnan, log10, nan
 
 import torch
 from torch import Tensor
 
-from fxcompress.numerics.blocks import block_sizes, inside, scale_shape, walk, widen
+from fxcompress.numerics.blocks import block_sizes, walk, widen
 from fxcompress.numerics.formats import Format
-from fxcompress.numerics.ranges import extremes, quantisation_error, scale_from_range
+from fxcompress.numerics.ranges import extremes
 
 _TILE = 1 << 18
-_REORDERED = 1.01  # times a sum of squares in float32
 
 
 def sqnr(reference: Tensor, approx: Tensor) -> float:
@@ -52,62 +51,6 @@ def _tile_power(flat: Tensor) -> float:
     return torch.dot(flat, flat).item()
 
 
-def excess(x: Tensor, approx: Tensor, format: Format, block: Sequence[int], symmetric: bool) -> Tensor:
-    """Per block the squared error of approx over the one it may have: that of rounding x on the block's own min-max grid.
-
-    Of integers at most 1, without another look, where no value is off by more than half a step of that grid, stretched to qmax + 1 codes a
-    side: rounding is nearest then, whatever the grid, and luck decides the sum. Of floats, whose steps vary, twice the error is allowed where
-    no value is off by more than half the greatest step. So what clips must win by it. Rounding to x's dtype comes on top. Returns float64 of
-    scale_shape. Errors: those of `minmax_range`.
-    """
-    lo, hi = extremes(x, block)
-    scale, zero = scale_from_range(lo, hi, format, symmetric)
-    eps, greatest = torch.finfo(x.dtype).eps, _greatest_error(x, approx, block)
-    half = scale.double() * _greatest_step(format) * (1 + 1 / format.qmax) / 2 + eps * torch.maximum(hi, -lo).double()
-    is_near = greatest <= half
-    ratio = (greatest > 0).double()
-    if format.kind == "int" and is_near.all():
-        return ratio
-    is_settled = is_near & (format.kind == "int")
-    rows = (~is_settled).reshape(len(x), -1).any(1) if block[:1] == (1,) else slice(None)  # those of channels that are cut are few
-    x, approx, scale, zero = x[rows], approx[rows], scale[rows], None if zero is None else zero[rows]
-    allowed = quantisation_error(x, scale, zero, format, block).double() * torch.where(is_near[rows], 2, 1.01)
-    squares, norm = _square_error(x, approx, block), _square_error(x, x.new_zeros(()).expand(x.shape), block)
-    lost = torch.where(squares == 0, 0, squares / (allowed.sqrt() + eps * norm.sqrt()).square())
-    ratio[rows] = torch.where(is_settled[rows], lost.clamp(max=1), lost)
-    return ratio
-
-
-def beyond(x: Tensor, approx: Tensor, found: Tensor, block: Sequence[int]) -> Tensor:
-    """Per block the squared error of approx over another one of the same, summed in another order; what rounding to x's dtype may do to blocks
-    of at most the greatest value comes on top. found: of scale_shape. Returns float64 of it."""
-    greatest = float(max(map(abs, x.aminmax())))
-    rounding = torch.finfo(x.dtype).eps * greatest * block_sizes(x.shape, block).double().sqrt()
-    squares = _square_error(x, approx, block)
-    return torch.where(squares == 0, 0, squares / ((_REORDERED * found.double()).sqrt() + rounding).square())
-
-
-def _greatest_step(format: Format) -> float:
-    """Between the two greatest numbers of the format: 1 for integers."""
-    return 1.0 if format.kind == "int" else 2.0 ** floor(log2(format.qmax)) * torch.finfo(format.container).eps
-
-
-def _greatest_error(reference: Tensor, approx: Tensor, block: Sequence[int]) -> Tensor:
-    """max |reference - approx| of each block, in float64."""
-    greatest = torch.zeros(scale_shape(reference.shape, block), dtype=torch.float64, device=reference.device)
-    for (a, at), (b, _) in zip(walk(reference, block, _TILE // 4), walk(approx, block, _TILE // 4), strict=True):
-        greatest[at] = torch.maximum(greatest[at], (a - b).abs_().amax(inside(a)).double())
-    return greatest
-
-
-def _square_error(reference: Tensor, approx: Tensor, block: Sequence[int]) -> Tensor:
-    """Σ (reference - approx)² of each block, in float64."""
-    squares = torch.zeros(scale_shape(reference.shape, block), dtype=torch.float64, device=reference.device)
-    for (a, at), (b, _) in zip(walk(reference, block, _TILE // 4), walk(approx, block, _TILE // 4), strict=True):
-        squares[at] += torch.linalg.vector_norm(a - b, dim=inside(a), dtype=torch.float64).square_()
-    return squares
-
-
 def noise_power(step: Tensor, block: Sequence[int], shape: Sequence[int]) -> float:
     """Mean over the tensor of step² / 12: the noise of a uniform quantiser that doesn't clip, its error uniform over one step.
 
@@ -142,14 +85,17 @@ def ideal_sqnr(x: Tensor, format: Format, block: Sequence[int], symmetric: bool)
     that is 10 log10(12 · 4^m · 3 / (2 ln 2)) = 32.2 dB for m = 3, 26.2 dB for m = 2; subnormal values lower it.
     inf for a tensor of zeros. Raises ValueError as `extremes` does. Source: Bennett (1948); the float case derived here.
     """
-    lo, hi = (v.double() for v in extremes(x, block))
+    return decibel(power(x), ideal_noise(x, *extremes(x, block), format, block, symmetric))
+
+
+def ideal_noise(x: Tensor, lo: Tensor, hi: Tensor, format: Format, block: Sequence[int], symmetric: bool) -> float:
+    """The noise of that quantiser, summed over x. lo, hi: the extremes of its blocks."""
+    lo, hi = lo.double(), hi.double()
     bound = torch.maximum(hi, -lo)
     if format.kind == "float":
-        noise = _float_noise(x, format, block, bound / format.qmax)
-    else:
-        span = 2 * bound if symmetric and format.signed else hi.clamp(min=0) - lo.clamp(max=0)
-        noise = noise_power(span / (2**format.bits - 1), block, x.shape)
-    return decibel(power(x), noise * x.numel())
+        return _float_noise(x, format, block, bound / format.qmax)
+    span = 2 * bound if symmetric and format.signed else hi.clamp(min=0) - lo.clamp(max=0)
+    return noise_power(span / (2**format.bits - 1), block, x.shape) * x.numel()
 
 
 def _float_noise(x: Tensor, format: Format, block: Sequence[int], scale: Tensor) -> float:
@@ -161,7 +107,7 @@ def _float_noise(x: Tensor, format: Format, block: Sequence[int], scale: Tensor)
         binade = normal / torch.frexp(normal).mantissa / 2  # the power of two at or below
         step = s * binade * info.eps
         total += step.square().sum().item() / 12
-    return total / x.numel()
+    return total
 
 
 def decibel(signal: float, noise: float) -> float:

@@ -28,6 +28,11 @@ class _Labelled:
         """The axes of the value, counted from the end, along which the change isn't one and the same."""
         return {axis - label.index.ndim for label in self.labels for axis in label.slot}
 
+    @property
+    def mixed(self) -> set[int]:
+        """Those along which it sums numbers."""
+        return set()
+
 
 @dataclass(frozen=True, eq=False)
 class Elementwise(_Labelled):
@@ -83,6 +88,11 @@ class Rotated(_Labelled):
     """x R on sets of positions of the slot. mixes: per label pairs of (positions [copies, n], R of size n)."""
 
     mixes: tuple[tuple[tuple[Index, Rotation], ...], ...]
+
+    @property
+    def mixed(self) -> set[int]:
+        """All its axes."""
+        return self.axes
 
     def __call__(self, x: Tensor) -> Tensor:
         """The value rotated."""
