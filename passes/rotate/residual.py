@@ -27,7 +27,8 @@ from fxcompress.edit import Edit
 from fxcompress.numerics.hadamard import mean_keeping, randomised_hadamard
 from fxcompress.passes.norms import CASTS, Norm, branch_scales, norms, tied_heads
 from fxcompress.passes.rotate.values import weighings
-from fxcompress.passes.tidy.fold_norm_gain import fold_gain, fold_vector, is_gain_free
+from fxcompress.passes.tidy.fold_norm_gain import fold_gain, is_gain_free
+from fxcompress.passes.vectors import fold_vector
 from fxcompress.program import Program
 from fxcompress.rewrite import Context, Options, Reject, Transform
 from fxcompress.transport import Kind, Plan, Seed, Transport

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxcompress.capture import capture
 from fxcompress.errors import ContractViolation
-from fxcompress.passes.tidy import fold_norm_gain
+from fxcompress.passes import vectors
 from fxcompress.passes.tidy.fold_norm_gain import FoldNormGain
 from fxcompress.program import Program
 from tests.passes.helpers import declined, error, function, lines, planted, run, seeded, text, zoo
@@ -252,7 +252,7 @@ def test_a_dead_channel_that_a_shift_keeps_alive_stays() -> None:
 
 
 def test_the_contract_sees_a_dead_channel_that_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    planted(monkeypatch, fold_norm_gain, "_dead_in", torch.zeros_like)
+    planted(monkeypatch, vectors, "_dead_in", torch.zeros_like)
     with pytest.raises(ContractViolation, match=r"tidy\.fold_norm_gain breaks its exact contract"):
         run(function(NORMS["whole"], X, g=DEAD, w=W, dynamic=False), folding())
 
@@ -328,10 +328,10 @@ FAULTS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("fault", [pytest.param(f, id=i) for i, f in FAULTS.items()])
 def test_contract_bites(monkeypatch: pytest.MonkeyPatch, fault: Callable[[Any], Any]) -> None:
     """The numbers of the plan are wrong where the gain is said to be 1."""
-    before, right = layer_norm(), fold_norm_gain.refusal(*_plan_of(layer_norm()))
+    before, right = layer_norm(), vectors.refusal(*_plan_of(layer_norm()))
     assert right == ""
-    monkeypatch.setattr(fold_norm_gain, "refusal", lambda *_: "")
-    planted(monkeypatch, fold_norm_gain, "factors", fault)
+    monkeypatch.setattr(vectors, "refusal", lambda *_: "")
+    planted(monkeypatch, vectors, "factors", fault)
     with pytest.raises(ContractViolation, match=r"tidy\.fold_norm_gain breaks its exact contract at 1 of 1 sites"):
         run(before, folding())
 
