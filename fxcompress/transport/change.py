@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -97,14 +97,18 @@ class Rotated(_Labelled):
     def __call__(self, x: Tensor) -> Tensor:
         """The value rotated."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        for label, mixes in zip(self.labels, self.mixes, strict=True):
-            if (whole := _of_whole_axis(label, mixes)) is not None:
+        for label, mixes, whole in zip(self.labels, self.mixes, self._whole, strict=True):
+            if whole is not None:
                 axis, copies, rotation = whole
                 shape = wide.shape
                 wide = rotation.across(wide.reshape(*shape[:axis], copies, -1, *shape[axis + 1 :]), axis + 1).reshape(shape)
             else:
                 wide = _on_slot(wide, label, partial(_mixed, mixes), tuple(label.index.shape[a] for a in label.slot))
         return wide.to(x.dtype)
+
+    @cached_property
+    def _whole(self) -> list[tuple[int, int, Rotation] | None]:
+        return list(map(_of_whole_axis, self.labels, self.mixes))
 
     def is_identity(self) -> bool:
         """Whether nothing is mixed."""
