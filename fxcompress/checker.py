@@ -21,7 +21,6 @@ from fxcompress.edit import Edit, Step, mixed_axes
 from fxcompress.interpret import evaluate
 from fxcompress.looks import Looks, worst_error
 from fxcompress.measure import (
-    distances,
     error_along,
     has_numbers,
     has_zeros,
@@ -45,7 +44,6 @@ PRODUCTS: Mapping[Any, bool] = {  # ops that multiply their first two operands, 
     ),
 }
 OF_SUMS = 4  # times the rounding of a number is that of a sum of many
-DRAWS = 4  # how often operands are rounded at random
 Floors = tuple[Tensor, ...]  # per tensor of a value, and per number of it, the least scale that its error is beside; () for none
 _NO_FLOORS: Floors = ()
 
@@ -115,7 +113,7 @@ class _Checker:
             partial(self.looks.hidden, pair, bound),
             partial(self.looks.unread, pair, bound),
         )
-        wrong = next((why for look in looks if (why := look())), "") if holds else ""
+        wrong = next((why for look in looks if (why := look())), "") if holds else block if math.isnan(figure) else ""
         spread = None if isinstance(self.contract, Exact) else histograms(before, after)
         product = after if pair.new.target in PRODUCTS else None
         del after  # a decoded weight may be large, and the flipped ones are as large
@@ -151,10 +149,12 @@ class _Checker:
             return {}
         axis, n = rows.part_of(result, after, self._changed_along(pair))
         fixed = [self.program.constants[str(n.target)] for n in after.fixed]
-        sizes = {rows.length(self.values.old[root], axis) for root in after.along} | {result.shape[axis]}
-        if n == 1 or sizes - {1, result.shape[axis]} or any(rows.length(t, axis) > 1 for t in fixed):
+        along = {root: self.values.old[root] for root in after.along}
+        sizes = {rows.length(value, axis) for value in along.values()} | {result.shape[axis]}
+        if n == 1 or sizes - {1, result.shape[axis]} or any(rows.length(t, axis) > 1 for t in fixed) or any(map(rows.is_mask, along.values())):
             return {}
-        return {root: rows.every(self.values.old[root], axis, n) for root in (pair.old, *after.along)}
+        places = rows.places(along.values(), axis, result.shape[axis], n)
+        return {root: rows.at(value, axis, places) for root, value in {pair.old: result, **along}.items()}
 
     def _changed_along(self, pair: Pair) -> set[int]:
         """The axes, counted from the end, that recorded changes of the pair's values may mix; all where that isn't known."""
@@ -218,15 +218,17 @@ class _Checker:
         return slice_error(before, stored) if mixed is None else error_along(before, stored, mixed)
 
     def _error_of_sums(self, pair: Pair, stored: Tensor) -> float:
-        """The error of random sums of a weight's rows, which are under the recorded changes what the rows are, and which a wrong number in any
-        row would move; inf where no axis lends itself."""
+        """The error of random sums of a rotated weight's rows, which are under the recorded changes what the rows are, and which a wrong row or
+        column would move; inf where no axis lends itself, and where nothing is mixed: each number is looked at then."""
         old, changes = self.values.old[pair.old], self.edit.changes.get(pair.new, [])
         if self.values.is_thorough or not stored.is_floating_point() or stored.itemsize < 4:
             return math.inf
         axis, mixed = sums.summed_axis(old, changes), mixed_axes(changes)
-        if axis is None or mixed is None or stored.dim() != old.dim() or stored.shape[axis] != old.shape[axis]:
+        if axis is None or not mixed or stored.dim() != old.dim() or stored.shape[axis] != old.shape[axis]:
             return math.inf
         factors = sums.factors(old, axis)
+        if factors is None:
+            return math.inf
         before, after = self.values.undergone(pair.new, sums.sums(old, axis, factors)), sums.sums(stored, axis, factors)
         return error_along(before, after, {axis, *mixed})
 
@@ -240,10 +242,19 @@ class _Checker:
         spared = zeros | ({n.name for n in self.edit.changes if n.op == "get_attr"} if zeros else set())
         is_seen = not floors and not self.contract.holds(self.contract.negated(figure), bound)
         is_signed = is_seen and is_wide(before) and has_numbers(before)
+        spared |= {n.name for n in pair.new.all_input_nodes if self._is_kept(pair, n)}
         for operand, flipped in self._flips(pair.new, env, product, is_signed):
             if operand not in spared and self._is_alike(before, flipped, floors, bound) and not self._is_null(pair.new, operand):
                 return f"{operand} could change sign unseen"
         return ""
+
+    def _is_kept(self, pair: Pair, operand: fx.Node) -> bool:
+        """Whether the new node reads a constant as the old one did, which is what it was: an op that is the same can't change its sign."""
+        step, new = self.pairs.steps[pair.old], pair.new
+        if step.target is not new.target or operand in self.edit.changes or not self.values.is_recorded(operand):
+            return False
+        now, then = ([at for at, a in (*enumerate(n.args), *n.kwargs.items()) if a is operand] for n in (new, step))
+        return bool(now) and now == then
 
     def _is_null(self, new: fx.Node, operand: str) -> bool:
         """Whether the operand of this name is a constant of zeros."""
@@ -282,16 +293,10 @@ class _Checker:
                     yield n.name, 2 * added - product
 
     def _floors(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any, bound: float) -> Floors:
-        """Per number the scale below which it is rounding noise: where the bound allows what a few roundings of everything that it is computed
-        from do to it, the old way and the new. A sum of numbers that cancel isn't known any better."""
+        """Per number the scale below which it is rounding noise: where the bound allows what a few roundings do to it."""
         if self.pairs.is_old(pair.new):
             return _NO_FLOORS
-        least = _noise(after, lambda rng: self.values.rounded(pair, env, rng))
-        cone = self.pairs.cone(pair)
-        if cone:
-            old = _noise(self.values.changed(pair.old, pair.new), lambda rng: self.values.old_rounded(pair, cone, rng))
-            least = tuple(map(torch.minimum, least, old))
-        return tuple(n * (ROUNDINGS / bound) for n in least)
+        return tuple(n * (ROUNDINGS / bound) for n in self.values.noise(pair, env, after))
 
 
 def _added(new: fx.Node, operand: fx.Node, env: Mapping[fx.Node, Any]) -> Tensor | float | None:
@@ -312,14 +317,6 @@ def _added(new: fx.Node, operand: fx.Node, env: Mapping[fx.Node, Any]) -> Tensor
     spatial = 0 if new.target is rows.LINEAR else env[second].dim() - 2  # type: ignore[index]
     added: Tensor = env[bias].reshape(-1, *[1] * spatial)
     return added
-
-
-def _noise(exact: Any, again: Callable[[torch.Generator], Any]) -> Floors:
-    """Per number of a value how far other roundings of it are off."""
-    farthest = tuple(torch.zeros(x.shape, dtype=torch.float64) for x in leaves(exact))
-    for seed in range(DRAWS):
-        farthest = tuple(map(torch.maximum, farthest, map(distances, *both(exact, again(torch.Generator().manual_seed(seed))))))
-    return farthest
 
 
 def _negated(value: Any) -> Any:

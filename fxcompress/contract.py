@@ -74,8 +74,8 @@ class Bounded:
     """May lose what the number format must lose: SQNR >= that of an ideal quantiser of its width on the measured range, less 3 dB; and in a
     constant without a measured range no block loses more than rounding on its own range may (`Deviation.excess`).
 
-    Of fewer than 32 entries every one may be half a step off by chance, 10 log10 3 = 4.8 dB beyond the mean: less 5 dB there, and on a
-    measured range, whose numbers are held to half a step one by one, and which one number may fill, such as the background of an image.
+    Of fewer than 32 entries, or a few different ones, every one may be half a step off, 10 log10 3 = 4.8 dB beyond the mean: less 5 dB of so
+    few and where no block loses more; so on a measured range, which one number may fill, such as the background of an image.
     The measured range is the one a pass filed under meta[MEASURED] of the dequantize node, (lo, hi) from calibration; else that of the value.
     A pass that searched for the scales of a constant files the squared error of each block that it found under meta[LOSS]: it must be that.
     limit: another bound in dB, from the recipe; blocks are then not looked at one by one.
@@ -113,19 +113,22 @@ class Bounded:
 
     def judge(self, old: Tensor, value: Tensor, new: fx.Node, is_constant: bool) -> tuple[float, float, str]:
         """(figure, bound, which block of a constant loses more than it may, as a sentence or ""), from one look at tensors of blocks."""
-        seen = self._deviation(old, value, new)
-        if seen is None:
+        if not self._sees_blocks(old, new):
             return self.figure(old, value), self.bound(old, new), ""
-        format, _, symmetric = _grid(new)
-        bound = seen.ideal_sqnr(format, symmetric) - self._margin(old)
-        return seen.sqnr, bound, _worst_block(seen, new) if is_constant else ""
+        format, block, symmetric = _grid(new)
+        seen = Deviation.of(old, value, block)
+        if seen is None:
+            return math.nan, 0.0, "not all of its numbers are finite"
+        figure, ideal = seen.sqnr, seen.ideal_sqnr(format, symmetric)
+        bound, block_lost = ideal - self._margin(old), _worst_block(seen, new) if is_constant else ""
+        if figure < bound and format.kind == "int" and (seen.is_near(format, symmetric).all() or (is_constant and not block_lost)):
+            bound = ideal - self.margin_of_few
+        return figure, bound, block_lost
 
-    def _deviation(self, old: Tensor, value: Tensor, new: fx.Node) -> Deviation | None:
-        """What blocks on their own ranges lose; None where they aren't looked at one by one, or a number isn't finite."""
-        if self.limit is not None or MEASURED in new.meta or new.target is not torch.ops.fxc.dequantize.default or not old.numel():
-            return None
-        format, block, _ = _grid(new)
-        return None if format.kind == "log" else Deviation.of(old, value, block)
+    def _sees_blocks(self, old: Tensor, new: fx.Node) -> bool:
+        """Whether blocks are held to what their own ranges may lose."""
+        is_grid = self.limit is None and new.target is torch.ops.fxc.dequantize.default and MEASURED not in new.meta
+        return is_grid and old.numel() > 0 and _grid(new)[0].kind != "log"
 
     def _margin(self, old: Tensor) -> float:
         return self.margin if old.numel() >= self.few else self.margin_of_few
@@ -169,9 +172,9 @@ class Lossy(Bounded):
         """No limit."""
         return False
 
-    def _deviation(self, old: Tensor, value: Tensor, new: fx.Node) -> Deviation | None:
+    def _sees_blocks(self, old: Tensor, new: fx.Node) -> bool:
         """No limit either."""
-        return None
+        return False
 
 
 def _grid(new: fx.Node) -> tuple[formats.Format, tuple[int, ...], bool]:

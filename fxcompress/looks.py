@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxcompress.contract import MEASURED, Bounded, Contract, Exact
+from fxcompress.contract import MEASURED, ROUNDINGS, Bounded, Contract, Exact
 from fxcompress.dataflow import pair_of
+from fxcompress.edit import Step
 from fxcompress.interpret import evaluate
 from fxcompress.measure import filled, has_zeros, is_flat, is_wide, relative_error, slice_error, varied
 from fxcompress.pairs import Pair
-from fxcompress.values import Values, between, both, leaves
+from fxcompress.values import Values, between, both, leaves, like
 
 HALF = 0.501  # of a step, with a little for rounding
 SMALL = 1e-3  # how small operands are made where a number among an op's arguments may not be seen beside them
 HIDDEN = 1e-5  # relative: rounding of numbers that no pass has seen, where the limit is 0
 SPREAD = 1 << 16  # numbers that meet every code of a range
+Figure = Callable[..., float]  # of an old tensor, a new one, and perhaps how far rounding moves each number
 
 
 class Looks:
@@ -40,7 +42,7 @@ class Looks:
         if isinstance(env, fx.Node):
             return f"{env.name} makes something else of its value than {pair.site.name} recorded"
         limit = Exact().bound(leaves(env[pair.new])[0], pair.new)
-        error = worst_slice(self.values.changed(pair.old, pair.new), env[pair.new])
+        error = _worst_slice(self.values.changed(pair.old, pair.new), env[pair.new])
         if error <= limit:
             error = self._unpaired_elsewhere(pair, nodes)
         return "" if error <= limit else f"without its quantiser {pair.new.name} is {error:.3g} off, not {limit:.3g}"
@@ -125,8 +127,7 @@ class Looks:
             return ""
         for other, where in self._others(pair):
             cone = self.pairs.cone(pair) if other else None
-            found = self.values.computed(pair, cone, other) if cone else None
-            if found and (figure := worst_error(*found)) > max(bound, HIDDEN):
+            if cone and (figure := self._off(pair, cone, other, max(bound, HIDDEN), _whole_error)) > max(bound, HIDDEN):
                 return f"{figure:.3g} at {pair.new.name} where its operands {where}"
         return ""
 
@@ -141,8 +142,24 @@ class Looks:
         ids = self.values.old[pair.frontier[index]]  # type: ignore[index]
         every = torch.arange(table.meta["val"].shape[0], dtype=ids.dtype).reshape(*[1] * (ids.dim() - 1), -1)  # type: ignore[union-attr]
         cone = self.pairs.cone(pair)
-        found = self.values.computed(pair, cone, {pair.frontier[index]: every}) if cone else None  # type: ignore[index]
-        return f"{error:.3g} in a row that the probe doesn't read" if found and (error := worst_slice(*found)) > bound else ""
+        error = self._off(pair, cone, {pair.frontier[index]: every}, bound, slice_error) if cone else 0.0  # type: ignore[index]
+        return f"{error:.3g} in a row that the probe doesn't read" if error > bound else ""
+
+    def _off(self, pair: Pair, cone: Sequence[Step], other: Mapping[fx.Node, Any], limit: float, figure: Figure) -> float:
+        """How far the new value is from the old one, both from other numbers; beside what a few roundings do, where it is more than the limit.
+        0 where an op can't take them, as an index made of floats."""
+        try:
+            with self.values.standing_in(other):
+                self.values.old[pair.old] = self.values.old_value(cone, lambda value: value)
+                before, env = self.values.changed(pair.old, pair.new), self.values.operands(pair)
+                after = like(before, evaluate(pair.new, env, self.values.constants))
+                worst = max(map(figure, *both(before, after)))
+                if not 0 < limit < worst < math.inf:
+                    return worst
+                floors = [n * (ROUNDINGS / limit) for n in self.values.noise(pair, env, after)]
+                return max(map(figure, *both(before, after), floors))
+        except (IndexError, RuntimeError):
+            return 0.0
 
     def around(self, pair: Pair) -> list[fx.Node]:
         """The old values that the new node is computed from, but those that are 0 for every input."""
@@ -186,5 +203,10 @@ def worst_error(old: Any, new: Any) -> float:
     return max(relative_error(x, y) for x, y in zip(*both(old, new), strict=True))
 
 
-def worst_slice(old: Any, new: Any) -> float:
-    return max(slice_error(x, y) for x, y in zip(*both(old, new), strict=True))
+def _whole_error(old: Tensor, new: Tensor, noise: Tensor | None = None) -> float:
+    return relative_error(old, new, 0.0 if noise is None else float(noise.max()))
+
+
+def _worst_slice(old: Any, new: Any) -> float:
+    """Of each row and channel; of a value in 16 bits, whose quiet rows may be rounding noise, whole."""
+    return max(slice_error(x, y) if x.itemsize >= 4 else relative_error(x, y) for x, y in zip(*both(old, new), strict=True))

@@ -150,7 +150,9 @@ def rounded(value: Any, rng: torch.Generator) -> Any:
         if not is_wide(x):
             return x
         sign = torch.randint(0, 2, x.shape, generator=rng).to(x.device, x.dtype) * 2 - 1
-        return x * (1 + sign * torch.finfo(x.dtype).eps)
+        info, wide = torch.finfo(x.dtype), x if x.itemsize >= 4 else x.float()
+        step = (wide.abs() * info.eps).clamp(min=info.tiny * info.eps)  # of numbers below the least normal one too
+        return torch.where(x == 0, x, (wide + sign * step).to(x.dtype))
 
     return pytree.tree_map(leaf, value)
 

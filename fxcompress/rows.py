@@ -99,9 +99,25 @@ def length(value: Any, axis: int) -> int:
     return int(value.shape[axis]) if isinstance(value, Tensor) and value.dim() >= -axis else 1
 
 
-def every(value: Any, axis: int, n: int) -> Any:
-    """Every n-th place along the axis; all of a value that is the same along it."""
-    return value if length(value, axis) == 1 else value.movedim(axis, 0)[::n].movedim(0, axis)
+def places(values: Iterable[Any], axis: int, size: int, n: int) -> Tensor:
+    """Every n-th place along the axis, and in each value the one with the number of greatest size: what a few tokens of a language model have
+    may be thousands of times what the others have."""
+    found = set(range(0, size, n))
+    for value in values:
+        if length(value, axis) == size and value.numel() and not value.is_complex():
+            others = [a for a in range(-value.dim(), 0) if a != axis]
+            found.add(int(torch.maximum(value.amax(others), -value.amin(others)).argmax()))
+    return torch.tensor(sorted(found))
+
+
+def at(value: Any, axis: int, places: Tensor) -> Any:
+    """The value at some places of the axis; all of one that is the same along it."""
+    return value if length(value, axis) == 1 else value.index_select(axis, places)
+
+
+def is_mask(value: Any) -> bool:
+    """Whether a value says of each row what is done to it."""
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _present(nodes: Iterable[fx.Node | None]) -> tuple[fx.Node, ...]:

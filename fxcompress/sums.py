@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 SUMS, RUN = 8, 128
+LEAST = 1e-15  # whose square float32 holds
 TILE = 1 << 16  # numbers that are squared while they are in the cache
 
 
@@ -22,11 +23,15 @@ def summed_axis(weight: Tensor, changes: Iterable[Any]) -> int | None:
     return max(ends, key=lambda axis: weight.shape[axis], default=None)
 
 
-def factors(weight: Tensor, axis: int) -> Tensor:
-    """[SUMS, places]: random factors of the places along a `summed_axis`, the same every time; a quiet place counts as much as a loud one."""
+def factors(weight: Tensor, axis: int) -> Tensor | None:
+    """[SUMS, places]: random factors of the places along a `summed_axis`, the same every time; a quiet place counts as much as a loud one. None
+    where float32 doesn't hold how loud a place is."""
     random = torch.randn(SUMS, weight.shape[axis], generator=torch.Generator().manual_seed(0)).to(weight)
     norms = _norms(weight.reshape(len(weight), -1)) if axis == -weight.dim() else _norms_across(weight.reshape(-1, weight.shape[axis]))
-    return random / torch.where((norms > 0) & norms.isfinite(), norms, 1)
+    quiet = (norms < LEAST).nonzero().flatten()
+    if not norms.isfinite().all() or weight.index_select(axis, quiet).any():
+        return None
+    return random / norms.masked_fill(norms == 0, 1)
 
 
 def sums(weight: Tensor, axis: int, factors: Tensor) -> Tensor:

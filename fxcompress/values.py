@@ -17,8 +17,10 @@ from torch import Tensor, fx
 
 from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
-from fxcompress.measure import rounded
+from fxcompress.measure import distances, rounded
 from fxcompress.pairs import Pair, Pairs
+
+DRAWS = 4  # how often operands are rounded at random
 
 
 class Values:
@@ -142,14 +144,22 @@ class Values:
         except (IndexError, RuntimeError):
             return None
 
-    def rounded(self, pair: Pair, env: Mapping[fx.Node, Any], rng: torch.Generator) -> Any:
+    def noise(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any) -> tuple[Tensor, ...]:
+        """Per tensor of a value, and per number of it, how far one rounding of all that the old value is computed from moves it; of the new one
+        where the old one's way isn't known. A sum of numbers that cancel isn't known any better. env: the new node's operands."""
+        cone = self.pairs.cone(pair)
+        if cone:
+            return _farthest(self.changed(pair.old, pair.new), lambda rng: self._old_rounded(pair, cone, rng))
+        return _farthest(after, lambda rng: self._rounded(pair, env, rng))
+
+    def _rounded(self, pair: Pair, env: Mapping[fx.Node, Any], rng: torch.Generator) -> Any:
         """The new value from rounded ones."""
         off = {node: rounded(env[node], rng) for node in pair.frontier}
         for node in between(pair.new, off):
             off[node] = rounded(evaluate(node, off, self.constants), rng)
         return evaluate(pair.new, off, self.constants)
 
-    def old_rounded(self, pair: Pair, cone: Sequence[Step], rng: torch.Generator) -> Any:
+    def _old_rounded(self, pair: Pair, cone: Sequence[Step], rng: torch.Generator) -> Any:
         """The old value, under its changes, from rounded ones."""
         with self.standing_in({root: rounded(self.old[root], rng) for root in pair.frontier.values()}):
             self.old[pair.old] = self.old_value(cone, lambda value: rounded(value, rng))
@@ -174,6 +184,14 @@ def between(new: fx.Node, env: Mapping[fx.Node, Any]) -> list[fx.Node]:
             found[stack.pop()] = None
     del found[new]
     return list(found)
+
+
+def _farthest(exact: Any, again: Callable[[torch.Generator], Any]) -> tuple[Tensor, ...]:
+    """Per number of a value how far other roundings of it are off."""
+    farthest = tuple(torch.zeros(x.shape, dtype=torch.float64) for x in leaves(exact))
+    for seed in range(DRAWS):
+        farthest = tuple(map(torch.maximum, farthest, map(distances, *both(exact, again(torch.Generator().manual_seed(seed))))))
+    return farthest
 
 
 def both(old: Any, new: Any) -> tuple[list[Tensor], list[Tensor]]:

@@ -138,8 +138,24 @@ def test_unverified_where_one_operand_is_too_small_to_see() -> None:
     built = Builder(x=X)
     tiny = built.constant("tiny", torch.full((8,), 1e-7))
     program = built.program(built.op(aten.add.Tensor, built.x, tiny))
-    result = measured(program, lambda e, n: e.insert(aten.add.Tensor, *n.args, like=n), Exact())
-    assert (result.verdict, result.why) == ("unverified", "tiny could change sign unseen")
+    copied = lambda e, n: e.insert(aten.add.Tensor, n.args[0], e.constant("copy", torch.full((8,), 1e-7), like=n), like=n)  # noqa: E731
+    result = measured(program, copied, Exact())
+    assert (result.verdict, result.why) == ("unverified", "copy could change sign unseen")
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (lambda e, n: e.insert(aten.add.Tensor, *n.args, like=n), "held"),
+        (lambda e, n: e.insert(aten.sub.Tensor, *n.args, like=n), "unverified"),
+        (lambda e, n: e.insert(aten.add.Tensor, *n.args[::-1], like=n), "unverified"),
+    ],
+)
+def test_a_constant_that_is_read_as_before_keeps_its_sign(change: Callable[[Edit, fx.Node], fx.Node], verdict: str) -> None:
+    """However quiet it is beside the other operand."""
+    built = Builder(x=X)
+    program = built.program(built.op(aten.add.Tensor, built.x, built.constant("tiny", torch.full((8,), 1e-7))))
+    assert measured(program, change, Exact()).verdict == verdict
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(1.0, "held"), (-1.0, "broken"), (1.01, "broken")])
@@ -563,10 +579,10 @@ def test_a_stored_constant_is_known_to_a_few_roundings() -> None:
 
 
 HADAMARD = Rotation(randomised_hadamard(8, 0))
-LINEAR_CHANGES: dict[str, tuple[Callable[[Label], Callable[[Tensor], Tensor]], bool]] = {  # the change, and whether sums of rows undergo it
+LINEAR_CHANGES: dict[str, tuple[Callable[[Label], Callable[[Tensor], Tensor]], bool]] = {  # the change, and whether sums of rows tell of it
     "rotation": (lambda label: rotated((label,), np.arange(8), np.zeros(8), {0: HADAMARD}), True),
-    "scale": (lambda label: Elementwise((label,), Kind.SCALE, torch.linspace(0.5, 2, 9).double()), True),
-    "order": (lambda label: permuted((label,), np.roll(np.arange(8), 3)), True),
+    "scale": (lambda label: Elementwise((label,), Kind.SCALE, torch.linspace(0.5, 2, 9).double()), False),
+    "order": (lambda label: permuted((label,), np.roll(np.arange(8), 3)), False),
     "shift": (lambda label: Elementwise((label,), Kind.SHIFT, torch.linspace(0.5, 2, 9).double()), False),
 }
 
@@ -575,7 +591,7 @@ LINEAR_CHANGES: dict[str, tuple[Callable[[Label], Callable[[Tensor], Tensor]], b
 @pytest.mark.parametrize("name", LINEAR_CHANGES)
 def test_a_wrong_number_shows_in_sums_of_rows(name: str, across: bool) -> None:
     """Of a weight that changes along one axis. Where the sums are as they should be, nobody looks at each number."""
-    make, is_linear = LINEAR_CHANGES[name]
+    make, is_summed = LINEAR_CHANGES[name]
     shape = (64, 8) if across else (8, 64)
     label = Label(np.arange(8).reshape((1, 8) if across else (8, 1)), 1)
     change, weight = make(label), seeded(*shape)
@@ -590,22 +606,23 @@ def test_a_wrong_number_shows_in_sums_of_rows(name: str, across: bool) -> None:
         with mock.patch.object(checker, "error_along", wraps=error_along) as looks:
             (found,) = [m for m in check(program, edit, Lossy(), program.example) if m.value == leaf.name]
         assert found.verdict == verdict
-        assert (weight.shape not in [look.args[0].shape for look in looks.call_args_list]) == (is_linear and not wrong)
+        assert (weight.shape not in [look.args[0].shape for look in looks.call_args_list]) == (is_summed and not wrong)
 
 
 @pytest.mark.parametrize("across", [True, False])
-@pytest.mark.parametrize("fault", ["none", "row", "column"])
+@pytest.mark.parametrize("fault", ["none", "row", "column", "number"])
 @pytest.mark.parametrize("name", LINEAR_CHANGES)
 def test_nothing_quiet_hides_in_a_stored_weight(name: str, fault: str, across: bool) -> None:
-    """A row and a column a million times quieter than the rest, negated."""
-    make, _ = LINEAR_CHANGES[name]
+    """A row and a column a million times quieter than the rest, negated; a number of nothing beside them where nothing is summed."""
+    make, is_summed = LINEAR_CHANGES[name]
     shape, quiet = ((64, 8) if across else (8, 64)), 1e-6
     label = Label(np.arange(8).reshape((1, 8) if across else (8, 1)), 1)
     change, weight = make(label), seeded(*shape)
     weight[:, 2] *= quiet if not across or name != "rotation" else 1  # what is rotated isn't quiet behind it
     weight[3] *= quiet if across or name != "rotation" else 1
+    weight[5, 4] *= 1 if is_summed else 1e-12
     stored = change(weight.double()).float()
-    where: Any = {"none": ..., "row": 3, "column": (slice(None), 2)}[fault]
+    where: Any = {"none": ..., "row": 3, "column": (slice(None), 2), "number": (5, 4)}[fault]
     if fault != "none":
         stored[where] = -stored[where]
     built = Builder(x=seeded(4, shape[1]))
@@ -617,6 +634,25 @@ def test_nothing_quiet_hides_in_a_stored_weight(name: str, fault: str, across: b
     assert next(m.verdict for m in check(program, edit, Lossy(), program.example) if m.value == leaf.name) == (
         "held" if fault == "none" else "broken"
     )
+
+
+@pytest.mark.parametrize("odd", [1e20, 1e-30, math.inf, math.nan])
+def test_a_row_beyond_float32_hides_no_other(odd: float) -> None:
+    """Squares of its numbers leave the range: sums of rows would tell nothing."""
+    label = Label(np.arange(8).reshape(1, 8), 1)
+    change, weight = LINEAR_CHANGES["rotation"][0](label), seeded(64, 8)
+    weight[7] *= odd
+    stored = change(weight.double()).float()
+    stored[3] = -stored[3]
+    if odd < 1:
+        stored[7] = -stored[7]
+    built = Builder(i=torch.tensor([1, 5]))
+    program = built.program(built.op(aten.embedding.default, built.constant("w", weight), built.i))
+    edit, leaf = Edit(program), node(program, "w")
+    with edit.site(leaf):
+        edit.carry(leaf, change)
+        edit.fold(leaf, stored)
+    assert next(m.verdict for m in check(program, edit, Lossy(), program.example) if m.value == leaf.name) == "broken"
 
 
 def test_errors_are_beside_what_numbers_are_summed_with() -> None:

@@ -17,7 +17,7 @@ from fxcompress.program import Program
 from fxcompress.rows import LEAST, ROWS
 from fxcompress.transport.change import Elementwise
 from fxcompress.transport.labels import Kind, Label
-from tests.passes.helpers import function, seeded
+from tests.passes.helpers import Builder, function, seeded
 
 F = torch.nn.functional
 LONG = 4 * ROWS
@@ -87,10 +87,15 @@ def compared(program: Program, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ..
     return seen[-1]
 
 
+def first_loudest(x: Tensor) -> Tensor:
+    """Its greatest number in the first row, which is looked at anyway."""
+    return torch.cat([torch.full((1,), 100.0), x.flatten()[1:]]).reshape(x.shape)
+
+
 @pytest.mark.parametrize("name", LIKE)
 def test_rows_that_are_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     body, inputs, shape = LIKE[name]
-    assert compared(function(body, *inputs), monkeypatch) == shape
+    assert compared(function(body, *map(first_loudest, inputs)), monkeypatch) == shape
 
 
 @pytest.mark.parametrize("name", UNLIKE)
@@ -145,3 +150,31 @@ def test_a_change_along_the_rows_is_compared_in_all_of_them(wrong: bool) -> None
 
 def test_values_without_numbers_prove_nothing() -> None:
     assert verdict(function(lambda x: torch.relu(x[..., :0]), seeded(2, LONG, 4)), again) == "unverified"
+
+
+def test_the_loudest_row_is_looked_at() -> None:
+    """A channel that one token has, a thousand times what others have: its weight may not be divided by what it is multiplied by."""
+    x = seeded(1, LONG, 4) * torch.tensor([1.0, 1.0, 1e-6, 1.0])
+    x[0, 1, 2] = 1000.0
+    built = Builder(x=x)
+    weight, gain = built.constant("w", seeded(3, 4)), built.constant("g", torch.ones(4))
+    program = built.program(built.op(torch.ops.aten.linear.default, built.op(torch.ops.aten.mul.Tensor, built.x, gain), weight))
+    old, edit, vector = program.results()[0], Edit(program), torch.tensor([2.0, 1.0, 4.0, 1.0])
+    wrong = vector.clone()
+    wrong[2] = 1 / wrong[2]
+    with edit.site(old):
+        edit.carry(old.args[0], vector.mul)  # type: ignore[arg-type]
+        edit.carry(weight, wrong.reciprocal().mul)
+        edit.fold(weight, program.constants["w"] / wrong)
+        edit.carry(gain, vector.mul)
+        edit.fold(gain, vector)
+    found = check(program, edit, Exact(), program.example)
+    assert {m.value: m.verdict for m in found} == {"g": "held", "w": "held", "mul_tensor": "held", old.name: "broken"}
+
+
+def test_rows_of_a_mask_are_all_looked_at() -> None:
+    mask = torch.zeros(1, LONG, 1, dtype=torch.bool)
+    mask[0, 1] = True
+    built = Builder(x=seeded(1, LONG, 4), m=mask)
+    program = built.program(built.op(torch.ops.aten.masked_fill.Scalar, built.x, built.m, -5.0))
+    assert verdict(program, lambda edit, old: edit.insert(old.target, *old.args[:2], 5.0, like=old)) == "broken"

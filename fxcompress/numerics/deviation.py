@@ -58,6 +58,13 @@ class Deviation:
         """`noise.ideal_sqnr` of x."""
         return decibel(float(self.powers.sum()), ideal_noise(self.x, self.lo, self.hi, format, self.block, symmetric))
 
+    def is_near(self, format: Format, symmetric: bool) -> Tensor:
+        """Per block whether no value is off by more than half the greatest step of the block's own min-max grid, stretched to qmax + 1 codes a
+        side."""
+        scale, _ = scale_from_range(self.lo, self.hi, format, symmetric)
+        rounding = torch.finfo(self.x.dtype).eps * torch.maximum(self.hi, -self.lo).double()
+        return self.greatest <= scale.double() * _greatest_step(format) * (1 + 1 / format.qmax) / 2 + rounding
+
     def excess(self, format: Format, symmetric: bool) -> Tensor:
         """Per block the squared error of approx over the one it may have: that of rounding x on the block's own min-max grid.
 
@@ -66,15 +73,13 @@ class Deviation:
         where no value is off by more than half the greatest step. So what clips must win by it. Rounding to x's dtype comes on top. Returns
         float64 of scale_shape.
         """
-        x, block = self.x, self.block
-        scale, zero = scale_from_range(self.lo, self.hi, format, symmetric)
-        eps = torch.finfo(x.dtype).eps
-        half = scale.double() * _greatest_step(format) * (1 + 1 / format.qmax) / 2 + eps * torch.maximum(self.hi, -self.lo).double()
-        is_near = self.greatest <= half
+        x, block, is_near = self.x, self.block, self.is_near(format, symmetric)
         ratio = (self.greatest > 0).double()
         if format.kind == "int" and is_near.all():
             return ratio
         is_settled = is_near & (format.kind == "int")
+        scale, zero = scale_from_range(self.lo, self.hi, format, symmetric)
+        eps = torch.finfo(x.dtype).eps
         rows = (~is_settled).reshape(len(x), -1).any(1) if block[:1] == (1,) else slice(None)  # those of channels that are cut are few
         x, scale, zero, squares = x[rows], scale[rows], None if zero is None else zero[rows], self.squares[rows]
         allowed = quantisation_error(x, scale, zero, format, block).double() * torch.where(is_near[rows], 2, _REORDERED)

@@ -95,8 +95,11 @@ def mse_range(x: Tensor, format: Format, symmetric: bool, block: Sequence[int], 
 
 
 def quantisation_error(x: Tensor, scale: Tensor, zero_point: Tensor | None, format: Format, block: Sequence[int], p: float = 2.0) -> Tensor:
-    """Σ |x - dequantize(quantize(x))|^p of each block, of scale's shape, in the dtype quantisation is computed in."""
+    """Σ |x - dequantize(quantize(x))|^p of each block, of scale's shape, in the dtype quantisation is computed in, or in float64 where that
+    doesn't hold the squares of steps."""
     work = working_dtype(format, x.dtype, scale.dtype)
+    if ((scale < 1e-15) | (scale > 1e15)).any():
+        work = torch.float64
     out = torch.zeros(scale.shape, dtype=work, device=x.device)
     for tile, at in walk(x, block, _SEARCH_TILE):
         values, s = tile.to(work), widen(scale[at]).to(work)

@@ -163,3 +163,13 @@ def test_an_empty_tensor_has_no_range():
 def test_factors_outside_the_unit_interval_are_refused(grid):
     with pytest.raises(ValueError, match=r"shrink factors lie in \(0, 1\]"):
         mse_range(gaussian(2, 8), format_of("int4"), True, (1, -1), grid)
+
+
+@pytest.mark.parametrize("name", ["int4", "float8_e4m3fn"])
+@pytest.mark.parametrize("size", [2.0**-90, 2.0**80])
+def test_squared_errors_of_any_size(name: str, size: float) -> None:
+    """float32 holds neither 2^-180 of them nor 2^160; by powers of two they are exactly those."""
+    x, format = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), format_of(name)
+    scale, _ = minmax_range(x, format, True, (1, 16))
+    small = quantisation_error(x, scale, None, format, (1, 16)).double()
+    assert torch.allclose(quantisation_error(x * size, scale * size, None, format, (1, 16)).double(), small * size**2, rtol=1e-5, atol=0)

@@ -44,14 +44,15 @@ def split(x: Tensor) -> Tensor:
     return x.unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
 
 
-def attention(change: Body = F.scaled_dot_product_attention, bias: Tensor | None = OFFSETS, mean: float = 0.0) -> Program:
-    """One attention whose keys have these offsets."""
+def attention(change: Body = F.scaled_dot_product_attention, bias: Tensor | None = OFFSETS, mean: float = 0.0, first: float = 1.0) -> Program:
+    """One attention whose keys have these offsets. first: times the weights of the first channel of the keys."""
 
     def body(x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, **b: Tensor) -> Tensor:
         q, k, v = split(F.linear(x, wq)), split(F.linear(x, wk, b.get("bk"))), split(F.linear(x, wv))
         return change(q, k, v).transpose(1, 2).flatten(-2)
 
     weights = {name: seeded(WIDTH, WIDTH, seed=i) / 3 for i, name in enumerate(("wq", "wk", "wv"))}
+    weights["wk"][0] *= first
     return function(body, seeded(2, TOKENS, WIDTH, seed=9) + mean, **weights, **({} if bias is None else {"bk": bias}))
 
 
@@ -84,6 +85,15 @@ def test_centring_takes_all_of_an_offset() -> None:
     assert relative_error(outputs(attention()), outputs(planted)) < 1e-5
     assert spread(planted) == pytest.approx(spread(clean), rel=1e-4)
     assert run(planted, "signs.centre_keys")[1].fired == 0
+
+
+@pytest.mark.parametrize("first", [1e-3, 1e-4, 1e-8, 0.0])
+def test_centring_takes_an_offset_that_keys_hardly_leave(first: float) -> None:
+    """The keys less it are rounding noise as they were computed before, and are right now."""
+    before = attention(first=first)
+    after, report = run(before, "signs.centre_keys")
+    assert report.fired == 1
+    assert relative_error(outputs(before), outputs(after)) < 1e-5
 
 
 def test_keys_without_a_bias_get_one() -> None:

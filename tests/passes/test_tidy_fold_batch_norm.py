@@ -344,3 +344,17 @@ def test_one_constant_of_two_is_along_the_channels() -> None:
 def test_a_spelled_out_norm_whose_parts_are_read(extra: str, why: str) -> None:
     _, report = run(captured(Frozen(nn.Conv2d(3, 4, 3), [1, 4, 1, 1], [1, 4, 1, 1], extra), seeded(2, 3, 8, 8)), NAME)
     assert (report.fired, [d.reason for d in report.declined]) == (0, [why])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gain", [10.0, 100.0])
+def test_a_loud_channel_in_16_bits_is_rounding_noise_elsewhere(dtype: torch.dtype, gain: float) -> None:
+    """Behind a ReLU other numbers stand in for zeros, and what they come to in so few digits is no fault."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU6(), nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.ReLU6())
+    model.append(nn.Conv2d(16, 16, 1)).append(nn.BatchNorm2d(16))
+    redraw(model, seed=1)
+    with torch.no_grad():
+        for norm in (model[1], model[4], model[7]):
+            norm.weight[3] *= gain
+    _, report = run(captured(model.to(dtype), seeded(2, 3, 12, 12).to(dtype)), NAME)
+    assert report.fired == 3

@@ -558,3 +558,21 @@ def test_peak_memory_is_that_of_few_weights() -> None:
     quantising, finalising = (float(line) for line in done.stdout.split())
     assert quantising < 6, "in weights"
     assert finalising < 24 / 4 + 3, "in weights"
+
+
+@pytest.mark.parametrize("range", ["minmax", "mse"])
+@pytest.mark.parametrize("weights", ["uint4/group:32", "uint4/channel", "uint8/tensor"])
+def test_weights_of_two_values_are_as_far_from_the_grid_as_may_be(weights: str, range: str) -> None:
+    """All of them half a step off, where others are so by chance only."""
+    _, report = run(linear(seeded(64, 64).sign()), NAME, weights=weights, symmetric=False, range=range)
+    assert report.fired == 1 and {c.verdict for c in report.checks} == {"held"}
+
+
+@pytest.mark.parametrize("range", ["minmax", "mse"])
+@pytest.mark.parametrize("weights", ["int8/channel", "int4/group:32", "float8_e4m3fn/channel"])
+@pytest.mark.parametrize(("all_of_it", "one_row"), [(1.0, 1e-30), (1.0, 1e-25), (1e-25, 1.0), (1e25, 1.0)])
+def test_weights_whose_squares_float32_does_not_hold(all_of_it: float, one_row: float, weights: str, range: str) -> None:
+    w = seeded(64, 64) * all_of_it
+    w[3] *= one_row
+    _, report = run(linear(w), NAME, weights=weights, range=range)
+    assert report.fired == 1 and {c.verdict for c in report.checks} == {"held"}
