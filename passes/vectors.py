@@ -2,7 +2,8 @@
 
     W (v x) = (W diag v) x,    v = |v| sign v
 
-Both parts move by their own plan, so that a sign goes where a scale may not. Where v is 0 its readers get zeros and leave those channels unread.
+Each part moves by its own plan, so that a sign goes where a scale may not. Where v is 0 its readers get
+zeros and leave those channels unread.
 """
 
 from __future__ import annotations
