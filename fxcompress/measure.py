@@ -144,7 +144,7 @@ def _apart(old: Tensor, new: Tensor) -> tuple[float, float]:
 
 
 def rounded(value: Any, rng: torch.Generator) -> Any:
-    """Every float moved by one rounding, up or down at random."""
+    """Every float moved by one rounding, up or down at random; zeros and infinities stay."""
 
     def leaf(x: Any) -> Any:
         if not is_wide(x):
@@ -152,7 +152,7 @@ def rounded(value: Any, rng: torch.Generator) -> Any:
         sign = torch.randint(0, 2, x.shape, generator=rng).to(x.device, x.dtype) * 2 - 1
         info, wide = torch.finfo(x.dtype), x if x.itemsize >= 4 else x.float()
         step = (wide.abs() * info.eps).clamp(min=info.tiny * info.eps)  # of numbers below the least normal one too
-        return torch.where(x == 0, x, (wide + sign * step).to(x.dtype))
+        return torch.where((x == 0) | ~x.isfinite(), x, (wide + sign * step).to(x.dtype))
 
     return pytree.tree_map(leaf, value)
 

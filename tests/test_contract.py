@@ -20,7 +20,7 @@ from fxcompress.checker import check
 from fxcompress.contract import Bounded, Contract, Exact, Lossy, Measured
 from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
-from fxcompress.measure import TILE, error_along, is_beyond, relative_error, slice_error
+from fxcompress.measure import TILE, error_along, is_beyond, relative_error, rounded, slice_error
 from fxcompress.numerics import formats, noise
 from fxcompress.numerics.hadamard import randomised_hadamard
 from fxcompress.numerics.rotation import Rotation
@@ -653,6 +653,16 @@ def test_a_row_beyond_float32_hides_no_other(odd: float) -> None:
         edit.carry(leaf, change)
         edit.fold(leaf, stored)
     assert next(m.verdict for m in check(program, edit, Lossy(), program.example) if m.value == leaf.name) == "broken"
+
+
+def test_rounding_moves_what_has_digits() -> None:
+    """Numbers below the least normal one by a step of theirs."""
+    x = torch.tensor([0.0, math.inf, -math.inf, 1.0, -3.0, 2e-7], dtype=torch.float16)
+    moved = rounded(x, torch.Generator().manual_seed(0))
+    assert torch.equal(moved[:3], x[:3])
+    assert ((moved[3:] - x[3:]).abs() > 0).all() and ((moved[3:-1] / x[3:-1] - 1).abs() < 2e-3).all()
+    assert (moved[-1] - x[-1]).abs() < 1e-7
+    assert rounded(torch.arange(3), torch.Generator()).tolist() == [0, 1, 2]
 
 
 def test_errors_are_beside_what_numbers_are_summed_with() -> None:
