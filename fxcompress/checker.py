@@ -186,9 +186,7 @@ class _Checker:
     ) -> Measured | None:
         """The comparison from other numbers, from which the cone computes the old value; None if an op can't take them."""
         try:
-            with self.values.standing_in(values, constants):
-                if cone is not None:
-                    self.values.old[pair.old] = self.values.old_value(cone, lambda value: value)
+            with self.values.instead(pair, cone, values, constants):
                 return self._compared(pair)
         except (IndexError, RuntimeError):
             return None

@@ -66,13 +66,14 @@ class Looks:
         other = {root: filled(self.values.old[root]) for root in pair.frontier.values() if has_zeros(self.values.old[root])}
         other |= {root: varied(self.values.old[root]) for root in pair.frontier.values() if is_flat(self.values.old[root])}
         cone = self.pairs.cone(pair) if other else None
-
-        def unpaired() -> Any:
-            env = self._unpaired(pair, nodes)
-            return math.nan if isinstance(env, fx.Node) else env[pair.new]
-
-        found = self.values.computed(pair, cone, other, unpaired) if cone else None
-        return worst_error(*found) if found else 0.0
+        if cone is None:
+            return 0.0
+        try:
+            with self.values.instead(pair, cone, other):
+                env = self._unpaired(pair, nodes)
+                return math.inf if isinstance(env, fx.Node) else worst_error(self.values.changed(pair.old, pair.new), env[pair.new])
+        except (IndexError, RuntimeError):
+            return 0.0
 
     def off_grid(self, pair: Pair, env: Mapping[fx.Node, Any], before: Any, after: Any) -> str:
         """How a number of the range that a quantiser of integers is for moves by more than half a step, or how its steps are longer than the
@@ -149,8 +150,7 @@ class Looks:
         """How far the new value is from the old one, both from other numbers; beside what a few roundings do, where it is more than the limit.
         0 where an op can't take them, as an index made of floats."""
         try:
-            with self.values.standing_in(other):
-                self.values.old[pair.old] = self.values.old_value(cone, lambda value: value)
+            with self.values.instead(pair, cone, other):
                 before, env = self.values.changed(pair.old, pair.new), self.values.operands(pair)
                 after = like(before, evaluate(pair.new, env, self.values.constants))
                 worst = max(map(figure, *both(before, after)))

@@ -131,18 +131,20 @@ class Values:
             values[step.node] = seen(_evaluate(step, values, self.constants_before))
         return values[cone[-1].node]
 
-    def computed(
-        self, pair: Pair, cone: Sequence[Step], other: Mapping[fx.Node, Any], new: Callable[[], Any] | None = None
-    ) -> tuple[Any, Any] | None:
-        """(the old value under its changes, the new one) from other numbers; None if an op can't take them, as an index made of floats.
-        new: how the new value is computed, if not by evaluating the node."""
-        try:
-            with self.standing_in(other):
-                self.old[pair.old] = self.old_value(cone, lambda value: value)
-                value = new() if new else evaluate(pair.new, self.operands(pair), self.constants)
-                return self.changed(pair.old, pair.new), value
-        except (IndexError, RuntimeError):
-            return None
+    @contextmanager
+    def instead(
+        self,
+        pair: Pair,
+        cone: Sequence[Step] | None,
+        values: Mapping[fx.Node, Any],
+        constants: Mapping[fx.Node, Tensor] = MappingProxyType({}),
+        seen: Callable[[Any], Any] = lambda value: value,
+    ) -> Iterator[None]:
+        """As `standing_in`, with the old value of the pair computed from these by the cone, if there is one. seen: as for `old_value`."""
+        with self.standing_in(values, constants):
+            if cone is not None:
+                self.old[pair.old] = self.old_value(cone, seen)
+            yield
 
     def noise(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any) -> tuple[Tensor, ...]:
         """Per tensor of a value, and per number of it, how far one rounding of all that the old value is computed from moves it; of the new one
@@ -161,8 +163,8 @@ class Values:
 
     def _old_rounded(self, pair: Pair, cone: Sequence[Step], rng: torch.Generator) -> Any:
         """The old value, under its changes, from rounded ones."""
-        with self.standing_in({root: rounded(self.old[root], rng) for root in pair.frontier.values()}):
-            self.old[pair.old] = self.old_value(cone, lambda value: rounded(value, rng))
+        off = {root: rounded(self.old[root], rng) for root in pair.frontier.values()}
+        with self.instead(pair, cone, off, seen=lambda value: rounded(value, rng)):
             return self.changed(pair.old, pair.new)
 
     def is_recorded(self, leaf: fx.Node) -> bool:
