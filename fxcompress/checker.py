@@ -33,7 +33,7 @@ from fxcompress.measure import (
 from fxcompress.numerics import noise
 from fxcompress.pairs import Pair, Pairs
 from fxcompress.program import Program
-from fxcompress.values import Values, between, both, leaves, like
+from fxcompress.values import Floors, Values, between, both, leaves, like
 from fxcompress.wiring import misreads
 
 PRODUCTS: Mapping[Any, bool] = {  # ops that multiply their first two operands, and whether the third is added to the result
@@ -44,7 +44,6 @@ PRODUCTS: Mapping[Any, bool] = {  # ops that multiply their first two operands, 
     ),
 }
 OF_SUMS = 4  # times the rounding of a number is that of a sum of many
-Floors = tuple[Tensor, ...]  # per tensor of a value, and per number of it, the least scale that its error is beside; () for none
 _NO_FLOORS: Floors = ()
 
 
@@ -100,10 +99,11 @@ class _Checker:
 
     def _compared(self, pair: Pair) -> Measured:
         before, env = self.values.changed(pair.old, pair.new), self.values.operands(pair)
-        after = like(before, env[pair.new] if self.pairs.is_old(pair.new) else evaluate(pair.new, env, self.values.constants))
+        is_new = not self.pairs.is_old(pair.new)
+        after = like(before, evaluate(pair.new, env, self.values.constants) if is_new else env[pair.new])
         (figure, bound, block), floors = self._judged(pair, before, after), _NO_FLOORS
-        if self.values.is_thorough and isinstance(self.contract, Exact) and bound < figure < math.inf and bound > 0:
-            floors = self._floors(pair, env, after, bound)
+        if self.values.is_thorough and isinstance(self.contract, Exact) and 0 < bound < figure < math.inf and is_new:
+            floors = self.values.floors(pair, env, after, bound)
             figure = self._figure(before, after, floors)
         holds = self.contract.holds(figure, bound)
         looks: tuple[Callable[[], str], ...] = (
@@ -289,12 +289,6 @@ class _Checker:
                     yield n.name, evaluate(new, {**env, n: -env[n]}, self.values.constants)
                 elif not (is_signed and isinstance(added, float)):
                     yield n.name, 2 * added - product
-
-    def _floors(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any, bound: float) -> Floors:
-        """Per number the scale below which it is rounding noise: where the bound allows what a few roundings do to it."""
-        if self.pairs.is_old(pair.new):
-            return _NO_FLOORS
-        return tuple(n * (ROUNDINGS / bound) for n in self.values.noise(pair, env, after))
 
 
 def _added(new: fx.Node, operand: fx.Node, env: Mapping[fx.Node, Any]) -> Tensor | float | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxcompress.contract import MEASURED, ROUNDINGS, Bounded, Contract, Exact
+from fxcompress.contract import MEASURED, Bounded, Contract, Exact
 from fxcompress.dataflow import pair_of
 from fxcompress.edit import Step
 from fxcompress.interpret import evaluate
@@ -126,9 +126,10 @@ class Looks:
         of the zeros and with small ones; where the old one hangs on more than the new one, they can't be."""
         if not isinstance(self.contract, Exact) or pair.new in self.pairs.carried or self.pairs.is_old(pair.new):
             return ""
+        limit = max(bound, HIDDEN)
         for other, where in self._others(pair):
             cone = self.pairs.cone(pair) if other else None
-            if cone and (figure := self._off(pair, cone, other, max(bound, HIDDEN), _whole_error)) > max(bound, HIDDEN):
+            if cone and (figure := self._off(pair, cone, other, limit, _whole_error)) > limit:
                 return f"{figure:.3g} at {pair.new.name} where its operands {where}"
         return ""
 
@@ -156,8 +157,7 @@ class Looks:
                 worst = max(map(figure, *both(before, after)))
                 if not 0 < limit < worst < math.inf:
                     return worst
-                floors = [n * (ROUNDINGS / limit) for n in self.values.noise(pair, env, after)]
-                return max(map(figure, *both(before, after), floors))
+                return max(map(figure, *both(before, after), self.values.floors(pair, env, after, limit)))
         except (IndexError, RuntimeError):
             return 0.0
 
@@ -200,6 +200,7 @@ def _is_two_sided(value: Tensor, scale: Tensor) -> bool:
 
 
 def worst_error(old: Any, new: Any) -> float:
+    """The greatest `relative_error` of a tensor."""
     return max(relative_error(x, y) for x, y in zip(*both(old, new), strict=True))
 
 

@@ -37,8 +37,7 @@ def relative_error(old: Tensor, new: Tensor, floor: float = 0.0) -> float:
             return worst / max(floor, scale)
     if torch.equal(old, new):
         return 0.0
-    wide = torch.complex128 if old.is_complex() else torch.float64
-    a, b = old.to(wide), new.to(wide)
+    a, b = old.to(_widest(old)), new.to(_widest(old))
     same = (a == b) | (a.isnan() & b.isnan())
     worst = torch.where(same, 0.0, (b - a).abs()).max().item()
     finite = a[a.isfinite()].abs()
@@ -61,8 +60,7 @@ def slice_error(old: Tensor, new: Tensor, noise: Tensor | None = None) -> float:
     if _is_plain(old, new) and math.isfinite((new - old).sum()):
         sizes, off = old, (new - old).abs()
     else:
-        wide = torch.complex128 if old.is_complex() else torch.float64
-        sizes, b = old.to(wide), new.to(wide)
+        sizes, b = old.to(_widest(old)), new.to(_widest(old))
         off = torch.where((sizes == b) | (sizes.isnan() & b.isnan()), 0.0, (b - sizes).abs())
         sizes = sizes.where(sizes.isfinite(), 0.0)
     axes = [axis for axis, n in enumerate(old.shape) if n > 1 and old.numel() >= LEAST * n]
@@ -75,7 +73,7 @@ def _worst_slice(sizes: Tensor, off: Tensor, noise: Tensor | None, axis: int) ->
     count = sizes.numel() // sizes.shape[axis]
     rms = torch.linalg.vector_norm(sizes, dim=others) / math.sqrt(count)
     if not bool(((rms > _LEAST_RMS) & (rms < math.inf)).all()):  # their squares leave the range of the dtype
-        rms = torch.linalg.vector_norm(sizes, dim=others, dtype=torch.complex128 if sizes.is_complex() else torch.float64) / math.sqrt(count)
+        rms = _rms(sizes, others).flatten()
     scale = rms.double().clamp(min=torch.finfo(torch.float32).tiny)
     if noise is not None:
         scale = torch.maximum(scale, noise.amax(others))
@@ -111,9 +109,12 @@ def _apart_by_number(old: Tensor, new: Tensor) -> float:
 def _rms(x: Tensor, axes: list[int]) -> Tensor:
     """Along axes, each of which keeps one place; in float64."""
     count = math.prod(x.shape[a] for a in axes)
-    wide = torch.complex128 if x.is_complex() else torch.float64
-    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=wide)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=_widest(x))
     return norm / math.sqrt(count)
+
+
+def _widest(x: Tensor) -> torch.dtype:
+    return torch.complex128 if x.is_complex() else torch.float64
 
 
 def is_beyond(old: Tensor, new: Tensor, limit: float, noise: Tensor | None = None) -> bool:
@@ -145,16 +146,14 @@ def _apart(old: Tensor, new: Tensor) -> tuple[float, float]:
 
 def rounded(value: Any, rng: torch.Generator) -> Any:
     """Every float moved by one rounding, up or down at random; zeros and infinities stay."""
+    return pytree.tree_map(lambda x: _rounded(x, rng) if is_wide(x) else x, value)
 
-    def leaf(x: Any) -> Any:
-        if not is_wide(x):
-            return x
-        sign = torch.randint(0, 2, x.shape, generator=rng).to(x.device, x.dtype) * 2 - 1
-        info, wide = torch.finfo(x.dtype), x if x.itemsize >= 4 else x.float()
-        step = (wide.abs() * info.eps).clamp(min=info.tiny * info.eps)  # of numbers below the least normal one too
-        return torch.where((x == 0) | ~x.isfinite(), x, (wide + sign * step).to(x.dtype))
 
-    return pytree.tree_map(leaf, value)
+def _rounded(x: Tensor, rng: torch.Generator) -> Tensor:
+    sign = torch.randint(0, 2, x.shape, generator=rng).to(x.device, x.dtype) * 2 - 1
+    info, wide = torch.finfo(x.dtype), x if x.itemsize >= 4 else x.float()
+    step = (wide.abs() * info.eps).clamp(min=info.tiny * info.eps)  # of numbers below the least normal one too
+    return torch.where((x == 0) | ~x.isfinite(), x, (wide + sign * step).to(x.dtype))
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:

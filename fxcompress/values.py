@@ -15,12 +15,14 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from fxcompress.contract import ROUNDINGS
 from fxcompress.edit import Edit, Step
 from fxcompress.interpret import evaluate
 from fxcompress.measure import distances, rounded
 from fxcompress.pairs import Pair, Pairs
 
 DRAWS = 4  # how often operands are rounded at random
+Floors = tuple[Tensor, ...]  # per tensor of a value, and per number of it, the least scale that its error is beside; () for none
 
 
 class Values:
@@ -112,6 +114,7 @@ class Values:
         return self.undergone(node, value)
 
     def undergone(self, node: fx.Node, value: Any) -> Any:
+        """A value under the changes recorded for this node."""
         for change in self.edit.changes.get(node, ()):
             wide = self.is_thorough and isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
             value = change(value.to(torch.promote_types(value.dtype, torch.float64))).to(value.dtype) if wide else change(value)
@@ -146,13 +149,15 @@ class Values:
                 self.old[pair.old] = self.old_value(cone, seen)
             yield
 
-    def noise(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any) -> tuple[Tensor, ...]:
-        """Per tensor of a value, and per number of it, how far one rounding of all that the old value is computed from moves it; of the new one
-        where the old one's way isn't known. A sum of numbers that cancel isn't known any better. env: the new node's operands."""
+    def floors(self, pair: Pair, env: Mapping[fx.Node, Any], after: Any, limit: float) -> Floors:
+        """Where a limit allows what ROUNDINGS roundings of all that the old value is computed from do to it; of the new one where the old one's
+        way isn't known. A sum of numbers that cancel isn't known any better. env: the new node's operands; after: its value."""
         cone = self.pairs.cone(pair)
         if cone:
-            return _farthest(self.changed(pair.old, pair.new), lambda rng: self._old_rounded(pair, cone, rng))
-        return _farthest(after, lambda rng: self._rounded(pair, env, rng))
+            noise = _farthest(self.changed(pair.old, pair.new), lambda rng: self._old_rounded(pair, cone, rng))
+        else:
+            noise = _farthest(after, lambda rng: self._rounded(pair, env, rng))
+        return tuple(n * (ROUNDINGS / limit) for n in noise)
 
     def _rounded(self, pair: Pair, env: Mapping[fx.Node, Any], rng: torch.Generator) -> Any:
         """The new value from rounded ones."""
@@ -188,7 +193,7 @@ def between(new: fx.Node, env: Mapping[fx.Node, Any]) -> list[fx.Node]:
     return list(found)
 
 
-def _farthest(exact: Any, again: Callable[[torch.Generator], Any]) -> tuple[Tensor, ...]:
+def _farthest(exact: Any, again: Callable[[torch.Generator], Any]) -> Floors:
     """Per number of a value how far other roundings of it are off."""
     farthest = tuple(torch.zeros(x.shape, dtype=torch.float64) for x in leaves(exact))
     for seed in range(DRAWS):
@@ -208,6 +213,7 @@ def like(old: Any, new: Any) -> Any:
 
 
 def leaves(value: Any) -> list[Tensor]:
+    """The tensors of a value, and its numbers as such."""
     return [v if isinstance(v, Tensor) else torch.tensor(v) for v in pytree.tree_leaves(value) if v is not None]
 
 
